@@ -1,0 +1,338 @@
+"""Every knob, once: one frozen, flat dataclass, its presets, and the command line made from it.
+
+    torchrun train.py                                          # preset toy: the defaults below
+    torchrun --nproc_per_node 8 train.py --preset qwen2.5-vl-7b --train_files train.parquet --search_index web.sqlite
+
+`--key value` or `--key=value` sets any field; a preset is applied first, the command line after it. The whole
+configuration is checked when it is constructed, so a Config that exists is one that can run.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. `run_main` prints it as one line and exits with code 2."""
+
+
+def _knob(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. Defaults are the preset `toy`, which is what `torchrun train.py` runs. Raises InputError."""
+
+    # -- run
+    preset: str = _knob("toy", "named set of values, applied before the rest of the command line")
+    run_dir: str = _knob("runs/toy", "folder for config, metrics, rollouts, checkpoints and exports")
+    seed: int = _knob(0, "seed of everything random in the run")
+    steps: int = _knob(60, "GRPO steps")
+    resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
+    overwrite: bool = _knob(False, "delete what is in run_dir and start anew")
+    device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    deterministic: bool | None = _knob(None, "same seed, same bits; calls answered in order (default: on a CPU, yes)")
+    threads: int = _knob(0, "CPU threads a process (0: cores / processes on this machine)")
+    dist_timeout: float = _knob(30.0, "minutes a rank waits for the others before it gives up")
+    shard_size: int = _knob(0, "ranks that share one copy of the weights, HSDP across them (0: all ranks)")
+
+    # -- model
+    model: str = _knob("toy", "'toy' (built on first use), a Hugging Face folder, or a hub id")
+    dtype: str = _knob("auto", "compute type, masters stay fp32; auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
+    attention: str = _knob("auto", "attention kernel; auto: the best there is", ("auto", "flash", "varlen", "segments"))
+    freeze_vision: bool = _knob(False, "do not train the vision tower")
+    gradient_checkpointing: bool = _knob(False, "recompute layers in backward to save memory")
+
+    # -- data
+    train_files: tuple[str, ...] = _knob((), "parquet files in veRL layout (none: the toy world's)")
+    val_files: tuple[str, ...] = _knob((), "the same, for validation (none: the toy world's, or no validation)")
+    skip_bad_rows: bool = _knob(False, "leave bad rows out and count them, instead of stopping at the first")
+    prompts: str = _knob("prompts/toy", "folder of the prompt files (see prompts/)")
+    min_pixels: int = _knob(56 * 56, "pixels of a question's image, at least (smaller ones are enlarged)")
+    max_pixels: int = _knob(84 * 84, "pixels of a question's image, at most (larger ones are shrunk)")
+    thumb_min_pixels: int = _knob(28 * 28, "pixels of a thumbnail in a search result, at least")
+    thumb_max_pixels: int = _knob(28 * 28, "pixels of a thumbnail in a search result, at most")
+    max_prompt_tokens: int = _knob(120, "longer prompts are dropped and counted, tokens")
+
+    # -- rollout
+    prompts_per_step: int = _knob(20, "questions a step, over all ranks")
+    samples_per_prompt: int = _knob(8, "conversations a question: the group of GRPO")
+    max_turns: int = _knob(3, "turns of the model in a conversation")
+    max_image_searches: int = _knob(1, "image searches in a conversation")
+    max_text_searches: int = _knob(2, "text searches in a conversation")
+    max_tokens_per_turn: int = _knob(32, "tokens the model may say in a turn")
+    max_tokens: int = _knob(250, "tokens of a conversation in all, prompt, results and image tokens included")
+    temperature: float = _knob(1.0, "sampling temperature in training, and the one log-probs are taken at")
+    concurrency: int = _knob(256, "conversations a rank holds in the engine at once")
+    tool_threads: int = _knob(16, "search calls a rank makes at once")
+    rollout_deadline: float = _knob(0.0, "seconds for a rollout; what is unfinished then is aborted (0: no limit)")
+
+    # -- search
+    search_index: str = _knob("", "index of the offline search, from searchdb.py (none: the toy world's)")
+    image_results: int = _knob(3, "hits of an image search shown to the model")
+    text_results: int = _knob(3, "hits of a text search shown to the model")
+
+    # -- reward
+    search_penalty: float = _knob(0.1, "share of a right answer's score lost by having searched")
+    per_search_penalty: bool = _knob(True, "take the penalty once for each search (the paper: once)")
+    penalty_ramp_steps: int = _knob(0, "let the penalty rise linearly from -p to +p over this many steps (0: off)")
+    format_weight: float = _knob(0.1, "alpha: weight of the format in the reward")
+    match: str = _knob("em", "em: exact match; sub_em: an accepted answer inside the prediction", ("em", "sub_em"))
+    any_order: bool = _knob(False, "accept well-formed searches in any number and order as good format")
+
+    # -- loss
+    clip_low: float = _knob(0.2, "lower clip of the ratio: 1 - clip_low")
+    clip_high: float = _knob(0.2, "upper clip of the ratio: 1 + clip_high")
+    ratio: str = _knob("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
+    normalize_advantages: bool = _knob(True, "divide advantages by the group's standard deviation")
+    loss_norm: str = _knob("tokens", "mean over all tokens, or of per-sequence means (paper)", ("tokens", "sequence"))
+    kl_coef: float = _knob(0.0, "weight of the KL to the starting model (0: no reference model is kept)")
+    kl_kind: str = _knob("k3", "estimator of the KL", ("k1", "k2", "k3"))
+    entropy_coef: float = _knob(0.0, "bonus for entropy")
+    updates_per_step: int = _knob(1, "mini-batches that a step's questions are split into, an update each")
+    epochs_per_step: int = _knob(1, "times a step's conversations are gone through")
+    train_on_failed_tools: bool = _knob(True, "train on conversations in which a search failed")
+    max_mismatch: float = _knob(
+        0.5, "stop at the first step if sampler and trainer log-probs differ by more, mean nats"
+    )
+
+    # -- optimiser
+    lr: float = _knob(3e-4, "learning rate of AdamW")
+    adam_beta1: float = _knob(0.9, "AdamW's beta 1")
+    adam_beta2: float = _knob(0.99, "AdamW's beta 2")
+    weight_decay: float = _knob(0.0, "AdamW's weight decay")
+    max_grad_norm: float = _knob(1.0, "gradients are clipped to this norm")
+    schedule: str = _knob("constant", "learning rate over the steps", ("constant", "cosine", "sigmoid"))
+    warmup_steps: int = _knob(0, "steps of linear learning-rate warm-up")
+    sigmoid_width: float = _knob(45.0, "w of the sigmoid schedule: the step at which the rate has fallen half-way")
+    min_lr_factor: float = _knob(0.05, "floor of the cosine and sigmoid schedules, as a share of lr")
+    max_tokens_per_batch: int = _knob(8192, "tokens of a packed row: one forward and backward pass")
+    offload_optimizer: bool = _knob(False, "keep masters and optimiser state in CPU memory")
+    offload_reference: bool = _knob(False, "keep the reference model in CPU memory between its passes")
+
+    # -- evaluation and checkpoints
+    eval_every: int = _knob(20, "steps between validations (0: only before and after)")
+    val_limit: int = _knob(0, "validate on the first n questions (0: all)")
+    save_every: int = _knob(20, "steps between checkpoints (0: only at the end)")
+    keep_last: int = _knob(2, "checkpoints kept")
+
+    # -- eval.py
+    files: tuple[str, ...] = _knob((), "parquet files to evaluate on")
+    image: str = _knob("", "ask about this picture")
+    question: str = _knob("", "the question to ask about it")
+    eval_temperature: float = _knob(0.0, "temperature of eval.py (0: greedy)")
+    out: str = _knob("", "where eval.py writes its conversations (default: eval.jsonl in the model's folder)")
+
+    # -- toy world
+    toy_dir: str = _knob("runs/toy-world", "where the toy world is built and kept")
+    toy_seed: int = _knob(0, "seed of the toy world: its names, facts, pictures and which of them are known")
+    toy_pretrain_steps: int = _knob(480, "steps that teach the toy model to see and to copy")
+    toy_teach_steps: int = _knob(160, "steps that teach it the known entities")
+    toy_warmup_steps: int = _knob(230, "steps of supervised warm-up on scripted conversations")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_values(self)
+
+
+SECTIONS = {  # the first field of each section of --help
+    "preset": "run",
+    "model": "model",
+    "train_files": "data",
+    "prompts_per_step": "rollout",
+    "search_index": "search",
+    "search_penalty": "reward",
+    "clip_low": "loss",
+    "lr": "optimiser",
+    "eval_every": "evaluation and checkpoints",
+    "files": "eval.py",
+    "toy_dir": "toy world",
+}
+
+# The script of the authors: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
+_QWEN = dict(
+    model="Qwen/Qwen2.5-VL-7B-Instruct", run_dir="runs/qwen2.5-vl-7b", prompts="prompts",
+    gradient_checkpointing=True,
+    steps=100,
+    min_pixels=512 * 512,
+    max_pixels=672 * 672 * 2,
+    thumb_min_pixels=112 * 112,
+    thumb_max_pixels=224 * 224,
+    max_prompt_tokens=4096,
+    max_tokens_per_turn=2048,
+    max_tokens=8192,
+    max_tokens_per_batch=16384,
+    prompts_per_step=32,
+    samples_per_prompt=4,
+    image_results=5,
+    text_results=5,
+    per_search_penalty=False,
+    kl_coef=0.001,
+    loss_norm="sequence",
+    lr=2e-6,
+    adam_beta2=0.999,
+    weight_decay=0.01,
+    schedule="sigmoid",
+    offload_reference=True,
+    save_every=10,
+    eval_every=10,
+
+ ) PRESETS
+ = {
+    "toy": {},
+    "qwen2.5-vl-3b": {**_QWEN, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "run_dir": "runs/qwen2.5-vl-3b"},
+    "qwen2.5-vl-7b": _QWEN,
+    # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
+    "qwen2.5-vl-7b-paper": {
+        **_QWEN,
+        "run_dir": "runs/qwen2.5-vl-7b-paper",
+        "prompts_per_step": 512,
+        "samples_per_prompt": 8,
+        "updates_per_step": 4,
+        "schedule": "constant",
+        "steps": 50,
+    },
+}
+
+
+def _check_types(cfg):
+    for name, kind in get_type_hints(Config).items():
+        value = getattr(cfg, name)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(cfg, name, value := float(value))
+        if kind == tuple[str, ...]:
+            if isinstance(value, list):
+                object.__setattr__(cfg, name, value := tuple(value))
+            ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        else:
+            kinds = get_args(kind) or (kind,)
+            ok = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+        if not ok:
+            raise InputError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
+        if isinstance(value, float) and value != value:
+            raise InputError(f"{name} is not a number")
+
+
+def _check_values(cfg):
+    for f in dataclasses.fields(cfg):
+        choices = PRESETS if f.name == "preset" else f.metadata["choices"]
+        if choices and getattr(cfg, f.name) not in choices:
+            raise InputError(f"{f.name}={getattr(cfg, f.name)!r}: choose one of {', '.join(choices)}")
+
+    def need(ok, message):
+        if not ok:
+            raise InputError(message)
+
+    for name in (
+        "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
+        "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
+        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_width max_mismatch"
+    ).split():
+        need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
+    for name in (
+        "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
+        "kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
+        "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps"
+    ).split():
+        need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
+    for name in "search_penalty format_weight min_lr_factor clip_low".split():
+        need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
+    for name in "adam_beta1 adam_beta2".split():
+        need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
+    need(cfg.clip_high >= 0, f"clip_high={cfg.clip_high}: must not be negative")
+    need(cfg.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
+    need(cfg.min_pixels <= cfg.max_pixels, "min_pixels is larger than max_pixels")
+    need(cfg.thumb_min_pixels <= cfg.thumb_max_pixels, "thumb_min_pixels is larger than thumb_max_pixels")
+    need(cfg.thumb_max_pixels >= 28 * 28 and cfg.max_pixels >= 28 * 28, "an image needs at least 28*28 = 784 pixels")
+    need(cfg.max_tokens_per_turn < cfg.max_tokens, "max_tokens_per_turn must be below max_tokens")
+    need(cfg.max_prompt_tokens < cfg.max_tokens, "max_prompt_tokens must be below max_tokens: nothing could be said")
+    need(
+        cfg.max_tokens_per_batch >= cfg.max_tokens,
+        f"max_tokens_per_batch={cfg.max_tokens_per_batch} cannot hold a conversation of max_tokens={cfg.max_tokens}",
+    )
+    need(
+        cfg.prompts_per_step % cfg.updates_per_step == 0,
+        f"updates_per_step={cfg.updates_per_step} does not divide prompts_per_step={cfg.prompts_per_step}",
+    )
+    need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
+    need(bool(cfg.image) <= bool(cfg.question), "image needs a question to go with it")
+    need(not (cfg.files and cfg.question), "give either files to evaluate on or a question to ask, not both")
+    if cfg.preset != "toy":
+        need(cfg.search_index, f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one)")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line as a Config (argv: without the program's name; None: sys.argv[1:]). Raises InputError."""
+    parser = _Parser(allow_abbrev=False, formatter_class=_Help, description="nanoMMSearch: train.py and eval.py")
+    hints, group = get_type_hints(Config), None
+    for f in dataclasses.fields(Config):
+        if f.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[f.name])
+        options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{_show(f.default)}]", metavar="")
+        if hints[f.name] == tuple[str, ...]:
+            options.update(nargs="+")
+        elif bool in (get_args(hints[f.name]) or (hints[f.name],)):
+            options.update(type=_bool, nargs="?", const=True)
+        else:
+            options.update(type=hints[f.name])
+        group.add_argument(f"--{f.name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(key, hints, n=1)
+        raise InputError(
+            f"unknown argument {unknown[0]!r}" + (f"; did you mean --{near[0]}?" if near else "; see --help")
+        )
+    given = vars(known)
+    preset = given.get("preset", "toy")
+    if preset not in PRESETS:
+        raise InputError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
+    return Config(**{**PRESETS[preset], **given})
+
+
+def save(cfg: Config, path: str | Path) -> None:
+    """Write the configuration as JSON, atomically."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def run_main(main) -> None:
+    """Call main(); bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank sees the same input; one of them says so
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+
+def _bool(text):
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _show(default):
+    return {None: "auto", "": "-", (): "-"}.get(default, default)

@@ -1,0 +1,198 @@
+"""The mathematics of group-relative policy optimisation, on plain tensors.
+
+GRPO (arXiv 2402.03300, eq. 3) as MMSearch-R1 (arXiv 2506.20670) uses it. For one sampled token:
+
+    loss = -min(r · A, clip(r, 1 - low, 1 + high) · A)  +  β · KL        r = exp(logp - old_logp)
+
+where A compares the conversation's reward with those of the other conversations about the same question. Nothing here
+knows of models, episodes or ranks. Functions return one value a token, or sums over tokens, never means: only the
+caller knows the global denominator (all micro-batches of all ranks). A training step puts them together as
+
+    per_token, stats = policy_loss(logp, old_logp, advantages, clip_low=0.2, clip_high=0.2)
+    weights, count = token_weights(sequence_ids, "tokens")
+    ((per_token + beta * kl_penalty(logp, ref_logp, "k3")) * weights).sum().backward()
+    # then scale the gradients once, by 1 / (the sum of `count` over micro-batches and ranks)
+
+Aborted conversations are not handed in at all, neither here nor to `group_advantages`: they have no reward.
+
+Axes:  N  episodes (conversations) of a step
+       G  groups: the distinct questions among them
+       S  sampled tokens of a micro-batch, one after another; prompts and tool results are not among them
+       B  sequences (episodes) of a micro-batch that hold at least one of those tokens
+"""
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-6
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8 is far outside of any clip range, and far from overflow
+MAX_KL = 10.0
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True) -> Tensor:
+    """How much better each episode did than its group (arXiv 2402.03300, section 4.1.2): (r - mean) / (std + 1e-6).
+
+    rewards[N]: float; groups[N]: integers, equal for the episodes of one question, in any order. Lists will do.
+    normalize: False only subtracts the mean.
+    Returns float32 [N]. The standard deviation has Bessel's correction. An episode alone in its group, or in a group of
+    equal rewards, gets exactly 0: rounding of the mean must not become a signal.
+    Raises ValueError if the shapes differ.
+
+        rewards 1.0 0.1 0.5 1.0       mean of group 7: 0.55, std 0.6364       group 3: equal rewards
+        groups  7   7   3   3    ->   0.7071 -0.7071 0 0
+        with [1.0, 0.91, 0.1] in one group: mean 0.67, std 0.4957 -> 0.6657 0.4842 -1.1499
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    groups = torch.as_tensor(groups, device=rewards.device)
+    _check_shapes(rewards=rewards, groups=groups)
+    index, size = _segments(groups)
+    mean = _segment_sum(rewards, index, size) / size  # [G]
+    advantages = rewards - mean.index_select(0, index)  # [N]
+    if normalize:
+        variance = _segment_sum(advantages.square(), index, size) / (size - 1).clamp(min=1)  # [G]
+        advantages = advantages / (variance.sqrt().index_select(0, index) + STD_EPSILON)
+    lowest = mean.scatter_reduce(0, index, rewards, "amin", include_self=False)  # [G]
+    highest = mean.scatter_reduce(0, index, rewards, "amax", include_self=False)  # [G]
+    all_equal = (lowest == highest).index_select(0, index)  # [N]
+    return advantages.masked_fill(all_equal, 0.0).float()
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    sequence_ids: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of each sampled token (arXiv 2402.03300, eq. 3): -min(r·A, clip(r, 1 - low, 1 + high)·A).
+
+    logp[S], old_logp[S]: float32, under the policy in training and under the one held fixed for this batch. No gradient
+    flows into old_logp, so `policy_loss(logp, logp, ...)` is a batch's first update. advantages[S]: float32.
+    sequence_ids[S]: integers naming each token's sequence, in any order. With them r is the geometric mean of the
+    sequence's ratios and the gradient flows through that mean: with the "sequence" `token_weights` this is GSPO (arXiv
+    2507.18071, eq. 5 and 7; its clip ranges are much smaller, 3e-4). A sequence must lie whole in the call.
+
+    Returns the loss [S] and sums over the tokens, 0-d and detached, to be added up and divided by `tokens`:
+        tokens     S
+        ratio      r (the sequence's, where sequence_ids are given)
+        clip_high  tokens that lost their gradient to the clip with A > 0 (r > 1 + high) ...
+        clip_low   ... and with A < 0 (r < 1 - low)
+        approx_kl  k3 estimate of KL(old || new), of single tokens even where sequence_ids are given
+    Log-ratios are clamped to [-20, 20]; a token beyond has a finite loss and no gradient.
+    Raises ValueError if the shapes differ.
+
+        clip 0.2:   r    A    loss   gradient to logp
+                    1.0  2.0  -2.0   -2.0      on-policy: REINFORCE
+                    1.5  2.0  -2.4    0        clipped (clip_high): already likelier by more than a fifth
+                    0.5  2.0  -1.0   -1.0      the pessimistic side is never clipped
+                    0.5 -2.0   1.6    0        clipped (clip_low)
+    """
+    _check_shapes(logp=logp, old_logp=old_logp, advantages=advantages, sequence_ids=sequence_ids)
+    token_log_ratio = logp - old_logp.detach()  # [S]
+    log_ratio = token_log_ratio
+    if sequence_ids is not None:
+        index, length = _segments(sequence_ids)
+        log_ratio = (_segment_sum(token_log_ratio, index, length) / length).index_select(0, index)  # [B] -> [S]
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    with torch.no_grad():
+        stats = {
+            "tokens": _count(logp),
+            "ratio": ratio.sum(),
+            "clip_high": ((advantages > 0) & (ratio > 1 + clip_high)).sum().float(),
+            "clip_low": ((advantages < 0) & (ratio < 1 - clip_low)).sum().float(),
+            "approx_kl": _k3(token_log_ratio).sum(),
+        }
+    return loss, stats
+
+
+def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """An estimate of KL(policy || reference) at each sampled token, from d = ref_logp - logp. No gradient to ref_logp.
+
+        kind   value            unbiased   expected gradient on-policy, where it stands in a loss
+        k1     -d               yes        zero! no penalty at all
+        k2     d² / 2           no         that of KL(policy || reference)
+        k3     exp(d) - d - 1   yes        that of KL(reference || policy)       (arXiv 2402.03300, eq. 4)
+
+    k1's gradient is grad logp, whose expectation over the policy's own tokens is zero: in a loss it only adds noise.
+    k3's value is clamped to [-10, 10]; a token beyond (d > 2.6 or d < -11) has no gradient.
+    logp[S], ref_logp[S]: float32. Returns [S]. Raises ValueError for another kind or if the shapes differ.
+    """
+    _check_shapes(logp=logp, ref_logp=ref_logp)
+    d = ref_logp.detach() - logp
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return 0.5 * d.square()
+    if kind == "k3":
+        return _k3(d).clamp(-MAX_KL, MAX_KL)
+    raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
+
+
+def token_weights(sequence_ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
+
+    sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
+    counted. kind: "tokens", all tokens of all sequences weigh the same, or "sequence", the mean over sequences of the
+    mean over a sequence's tokens (arXiv 2402.03300, eq. 3). Raises ValueError for another kind.
+    Returns weights float32 [S] and count float32 0-d.
+
+        sequence_ids  5 5 5 8          "tokens"    weights 1   1   1   1    count 4
+                                       "sequence"  weights 1/3 1/3 1/3 1    count 2
+    """
+    if kind == "tokens":
+        return torch.ones_like(sequence_ids, dtype=torch.float32), _count(sequence_ids)
+    if kind == "sequence":
+        index, length = _segments(sequence_ids)
+        return (1.0 / length).index_select(0, index), _count(length)
+    raise ValueError(f"normalisation must be tokens or sequence, not {kind!r}")
+
+
+@torch.no_grad()
+def mismatch(logp: Tensor, sampler_logp: Tensor) -> dict[str, Tensor]:
+    """How far the trainer's log-probabilities of the sampled tokens are from those the sampler reported.
+
+    logp[S], sampler_logp[S]: float32. Returns 0-d tensors; the sums are to be added up and divided by `tokens`, the
+    maximum to be reduced by a maximum:
+        tokens   S
+        abs_sum  sum of |logp - sampler_logp|
+        abs_max  largest of them; 0 where there is no token
+        k3_sum   sum of the k3 estimate of KL(sampler || trainer)
+    Raises ValueError if the shapes differ.
+    """
+    _check_shapes(logp=logp, sampler_logp=sampler_logp)
+    gap = logp - sampler_logp
+    largest = gap.abs().max() if gap.numel() else gap.new_zeros(())
+    return {"tokens": _count(logp), "abs_sum": gap.abs().sum(), "abs_max": largest, "k3_sum": _k3(gap).sum()}
+
+
+def _k3(d: Tensor) -> Tensor:
+    """exp(d) - d - 1 for any d, and to full precision: with exp(d) - 1, a d of 1e-4 would give 0 in float32. The clamp
+    comes first: after it, an infinite exp would meet a zero gradient in backward and make NaN."""
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(d) - d
+
+
+def _segments(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ids, numbered: each element's number, and the size of each segment. 9 4 9 -> 1 0 1 and 1 2"""
+    _, index, length = torch.unique(ids, return_inverse=True, return_counts=True)
+    return index, length
+
+
+def _segment_sum(values: Tensor, index: Tensor, length: Tensor) -> Tensor:
+    # index_add and index_select rather than values[index]: the backward of the latter is not reproducible.
+    return values.new_zeros(len(length)).index_add(0, index, values)
+
+
+def _count(values: Tensor) -> Tensor:
+    return torch.tensor(float(values.numel()), device=values.device)
+
+
+def _check_shapes(**tensors: Tensor | None) -> None:
+    """[S] against [S, 1] would broadcast to [S, S] and train on nonsense."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"expected one axis of one length, got {shapes}")

@@ -1,0 +1,622 @@
+"""The model and the processes: loading and sharding (FSDP2), packing, log-probs, the optimiser step, checkpoints.
+
+Parallelism is applied from outside: the model is transformers' own Qwen2.5-VL, its blocks are wrapped by `fully_shard`,
+and one extra root method (`row_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses
+the same methods on the plain model.
+
+Episodes are packed whole, one behind the other, into rows without padding. Two episodes of 4 and 3 tokens, `x` sampled:
+
+    token          u  i  x  x | u  i  x          i: the cell of an image
+    cu_seqlens     0          4           7      attention stays inside a segment
+    predict           1  2         5             hidden states whose next token was sampled
+    target            x  x         x
+    sequence          0  0         1
+
+Axes: T tokens of a row, S sampled tokens of a row, N episodes, H hidden size, V vocabulary, P image patches, C image
+cells (merged patches), D head dimension.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from config import Config, InputError
+from data import Codec, Episode
+
+HEAD_CHUNK = 1024  # sampled tokens whose logits [chunk, V] exist at one time
+ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
+
+
+# --------------------------------------------------------------------------------------------------- processes
+
+
+def init_distributed(cfg: Config) -> torch.device:
+    """Join the process group that torchrun describes (or one of a single process) and return this rank's device."""
+    use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise InputError("device=cuda: this machine has no CUDA device that torch can use")
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
+    if is_deterministic(cfg, device):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only hides bugs, and costs a tenth of the time
+    if not dist.is_initialized():
+        where = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cuda:nccl,cpu:gloo" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **where)
+    if cfg.shard_size and dist.get_world_size() % cfg.shard_size:
+        raise InputError(f"shard_size={cfg.shard_size} does not divide the {dist.get_world_size()} ranks")
+    return device
+
+
+def is_deterministic(cfg: Config, device: torch.device) -> bool:
+    return device.type == "cpu" if cfg.deterministic is None else cfg.deterministic
+
+
+def all_sum(values: dict[str, float], device) -> dict[str, float]:
+    """Sum each value over the ranks (float64)."""
+    flat = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(flat)
+    return dict(zip(values, flat.tolist(), strict=True))
+
+
+def all_max(value: float, device) -> float:
+    flat = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(flat, dist.ReduceOp.MAX)
+    return flat.item()
+
+
+# --------------------------------------------------------------------------------------------------- the model
+
+
+def load_policy(
+    folder: str | Path, codec: Codec, cfg: Config, device, *, trainable: bool = True, offload: bool = False
+):
+    """A Qwen2.5-VL from a Hugging Face folder or hub id, sharded over the ranks, masters in fp32.
+
+    Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
+    memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload).
+    Raises InputError for a folder that holds no such model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model = read_model(folder, empty=dist.get_rank() != 0)
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    prepare(model, codec, cfg)
+    model.requires_grad_(trainable)
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if trainable and cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    shard(model, cfg, device, offload)
+    if dist.get_world_size() > 1:
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model.train(trainable)
+
+
+def read_model(folder: str | Path, *, empty: bool = False):
+    """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    check_versions()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "qwen2_5_vl":
+            raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
+        if empty:
+            with no_init_weights():
+                return Qwen2_5_VLForConditionalGeneration(config)
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: cannot load the model ({(str(error).splitlines() or ['?'])[0]})") from None
+
+
+def check_versions() -> None:
+    import transformers
+    from packaging.version import Version
+
+    version = Version(transformers.__version__)
+    if Version("5.3.0") <= version <= Version("5.5.3"):
+        raise InputError(f"transformers {version} gives still images wrong M-RoPE positions; install 5.6 or later")
+
+
+def prepare(model, codec: Codec, cfg: Config) -> None:
+    """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
+    register_attention(cfg.attention)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation_internal = ATTENTION
+    model.config.use_cache = False
+    if len(codec) > model.config.text_config.vocab_size:
+        raise InputError(f"the tokenizer has {len(codec)} tokens, the model only {model.config.text_config.vocab_size}")
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[codec.banned_ids(len(banned))] = True
+    model.banned_ids = banned
+    model.row_logprobs = MethodType(row_logprobs, model)
+
+
+def plain_config(model):
+    """The model's configuration as transformers knows it, for building another one of its kind."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation_internal = "sdpa"
+    config.use_cache = True
+    return config
+
+
+def shard(model, cfg: Config, device, offload: bool = False) -> None:
+    """FSDP2 from outside: each decoder layer and vision block is a unit, the rest (embedding, head, merger) the
+    root's."""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    world, size = dist.get_world_size(), cfg.shard_size or dist.get_world_size()
+    shape, names = ((size,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
+    options = dict(mesh=mesh)
+    if bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload and device.type == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    if world == 1 and len(options) == 1:
+        model.to(device)  # one process in fp32: nothing to shard, cast or offload
+        return
+    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "row_logprobs")
+
+
+def full_weights(model):
+    """Yield (name, full tensor) one parameter at a time; a shared one (tied embeddings) once. All ranks must
+    iterate."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if hasattr(value, "full_tensor"):
+            value = value.to(dist_device(value)).full_tensor()
+        yield name, value
+
+
+def dist_device(tensor):
+    """Where a sharded tensor can be gathered: offloaded shards go to the GPU first."""
+    return "cuda" if tensor.device_mesh.device_type == "cuda" else "cpu"
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+def register_attention(kind: str) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, partial(packed_attention, kind=kind))
+
+
+def packed_attention(
+    module, query, key, value, attention_mask=None, *, kind="auto", scaling=None, is_causal=None, cu_seq_lens_q=None,
+    max_length_q=None, **_,
+):  # fmt: skip
+    """Attention inside each segment of a packed row: query [1, heads, T, D] to ([1, T, heads, D], None).
+
+    kind: "flash" (flash-attn), "varlen" (torch's own, CUDA), "segments" (SDPA for each length of segment), or "auto",
+    the first of these that can run here. Without cu_seq_lens_q (the in-process engine) it is SDPA with attention_mask.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if cu_seq_lens_q is None:
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scaling, is_causal=causal and attention_mask is None
+        )
+        return out.transpose(1, 2), None
+    kind = pick_attention(kind, query)
+    if kind == "segments":
+        return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
+    bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+    if kind == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal
+        )  # fmt: skip
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if causal else (-1, -1)
+        out = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )  # fmt: skip
+    return out[None], None
+
+
+def pick_attention(kind: str, query: Tensor) -> str:
+    """Which kernel can run: the fast ones need CUDA and a half-precision type."""
+    import importlib.util
+
+    if not query.is_cuda or query.dtype == torch.float32:
+        return "segments"
+    if kind == "auto":
+        return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
+    return kind
+
+
+def segment_attention(query, key, value, cu_seqlens, causal, scaling):
+    """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
+    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    bounds = cu_seqlens.tolist()
+    starts_of = {}
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        starts_of.setdefault(end - start, []).append(start)
+    if len(starts_of) == 1:
+        order = None  # all alike: the row is a batch as it stands
+    else:
+        order = torch.cat(
+            [(torch.tensor(starts)[:, None] + torch.arange(length)).flatten() for length, starts in starts_of.items()]
+        ).to(query.device)
+        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    outs, position, heads = [], 0, query.shape[1]
+    for length, starts in starts_of.items():
+        span = slice(position, position := position + length * len(starts))
+        q, k, v = (
+            x[0, :, span].unflatten(1, (len(starts), length)).transpose(0, 1) for x in (query, key, value)
+        )  # [segments, heads, length, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
+        outs.append(out.transpose(0, 1).reshape(1, heads, -1, out.shape[-1]))
+    out = torch.cat(outs, 2)
+    return out if order is None else out.index_select(2, torch.argsort(order))
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Grouped-query attention: key or value heads [1, g, T, D] repeated to `heads`."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+# ----------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class Row:
+    """Episodes packed one behind the other; see the top of the file. Tensors are on the CPU until `to`."""
+
+    episodes: list[int]  # which episodes, as indices into the list that was packed
+    ids: Tensor  # long [T]
+    positions: Tensor  # long [3, T]: M-RoPE (time, height, width), from 0 in each episode
+    cu_seqlens: Tensor  # int32 [N + 1]
+    longest: int
+    pixels: Tensor  # float32 [P, patch]: each distinct image of the row once
+    grids: Tensor  # long [images, 3]
+    cells: Tensor  # long [C]: row of the vision tower's output that fills ...
+    cell_positions: Tensor  # long [C]: ... this token
+    predict: Tensor  # long [S]
+    target: Tensor  # long [S]
+    sequence: Tensor  # long [S]: which of `episodes`
+    sampler_logp: Tensor = field(default=None)  # float32 [S]
+
+    def to(self, device) -> "Row":
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device, non_blocking=True))
+        return moved
+
+
+def pack(episodes: list[Episode], codec: Codec, model, max_tokens: int) -> list[Row]:
+    """Whole episodes into rows of at most max_tokens, in order, so that a question's samples (and their image) meet.
+
+    A row is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode longer than a row.
+    """
+    rows, current, size = [], [], 0
+    for index, episode in enumerate(episodes):
+        if len(episode.tokens) > max_tokens:
+            raise ValueError(f"an episode of {len(episode.tokens)} tokens does not fit a row of {max_tokens}")
+        if current and size + len(episode.tokens) > max_tokens:
+            rows.append(make_row(current, episodes, codec, model))
+            current, size = [], 0
+        current.append(index)
+        size += len(episode.tokens)
+    if current:
+        rows.append(make_row(current, episodes, codec, model))
+    return rows
+
+
+def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -> Row:
+    ids, positions, bounds = [], [], [0]
+    predict, target, sequence, sampler_logp = [], [], [], []
+    first_cell, pixels, grids, cells, cell_positions, n_cells = {}, [], [], [], [], 0
+    for number, index in enumerate(indices):
+        episode, start = episodes[index], bounds[-1]
+        for picture in episode.images:
+            if picture.key not in first_cell:
+                first_cell[picture.key] = n_cells
+                n_cells += picture.tokens
+                pixels.append(codec.pixels(picture))
+                grids.append([1, *picture.grid])
+            cells += range(first_cell[picture.key], first_cell[picture.key] + picture.tokens)
+        for offset, token in enumerate(episode.tokens):
+            if token == codec.image_pad:
+                cell_positions.append(start + offset)
+            if episode.sampled[offset]:
+                predict.append(start + offset - 1)
+                target.append(token)
+                sequence.append(number)
+                sampler_logp.append(episode.logprobs[offset])
+        if len(cell_positions) != len(cells):
+            raise ValueError(f"{episode.question_id}: {len(cell_positions)} placeholders for {len(cells)} image cells")
+        ids += episode.tokens
+        positions.append(rope_positions(episode, codec, model))
+        bounds.append(len(ids))
+    if not pixels:  # the vision tower always runs: FSDP's collectives need all ranks in it
+        blank, merge = codec.processor, codec.processor.merge_size
+        pixels = [torch.zeros(merge**2, 3 * blank.temporal_patch_size * blank.patch_size**2)]
+        grids = [[1, merge, merge]]
+    return Row(
+        episodes=list(indices),
+        ids=torch.tensor(ids),
+        positions=torch.cat(positions, 1),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        longest=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+        pixels=torch.cat(pixels),
+        grids=torch.tensor(grids),
+        cells=torch.tensor(cells, dtype=torch.long),
+        cell_positions=torch.tensor(cell_positions, dtype=torch.long),
+        predict=torch.tensor(predict, dtype=torch.long),
+        target=torch.tensor(target, dtype=torch.long),
+        sequence=torch.tensor(sequence, dtype=torch.long),
+        sampler_logp=torch.tensor(sampler_logp),
+    )
+
+
+def rope_positions(episode: Episode, codec: Codec, model) -> Tensor:
+    """long [3, T]: M-RoPE over the whole conversation, tool images included, by the model's own get_rope_index."""
+    ids = torch.tensor([episode.tokens])
+    grids = torch.tensor([[1, *p.grid] for p in episode.images]) if episode.images else None
+    is_image = (ids == codec.image_pad).int()
+    return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+
+def empty_row(codec: Codec) -> Row:
+    """A row without a sampled token: its loss is zero, yet it runs the whole model (FSDP's collectives need all
+    ranks)."""
+    none = torch.zeros(0, dtype=torch.long)
+    merge, patch, frames = codec.processor.merge_size, codec.processor.patch_size, codec.processor.temporal_patch_size
+    return Row(
+        episodes=[],
+        ids=torch.tensor([codec.im_end]),
+        positions=torch.zeros(3, 1, dtype=torch.long),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
+        pixels=torch.zeros(merge**2, 3 * frames * patch**2),
+        grids=torch.tensor([[1, merge, merge]]),
+        cells=none,
+        cell_positions=none,
+        predict=none,
+        target=none,
+        sequence=none,
+        sampler_logp=torch.zeros(0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- log-probs
+
+
+def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
+    loss), float32. Call it on the sharded model as `model.row_logprobs(row, ...)`, with the row on the model's device.
+
+    Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in what a
+    row may not use (head, vision tower), so that every rank's backward runs every collective.
+    """
+    hidden, features = row_hidden(model, row)
+    hidden = hidden.index_select(0, row.predict)  # [S, H]
+    banned = model.banned_ids.to(hidden.device)
+    logps, entropies = [], []
+    for h, target in zip(hidden.split(HEAD_CHUNK), row.target.split(HEAD_CHUNK), strict=True):
+        logp, entropy = checkpoint(
+            head_logprobs, model.lm_head, h, target, banned, temperature, entropy_grad, use_reentrant=False
+        )
+        logps.append(logp)
+        entropies.append(entropy)
+    zero = hidden.sum() * 0.0 + features.sum() * 0.0 + model.lm_head(hidden.new_zeros(1, hidden.shape[1])).sum() * 0.0
+    return torch.cat(logps), torch.cat(entropies), zero.float()
+
+
+def row_hidden(model, row: Row) -> tuple[Tensor, Tensor]:
+    """(last hidden states [T, H], image features): the vision tower once per distinct image, the decoder over the
+    row."""
+    core = model.model
+    features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
+    embeds = core.language_model.embed_tokens(row.ids)
+    embeds = embeds.index_copy(0, row.cell_positions, features.index_select(0, row.cells).to(embeds.dtype))
+    out = core.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=row.positions[:, None],
+        attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
+        use_cache=False,
+        cu_seq_lens_q=row.cu_seqlens,
+        cu_seq_lens_k=row.cu_seqlens,
+        max_length_q=row.longest,
+        max_length_k=row.longest,
+    )
+    return out.last_hidden_state[0], features
+
+
+def head_logprobs(head, hidden, target, banned, temperature, entropy_grad):
+    """(logp [s], entropy [s]) of a chunk; its logits [s, V] live only inside, also in backward."""
+    logits = head(hidden).float() / temperature
+    logits = logits.masked_fill(banned, -torch.inf)
+    logp = logits.log_softmax(-1)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        finite = logp.masked_fill(banned, 0.0)  # 0 instead of -inf: exp(-inf) * -inf is not 0 but NaN
+        entropy = -(logp.exp() * finite).sum(-1)
+    return logp.gather(-1, target[:, None])[:, 0], entropy
+
+
+@torch.no_grad()
+def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]:
+    """Log-probs [S] of each row without gradients; all ranks must bring equally many rows (`even_rows`)."""
+    return [model.row_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
+
+
+# --------------------------------------------------------------------------------------------- optimiser steps
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not finite; nothing was changed by the step."""
+
+
+def even_rows(rows: list[Row], codec: Codec, device) -> list[Row]:
+    """Fill up with empty rows, so that all ranks run equally many."""
+    most = int(all_max(len(rows), device))
+    return rows + [empty_row(codec)] * (most - len(rows))
+
+
+def update(
+    model, optimizer, rows: list[Row], row_loss, cfg: Config, device, entropy_grad: bool = False
+) -> dict[str, float]:
+    """One optimiser step over the rows of all ranks.
+
+    row_loss(number of the row, row, logp [S], entropy [S]) -> (loss, a sum; count, what this row adds to the
+    denominator; stats, a dict of sums). Sums are back-propagated and gradients scaled once by the one denominator, all
+    rows of all ranks, so that they depend neither on packing nor on the number of ranks.
+    Returns the global sums: loss, count, the stats; and grad_norm. Raises NonFinite, with the weights as they were.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    bad = []
+    for number, row in enumerate(rows):
+        row = row.to(device)
+        logp, entropy, zero = model.row_logprobs(row, cfg.temperature, entropy_grad)
+        loss, count, stats = row_loss(number, row, logp, entropy)
+        (loss + zero).backward()
+        if not torch.isfinite(loss):
+            bad += row.episodes
+        for name, value in {"loss": loss, "count": count, **stats}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
+    sums = all_sum(sums, device)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    scale = dist.get_world_size() / max(sums["count"], 1.0)  # FSDP averages over ranks: undo it
+    torch._foreach_mul_([p.grad for p in parameters], scale)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if all_max(0.0 if norm == norm and abs(norm) != float("inf") and not bad else 1.0, device):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", bad)
+    optimizer.step()
+    return {**sums, "grad_norm": norm}
+
+
+# ------------------------------------------------------------------------------------- checkpoints and exports
+
+
+def save_state(path: Path, model, optimizer, state: dict) -> None:
+    """Write a checkpoint folder: sharded masters and optimiser state (torch.distributed.checkpoint), and `state`, a
+    JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or does not exist."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "rng": torch.get_rng_state(),
+    }
+    dcp.save(tensors, checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
+        for file in temporary.iterdir():  # the rename must not reach the disk before the content
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    dist.barrier()
+
+
+def read_state(path: Path) -> dict:
+    """The JSON part of a checkpoint. Raises InputError if it is not one."""
+    try:
+        return json.loads((Path(path) / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
+
+
+def load_state(path: Path, model, optimizer) -> dict:
+    """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    state = read_state(path)
+    if state["model"] != fingerprint(model):
+        raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "rng": torch.get_rng_state(),
+    }
+    dcp.load(tensors, checkpoint_id=path)
+    set_model_state_dict(model, tensors["model"])
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    torch.set_rng_state(tensors["rng"])
+    return state
+
+
+def fingerprint(model) -> str:
+    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
+    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
+
+    dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
+    full copy of the weights in CPU memory meanwhile.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    weights = {}
+    for name, value in full_weights(model):
+        if dist.get_rank() == 0:
+            weights[name] = value.to("cpu", dtype or value.dtype, copy=True)
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with torch.device("meta"):
+            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model))
+        shell.save_pretrained(temporary, state_dict=weights)
+        codec.save(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    dist.barrier()

@@ -1,0 +1,516 @@
+"""Multi-turn conversations: one as a generator, many at once without a barrier, and the engines that do the sampling.
+
+`converse` reads like the protocol. It yields what it needs, a turn of the model (`Generate`) or a search (`Call`), and
+is sent what came of it. `run` drives all conversations at once: it steps the engine, hands finished turns to their
+conversations, runs calls on a thread pool and feeds each result back when it arrives, so a slow search delays only its
+own conversation.
+
+An engine is anything with
+
+    submit(request_id, prompt_ids, images, sampling)      step() -> list[Reply]      abort(request_ids) -> list[Reply]
+    load_weights(named_tensors, version)                  sleep()                    wake()
+
+Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from config import Config
+from data import Call, Codec, Episode, Picture, Question, Result, Stop
+from policy import prepare
+from tools import has_answer, parse_call
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a turn. temperature 0 is greedy (log-probs are then taken at temperature 1)."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A conversation asks for the model's next turn: ids with one placeholder per image."""
+
+    prompt_ids: list[int] = field(repr=False)
+    images: list[Picture]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A sampled turn. finish_reason: stop (an end token, included in ids) | length | abort."""
+
+    request_id: str
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    version: int
+
+
+class Aborted(Exception):
+    """Thrown into a conversation whose rollout has run out of time."""
+
+
+def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) -> int:
+    """Random numbers belong to the turn of a conversation, whatever the schedule and the number of ranks."""
+    text = f"{seed}/{step}/{question_id}/{sample}/{turn}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+# ------------------------------------------------------------------------------------------- one conversation
+
+
+def converse(
+    question: Question, codec: Codec, cfg: Config, *, sample: int = 0, step: int = 0, temperature: float = 1.0
+) -> Generator[Generate | Call, Reply | Result, Episode]:
+    """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set."""
+    episode = Episode.start(question, codec, sample)
+    left = {"image": cfg.max_image_searches, "text": cfg.max_text_searches}
+    try:
+        for turn in range(cfg.max_turns):
+            room = min(cfg.max_tokens_per_turn, episode.room())
+            seed = turn_seed(cfg.seed, step, question.id, sample, turn)
+            reply = yield Generate(episode.engine_prompt(), list(episode.images), Sampling(temperature, room, seed))
+            episode.add_reply(reply)
+            text = episode.responses[-1]
+            call = parse_call(text)
+            if reply.finish_reason == "abort":
+                episode.stop = Stop.ABORTED
+            elif reply.finish_reason == "length":
+                episode.stop = Stop.MAX_TOKENS if room < cfg.max_tokens_per_turn else Stop.TRUNCATED_TURN
+            elif call is None:
+                episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+            elif turn + 1 == cfg.max_turns:
+                episode.stop = Stop.MAX_TURNS
+            elif left[call.kind] == 0:
+                episode.stop = Stop.TOOL_LIMIT
+            if episode.stop:
+                break
+            left[call.kind] -= 1
+            result = yield call
+            if not episode.add_result(call, result):
+                episode.stop = Stop.MAX_TOKENS
+                break
+    except Aborted:
+        episode.stop = Stop.ABORTED
+    return episode
+
+
+# ------------------------------------------------------------------------------------------ many at once
+
+
+def run(
+    questions: list[Question],
+    engine,
+    search,
+    codec: Codec,
+    cfg: Config,
+    *,
+    samples: int = 1,
+    step: int = 0,
+    temperature: float = 1.0,
+    ordered: bool = False,
+    progress: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """Hold `samples` conversations about each question; episodes come back question by question, sample by sample.
+
+    search: anything with search(call, question) -> Result. ordered: wait for all calls of an engine step and hand their
+    results over in request order, so that the engine sees the same batches each time (exact reruns); otherwise each
+    result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
+    """
+    driver = _Driver(engine, search, ordered, cfg)
+    conversations = [
+        (question, converse(question, codec, cfg, sample=sample, step=step, temperature=temperature))
+        for question in questions
+        for sample in range(samples)
+    ]
+    with ThreadPoolExecutor(cfg.tool_threads) as pool:
+        try:
+            return driver.run(conversations, pool, progress)
+        finally:
+            engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Driver:
+    """The loop of `run`: conversations wait for the engine (`generating`) or for a search (`calling`)."""
+
+    def __init__(self, engine, search, ordered, cfg):
+        self.engine, self.search, self.ordered, self.cfg = engine, search, ordered, cfg
+        self.generating: dict[str, int] = {}
+        self.calling: dict[Future, int] = {}
+        self.episodes: dict[int, Episode] = {}
+        self.requests = 0
+        self.stopping = False
+
+    def run(self, conversations, pool, progress):
+        self.conversations, self.pool, self.progress = conversations, pool, progress
+        deadline = time.monotonic() + self.cfg.rollout_deadline if self.cfg.rollout_deadline else None
+        waiting = deque(range(len(conversations)))
+        while waiting or self.generating or self.calling:
+            if deadline and time.monotonic() > deadline:
+                self.stop(waiting)
+                break
+            while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
+                self.advance(waiting.popleft(), None)
+            if self.generating:
+                for reply in self.engine.step():
+                    self.advance(self.generating.pop(reply.request_id), reply)
+            self.collect(deadline)
+        return [self.episodes[index] for index in range(len(conversations))]
+
+    def advance(self, index, answer):
+        """Send a conversation what it waited for, and start what it asks for next."""
+        question, conversation = self.conversations[index]
+        try:
+            wish = conversation.send(answer)
+        except StopIteration as end:
+            self.episodes[index] = end.value
+            if self.progress:
+                self.progress(end.value)
+            return
+        if isinstance(wish, Call):
+            self.calling[self.pool.submit(self.search.search, wish, question)] = index
+        else:
+            name = f"{self.requests}"
+            self.requests += 1
+            self.generating[name] = index
+            self.engine.submit(name, wish.prompt_ids, wish.images, wish.sampling)
+
+    def collect(self, deadline):
+        """Hand over the results that are there; wait for one only if the engine has nothing to do."""
+        if not self.calling:
+            return
+        if self.ordered:
+            ready = list(self.calling)  # in the order of their submission
+            wait(ready)
+        else:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, _ = wait(self.calling, timeout=0 if self.generating else left, return_when=FIRST_COMPLETED)
+            ready = [future for future in self.calling if future in done]
+        for future in ready:
+            self.advance(self.calling.pop(future), future.result())
+
+    def stop(self, waiting):
+        """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
+        for reply in self.engine.abort(list(self.generating)):
+            self.advance(self.generating.pop(reply.request_id), reply)
+        for index in [*self.calling.values(), *waiting]:
+            question, conversation = self.conversations[index]
+            if index in waiting:
+                next(conversation)
+            try:
+                conversation.throw(Aborted())
+            except StopIteration as end:
+                self.episodes[index] = end.value
+        for future in self.calling:
+            future.cancel()
+        self.calling.clear()
+
+
+# ---------------------------------------------------------------------------------------------------- engines
+
+
+class TorchEngine:
+    """Sampling in this process, in plain PyTorch, with a KV cache and its own unsharded copy of the weights.
+
+    Every request owns a slot of the cache. A finished request leaves its keys and values there, and the next turn of
+    the same conversation, whose prompt begins with them, goes on from them. Random numbers come from the request's own
+    generator, so they do not depend on what else is in the batch.
+    """
+
+    def __init__(self, model_config, codec: Codec, cfg: Config, device):
+        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            model = Qwen2_5_VLForConditionalGeneration(model_config)
+        bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
+        self.model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+        prepare(self.model, codec, cfg)
+        self.codec, self.cfg, self.device = codec, cfg, device
+        self.banned = self.model.banned_ids.to(device)
+        self.version = -1
+        self.slots = [_Slot(i) for i in range(cfg.concurrency)]
+        self.queue: deque[_Request] = deque()
+        self.running: list[_Request] = []
+        self.features: dict[str, Tensor] = {}  # picture key -> [cells, H]
+        self.cache: _KVCache | None = None
+
+    # -- the interface
+
+    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
+        ids = self.codec.expand(prompt_ids, images)
+        if len(ids) + sampling.max_tokens > self.cfg.max_tokens:
+            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        self.queue.append(_Request(request_id, ids, images, sampling))
+
+    @torch.no_grad()
+    def step(self) -> list[Reply]:
+        """Admit what waits (their prompts are run together), then one token for everything that runs."""
+        decoding = list(self.running)
+        for batch in self._admit():
+            self._forward(batch)
+        if decoding:
+            self._forward(decoding)
+        done = [r for r in self.running if r.finished]
+        self.running = [r for r in self.running if not r.finished]
+        return [self._reply(r, r.finished) for r in done]
+
+    def abort(self, request_ids: Iterable[str]) -> list[Reply]:
+        """Take requests back; their replies hold what was sampled so far."""
+        ids = set(request_ids)
+        gone = [r for r in [*self.running, *self.queue] if r.id in ids]
+        self.running = [r for r in self.running if r.id not in ids]
+        self.queue = deque(r for r in self.queue if r.id not in ids)
+        return [self._reply(r, "abort") for r in gone]
+
+    def load_weights(self, named_tensors, version: int) -> None:
+        """Copy new weights in, one at a time, and forget everything computed with the old ones."""
+        if self.running or self.queue:
+            raise RuntimeError("load_weights while requests are running")
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                parameters.pop(name).copy_(tensor)
+        if parameters:
+            raise RuntimeError(f"load_weights: no weights came for {sorted(parameters)[:3]} ... ({len(parameters)})")
+        self.version = version
+        self.features.clear()
+        for slot in self.slots:
+            slot.ids, slot.images = [], ()
+
+    def sleep(self) -> None:
+        """Give the cache's memory back; what it held is computed again when needed."""
+        self.cache = None
+        for slot in self.slots:
+            slot.ids, slot.images = [], ()
+
+    def wake(self) -> None:
+        """Nothing to do: the cache is made on first use."""
+
+    # -- inside
+
+    def _reply(self, request, reason):
+        slot = request.slot
+        if slot is not None:
+            slot.ids = (request.prompt + request.ids)[: slot.length]
+            slot.images = tuple(p.key for p in request.images)
+            slot.owner = None
+        return Reply(request.id, request.ids, request.logprobs, reason, self.version)
+
+    def _admit(self):
+        """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
+        return them in batches whose padded size is bounded."""
+        if self.cache is None:
+            self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
+        free = [slot for slot in self.slots if slot.owner is None]
+        batches, width = [[]], 0
+        while self.queue and free:
+            request = self.queue.popleft()
+            keys = tuple(p.key for p in request.images)
+            fits = [
+                s for s in free if s.ids and request.prompt[: len(s.ids)] == s.ids and s.images == keys[: len(s.images)]
+            ]
+            slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
+            free.remove(slot)
+            slot.owner, slot.length = request, len(slot.ids) if fits else 0
+            slot.length = min(slot.length, len(request.prompt) - 1)  # something must be run to predict from
+            self.slots.remove(slot)
+            self.slots.append(slot)  # least recently used first
+            request.start(slot, self._positions(request))
+            width = max(width, len(request.prompt) - slot.length)
+            if batches[-1] and width * (len(batches[-1]) + 1) > 16384:
+                batches.append([])
+                width = len(request.prompt) - slot.length
+            batches[-1].append(request)
+            self.running.append(request)
+        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches if batch]
+
+    def _positions(self, request):
+        """long [3, L]: M-RoPE positions of the prompt."""
+        ids = torch.tensor([request.prompt])
+        grids = torch.tensor([[1, *p.grid] for p in request.images]) if request.images else None
+        is_image = (ids == self.codec.image_pad).int()
+        return self.model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+    def _forward(self, batch):
+        """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
+        new = [r.pending() for r in batch]  # (ids, positions [3, n], pictures among them)
+        lengths = torch.tensor([len(ids) for ids, _, _ in new])
+        starts = torch.tensor([r.slot.length for r in batch])
+        width, device = int(lengths.max()), self.device
+        ids = torch.full((len(batch), width), self.codec.im_end)
+        positions = torch.zeros(3, len(batch), width, dtype=torch.long)
+        for b, (row, place, _) in enumerate(new):
+            ids[b, : len(row)] = torch.tensor(row)
+            positions[:, b, : len(row)] = place
+        embeds = self._embed(ids.to(device), [p for _, _, pictures in new for p in pictures])
+        mask = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
+        out = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions.to(device),
+            attention_mask={"full_attention": mask},
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
+        tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
+        for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
+            request.slot.length += length
+            request.take(token, logp, self.codec.stop_ids)
+
+    def _embed(self, ids, pictures):
+        """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
+        missing = {p.key: p for p in pictures if p.key not in self.features}
+        if missing:
+            pixels = torch.cat([self.codec.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
+            grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
+            features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
+            sizes = [p.tokens for p in missing.values()]
+            self.features.update(zip(missing, features.split(sizes), strict=True))
+        embeds = self.model.model.language_model.embed_tokens(ids)
+        if pictures:
+            embeds[ids == self.codec.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
+        return embeds
+
+    def _sample(self, logits, batch):
+        """(tokens, log-probs) of the next token of each request, logits float32 [B, V]."""
+        temperature = torch.tensor([r.sampling.temperature for r in batch], device=logits.device)
+        greedy = temperature == 0
+        scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+        logp = scaled.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+        cumulative = logp.double().exp().cumsum(-1)
+        draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
+        drawn = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+        tokens = torch.where(greedy, logp.argmax(-1), drawn)
+        return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+@dataclass
+class _Slot:
+    """A line of the KV cache: the ids whose keys and values it holds, and the request that uses it."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    images: tuple[str, ...] = ()
+    length: int = 0
+    owner: object = None
+
+
+class _Request:
+    def __init__(self, id, prompt, images, sampling):
+        self.id, self.prompt, self.images, self.sampling = id, prompt, images, sampling
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finished = ""
+        self.slot = None
+
+    def start(self, slot, positions):
+        self.slot, self.positions = slot, positions
+        self.next_position = int(positions.max()) + 1
+        generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
+
+    def draw(self):
+        return self.draws[len(self.ids)]
+
+    def pending(self):
+        """(ids, positions [3, n], pictures) that the cache does not hold yet."""
+        if self.ids:
+            position = self.next_position + len(self.ids) - 1
+            return self.ids[-1:], torch.full((3, 1), position), []
+        start = self.slot.length
+        return self.prompt[start:], self.positions[:, start:], self.images[len(self.slot.images) if start else 0 :]
+
+    def take(self, token, logp, stop_ids):
+        self.ids.append(token)
+        self.logprobs.append(logp)
+        if token in stop_ids:
+            self.finished = "stop"
+        elif len(self.ids) == self.sampling.max_tokens:
+            self.finished = "length"
+
+
+class _KVCache:
+    """Keys and values [slots, tokens + 1, heads, D] of each layer; the last column takes what padding writes.
+
+    It stands in for transformers' cache: attention calls `update` with the new keys and values [B, heads, N, D] and
+    gets back those of the whole sequences [B, heads, L, D].
+    """
+
+    def __init__(self, model, slots, tokens):
+        config = model.config.text_config
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, slots, tokens + 1, heads, width)
+        self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def begin(self, slots, starts, lengths, width, device):
+        """Set the batch that `update` will be about; returns its attention mask, bool [B, 1, N, L]."""
+        step = torch.arange(width)
+        place = starts[:, None] + step  # [B, N]
+        self.total = int((starts + lengths).max())
+        mask = torch.arange(self.total) <= place[..., None]
+        trash = self.store.shape[3] - 1
+        self.place = torch.where(step < lengths[:, None], place, trash).to(device)
+        self.rows = torch.tensor(slots, device=device)
+        self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
+        self.first = slots[0]
+        return mask[:, None].to(device)
+
+    def update(self, key, value, layer, *_, **__):
+        keys, values = self.store[layer]
+        keys[self.rows[:, None], self.place] = key.transpose(1, 2)
+        values[self.rows[:, None], self.place] = value.transpose(1, 2)
+        rows = slice(self.first, self.first + len(self.rows)) if self.whole else self.rows
+        return keys[rows, : self.total].transpose(1, 2), values[rows, : self.total].transpose(1, 2)
+
+    def get_seq_length(self, *_):
+        return 0
+
+
+class ScriptedEngine:
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, codec: Codec, script: Callable[[str, list[Picture], Sampling], str]):
+        self.codec, self.script, self.queue = codec, script, []
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        self.queue.append((request_id, prompt_ids, images, sampling))
+
+    def step(self):
+        replies = []
+        for request_id, prompt_ids, images, sampling in self.queue:
+            text = self.script(self.codec.show(prompt_ids), images, sampling)
+            ids = [*self.codec.encode(text), self.codec.im_end]
+            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
+            ids = ids[: sampling.max_tokens]
+            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
+        self.queue = []
+        return replies
+
+    def abort(self, request_ids):
+        ids = set(request_ids)
+        gone = [request[0] for request in self.queue if request[0] in ids]
+        self.queue = [request for request in self.queue if request[0] not in ids]
+        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
+
+    def load_weights(self, named_tensors, version):
+        """A script has no weights."""
+
+    def sleep(self):
+        """Nothing to free."""
+
+    def wake(self):
+        """Nothing to take back."""

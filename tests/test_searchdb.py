@@ -1,0 +1,608 @@
+"""The offline index: ranking against plain-Python loops, hostile queries, threads, builds that fail or are killed."""
+
+import io
+import json
+import math
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import searchdb
+from config import InputError
+from searchdb import SearchDB, build, embed
+
+ROOT = Path(searchdb.__file__).parent
+
+
+def encode(picture, format="PNG", **options):
+    """A PIL image or uint8 [H, W, 3] as an encoded file."""
+    buffer = io.BytesIO()
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data):
+    return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+def noise_pictures(count, seed=0, cells=6):
+    """Encoded pictures of `cells` x `cells` random colours."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (count, cells, cells, 3), np.uint8)
+    return [encode(np.kron(block, np.ones((8, 8, 1), np.uint8))) for block in blocks]
+
+
+def plain_documents(count=80, seed=0):
+    """Rows of few words, so that every query has many matches; each fifth repeats an earlier one, for ties."""
+    rng = random.Random(seed)
+    words = [f"w{n}" for n in range(25)]
+    weights = [1 / (n + 1) for n in range(25)]  # w0 is in most documents: its weight must not turn negative
+    rows = []
+    for n in range(count):
+        title, text = (" ".join(rng.choices(words, weights, k=rng.randint(1, top))) for top in (4, 30))
+        row = {"title": title, "text": text} if n % 5 or not n else dict(rng.choice(rows))
+        rows.append({**row, "url": f"u{n}"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """(open index, its document rows, its pictures): 80 documents, 40 pictures, the last four repeat earlier ones."""
+    path = tmp_path_factory.mktemp("index") / "search.sqlite"
+    docs, pictures = plain_documents(), noise_pictures(36)
+    pictures += [pictures[n] for n in (7, 3, 7, 30)]
+    build(path, docs, ({"image": data, "title": f"p{n}", "url": f"u{n}"} for n, data in enumerate(pictures)))
+    with closing(SearchDB(path)) as db:
+        yield db, docs, pictures
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def bm25(docs, query, k1=1.2, b=0.75):
+    """URLs of the documents that hold a word of the query, best first, by the textbook's formula."""
+    texts = [f"{row['title']} {row['text']}".split() for row in docs]
+    mean_length = sum(map(len, texts)) / len(texts)
+    scores = []
+    for n, words in enumerate(texts):
+        score = 0.0
+        for word in query:
+            holders = sum(word in other for other in texts)
+            idf = max(math.log((len(texts) - holders + 0.5) / (holders + 0.5)), 1e-6)
+            count = words.count(word)
+            score += idf * count * (k1 + 1) / (count + k1 * (1 - b + b * len(words) / mean_length))
+        if score:
+            scores.append((-round(score, 9), n))
+    return [docs[n]["url"] for _, n in sorted(scores)]
+
+
+@pytest.mark.parametrize("query", ["w0", "w7", "w24", "w0 w1 w2", "w3 w9 w14 w20", "w5 w24", "w11 w0 w23 w6 w18"])
+def test_text_ranks_as_plain_bm25_ties_in_order_of_indexing(index, query):
+    db, docs, _ = index
+    expected = bm25(docs, query.split())
+    assert [hit.url for hit in db.text(query, 100)] == expected
+    assert [hit.url for hit in db.text(query, 3)] == expected[:3]
+
+
+def test_text_returns_the_document_whole(tmp_path):
+    row = {"title": "Zürich – 'city'", "text": 'line\n"two"\x00 after the NUL, 東京', "url": "https://x.org/?a=1&b"}
+    build(tmp_path / "i.sqlite", [row, {"title": "other", "text": ""}])
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        (hit,) = db.text("zurich", 5)
+        assert (hit.title, hit.text, hit.url, hit.image) == (row["title"], row["text"], row["url"], None)
+        assert [hit.url for hit in db.text("other", 5)] == [""]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "a b#?%41.sqlite"  # a name that a careless URI would mangle
+    texts = ["alpha beta", "gamma delta", "café snake_case résumé", "the 中文 word"]
+    build(path, [{"title": f"t{n}", "text": text} for n, text in enumerate(texts)])
+    with closing(SearchDB(path)) as db:
+        yield db
+
+
+@pytest.mark.parametrize(
+    "query, found",
+    [
+        ("alpha", {"t0"}),
+        ("ALPHA, gamma!", {"t0", "t1"}),  # any word will do
+        ("alpha AND gamma", {"t0", "t1"}),  # operators are words
+        ("NOT alpha", {"t0"}),
+        ("-alpha", {"t0"}),
+        ("NEAR(alpha gamma)", {"t0", "t1"}),
+        ("text:alpha", {"t0"}),
+        ("url : gamma", {"t1"}),
+        ("{title text}: gamma", {"t1"}),
+        ("alph*", set()),  # no prefix search
+        ("^beta", {"t0"}),
+        ("gamma + beta", {"t0", "t1"}),
+        ('"alpha', {"t0"}),
+        ('beta" OR "gamma', {"t0", "t1"}),
+        ("'; DROP TABLE docs; -- delta", {"t1"}),
+        ("alpha\x00gamma", {"t0", "t1"}),
+        ("\ud83dalpha", {"t0"}),  # half a character
+        ("cafe", {"t2"}),
+        ("CAFÉ", {"t2"}),
+        ("cafe\u0301", {"t2"}),  # the accent as a character of its own
+        ("re\u0301sume\u0301", {"t2"}),
+        ("snake_case", {"t2"}),
+        ("beta_gamma", {"t0", "t1"}),  # two words, not a phrase
+        ("中文", {"t3"}),
+        ("AND", set()),
+        ("", set()),
+        (" \n\t", set()),
+        ("?!\"'()*:^-_+{}", set()),
+        ("\x00", set()),
+        ("a" * 100_000, set()),
+        ("alpha " + "b" * 100_000, {"t0"}),
+        ('alpha" ' * 20_000, {"t0"}),
+        ("(" * 100_000 + "alpha", {"t0"}),
+        (" ".join(f"x{n}" for n in range(63)) + " alpha", {"t0"}),
+        (" ".join(f"x{n}" for n in range(64)) + " alpha", set()),  # the 65th word
+        (" ".join(f"x{n}" for n in range(20_000)), set()),
+        ("x " * 64 + "alpha", {"t0"}),  # a word said again does not count again
+    ],
+)
+def test_any_text_is_a_query(small, query, found):
+    assert {hit.title for hit in small.text(query, 10)} == found
+
+
+def test_every_character_is_a_query(small):
+    every = [chr(n) for n in range(sys.maxunicode + 1)]
+    for start in range(0, len(every), 64):
+        assert small.text(" ".join(every[start : start + 64]), 9) == []
+    rng = random.Random(0)
+    for _ in range(300):  # without a separator before alpha some characters join it, so only "no error" can be asked
+        small.text("".join(rng.choices(every, k=4)) + "alpha" + "".join(rng.choices(every[:128], k=20)), 9)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_image_search_is_nearest_neighbour_ties_in_order_of_indexing(index):
+    db, _, pictures = index
+    vectors = [embed(data).tolist() for data in pictures]
+    for query in [*noise_pictures(5, seed=1), pictures[7], pictures[30]]:
+        wanted = embed(query).tolist()
+        scores = [sum(a * b for a, b in zip(vector, wanted, strict=True)) for vector in vectors]
+        order = sorted(range(len(scores)), key=lambda n, scores=scores: (-round(scores[n], 5), n))
+        hits = db.image(query, 100)
+        assert [(hit.title, hit.url) for hit in hits] == [(f"p{n}", f"u{n}") for n in order]
+        assert all(pixels(hit.image) == pixels(pictures[n]) for hit, n in zip(hits, order, strict=True))
+        assert db.image(query, 2) == hits[:2]
+    assert [hit.title for hit in db.image(pictures[7], 3)] == ["p7", "p36", "p38"]
+
+
+def test_equal_pictures_keep_their_order_in_a_large_index(tmp_path):
+    (data,) = noise_pictures(1)
+    build(tmp_path / "i.sqlite", images=({"image": data, "title": str(n)} for n in range(203)))
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        assert [hit.title for hit in db.image(noise_pictures(1, seed=2)[0], 203)] == [str(n) for n in range(203)]
+
+
+COLOURS = ["#dc2828", "#28a03c", "#3250dc", "#f0c828", "#963cb4", "#28bec8"]
+GROUNDS = ["#f5f5f5", "#1e1e1e", "#969696", "#fabec8"]
+
+
+def thing(shape, colour, ground, rng=None, side=56):
+    """A coloured shape; with rng: elsewhere, of another size, brighter or darker, noisy."""
+    dx, dy, scale, light = (
+        (0, 0, 1, 1) if rng is None else (*rng.uniform(-4, 4, 2), *rng.uniform([0.8, 0.92], [1.2, 1.08]))
+    )
+    x, y, r = 4 * (28 + dx), 4 * (28 + dy), 4 * 17 * scale  # drawn four times as large, for soft edges
+    large = Image.new("RGB", (224, 224), ground)
+    pen = ImageDraw.Draw(large)
+    if shape == 0:
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    else:
+        pen.regular_polygon(
+            (x, y, r * 1.1), {1: 3, 2: 4, 3: 4}[shape], rotation={1: 0, 2: 0, 3: 45}[shape], fill=colour
+        )
+    pixels = np.asarray(large.resize((side, side), Image.Resampling.BOX), np.float32) * light
+    if rng is not None:
+        pixels = pixels + rng.normal(0, 12, pixels.shape)
+    return encode(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def test_embedding_finds_a_thing_drawn_again():
+    rng = np.random.default_rng(0)
+    things = [(s, c, g) for s in range(4) for c in COLOURS for g in GROUNDS]
+    gallery = np.stack([embed(thing(*t)) for t in things])
+    side = lambda n: (56, 84)[n % 2]  # noqa: E731
+    best = [int(np.argmax(gallery @ embed(thing(*t, rng, side(n))))) for n, t in enumerate(things)]
+    assert np.mean([n == found for n, found in enumerate(best)]) >= 0.95
+
+
+def test_embedding_is_a_unit_vector_of_any_picture():
+    flat, dot = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (500, 300), "white")
+    dot.putpixel((499, 0), (0, 0, 0))
+    for data in [encode(flat), encode(dot), encode(Image.new("RGB", (1, 1))), *noise_pictures(2)]:
+        vector = embed(data)
+        assert (vector.shape, vector.dtype) == ((432,), np.float32)
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    for junk in (b"", b"no picture", encode(flat)[:60]):
+        with pytest.raises(InputError):
+            embed(junk)
+
+
+def test_embedding_of_a_speck_shows_what_is_around_it():
+    vectors = []
+    for ground in ("white", "yellow"):
+        picture = Image.new("RGB", (280, 280), ground)
+        picture.paste("black", (140, 140, 150, 150))
+        vectors.append(embed(encode(picture)))
+    assert vectors[0] @ vectors[1] < 0.8
+
+
+def test_embedding_sees_pixels_not_files():
+    cut_out = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+    ImageDraw.Draw(cut_out).ellipse((15, 15, 45, 45), fill="blue")
+    on_white = Image.new("RGB", (60, 60), "white")
+    ImageDraw.Draw(on_white).ellipse((15, 15, 45, 45), fill="blue")
+    assert np.array_equal(embed(encode(cut_out)), embed(encode(on_white)))
+    assert embed(encode(on_white)) @ embed(encode(on_white, "JPEG", quality=60)) > 0.99
+    assert embed(encode(on_white)) @ embed(encode(on_white.resize((300, 300)))) > 0.99
+
+
+@pytest.mark.parametrize(
+    "size, expected, format",
+    [
+        ((56, 56), (56, 56), "PNG"),
+        ((112, 80), (112, 80), "PNG"),
+        ((113, 80), (113, 80), "JPEG"),
+        ((336, 100), (336, 100), "JPEG"),
+        ((1000, 500), (336, 168), "JPEG"),
+        ((100, 700), (48, 336), "JPEG"),
+    ],
+)
+def test_thumbnails(tmp_path, size, expected, format):
+    picture = Image.linear_gradient("L").resize(size).convert("RGB")
+    build(tmp_path / "i.sqlite", images=[{"image": encode(picture, "BMP"), "title": ""}])
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        thumbnail = Image.open(io.BytesIO(db.image(encode(picture), 1)[0].image))
+    assert (thumbnail.size, thumbnail.format, thumbnail.mode) == (expected, format, "RGB")
+    difference = np.abs(np.asarray(thumbnail, int) - np.asarray(picture.resize(expected), int)).max()
+    assert difference == 0 if format == "PNG" else difference <= 5
+
+
+# --- threads and lifetime -------------------------------------------------------------------------------------------
+
+
+def test_many_threads_search_at_once(index):
+    db, _, pictures = index
+    jobs = [(db.text, f"w{n % 25} w{n % 7}") for n in range(200)] + [(db.image, pictures[n % 40]) for n in range(100)]
+    random.Random(0).shuffle(jobs)
+    alone = [search(query, 5) for search, query in jobs]
+    start = threading.Barrier(8)
+    with ThreadPoolExecutor(8, initializer=start.wait) as pool:
+        together = list(pool.map(lambda job: job[0](job[1], 5), jobs))
+    assert together == alone
+
+
+def test_two_searches_never_share_a_connection(index):
+    db = index[0]
+    with db._connection() as first, db._connection() as second:
+        assert first is not second
+    with db._connection() as again:
+        assert again in (first, second)  # and they are used again, not opened anew for each search
+
+
+def test_it_only_reads(index):
+    with index[0]._connection() as db, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        db.execute("DELETE FROM images")
+
+
+def test_closed_means_closed(tmp_path):
+    build(tmp_path / "i.sqlite", [{"title": "a", "text": "a"}])
+    db = SearchDB(tmp_path / "i.sqlite")
+    assert len(db.text("a", 1)) == 1
+    with db._connection() as connection:
+        pass
+    db.close()
+    db.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        connection.execute("SELECT 1")
+    with pytest.raises(ValueError, match="closed"):
+        db.text("a", 1)
+
+
+# --- files that are not an index ------------------------------------------------------------------------------------
+
+
+def no_file(path):
+    pass
+
+
+def folder(path):
+    path.mkdir()
+
+
+def a_text(path):
+    path.write_text("x" * 100)
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+def other_database(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE images(embedding)")
+
+
+def other_version(path):
+    build(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+
+
+def cut_short(path):
+    build(path, plain_documents(), ({"image": data, "title": ""} for data in noise_pictures(20)))
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def short_embedding(path):
+    build(path, images=({"image": data, "title": ""} for data in noise_pictures(2)))
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE images SET embedding = x'0000000000000000' WHERE rowid = 2")
+        db.commit()
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (no_file, "no such search index"),
+        (folder, "no such search index"),
+        (a_text, "not a search index"),
+        (empty_file, "not a search index"),
+        (other_database, "not a search index"),
+        (other_version, "version 99"),
+        (cut_short, "damaged"),
+        (short_embedding, "damaged"),
+    ],
+)
+def test_what_is_not_an_index_is_refused_in_one_line(tmp_path, make, why):
+    path = tmp_path / "i.sqlite"
+    make(path)
+    with pytest.raises(InputError, match=why) as error:
+        SearchDB(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "build" in str(error.value)  # what to do
+
+
+# --- build ----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+import searchdb
+def rows():
+    for n in range(500):
+        if n == 400: os._exit(9)
+        yield {"title": f"t{n}", "text": "word " * 2000}
+searchdb.build(sys.argv[1], rows())
+"""
+
+
+def test_a_killed_build_leaves_nothing_or_the_old_index(tmp_path):
+    path = tmp_path / "i.sqlite"
+    command = [sys.executable, "-c", KILLED, str(path)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    assert not path.exists()
+    build(path, [{"title": "old", "text": "word"}])
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    with closing(SearchDB(path)) as db:
+        assert [hit.title for hit in db.text("word", 5)] == ["old"]
+    build(path, [{"title": "new", "text": "word"}])
+    with closing(SearchDB(path)) as db:
+        assert [hit.title for hit in db.text("word", 5)] == ["new"]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def rows():
+        yield {"title": "a", "text": "b"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "i.sqlite", rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_streamed(tmp_path):
+    class Row(dict):  # a plain dict takes no weak references
+        pass
+
+    made, alive, pictures = [], [], noise_pictures(30)
+
+    def rows():
+        for n in range(30):
+            row = Row(title=str(n), text="", image=pictures[n])
+            made.append(weakref.ref(row))
+            alive.append(sum(ref() is not None for ref in made))
+            yield row
+
+    build(tmp_path / "i.sqlite", rows(), rows())
+    assert len(alive) == 60 and max(alive) <= 3
+
+
+def test_equal_input_makes_equal_files(tmp_path):
+    for name in "ab":
+        build(tmp_path / name, plain_documents(), ({"image": data, "title": ""} for data in noise_pictures(5)))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_only_an_index_is_overwritten(tmp_path):
+    precious = tmp_path / "docs.jsonl"
+    precious.write_text("{}\n")
+    for path in (precious, tmp_path):
+        with pytest.raises(InputError, match="not a search index"):
+            build(path, [])
+    assert precious.read_text() == "{}\n"
+    for path in (tmp_path / "none" / "i.sqlite", precious / "i.sqlite"):
+        with pytest.raises(InputError, match="no folder"):
+            build(path, [])
+    other_version(tmp_path / "i.sqlite")
+    build(tmp_path / "i.sqlite", [])
+    SearchDB(tmp_path / "i.sqlite").close()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    small_disk = searchdb.SCHEMA + "PRAGMA max_page_count = 20;"
+    monkeypatch.setattr(searchdb, "SCHEMA", small_disk)
+    with pytest.raises(InputError, match="cannot write the index .*full"):
+        build(tmp_path / "i.sqlite", ({"title": "t", "text": "word " * 5000} for _ in range(50)))
+    assert list(tmp_path.iterdir()) == []
+
+
+PICTURE = noise_pictures(1)[0]
+BAD_DOCS = [
+    ({"text": "x"}, "field title"),
+    ({"title": "x"}, "field text"),
+    ({"title": None, "text": "x"}, "field title"),
+    ({"title": "x", "text": ["x"]}, "field text"),
+    ({"title": "x", "text": "x", "url": 3}, "field url"),
+    ({"title": "x\ud83d", "text": "x"}, "field title"),
+    (["title", "text"], "JSON object"),
+]
+BAD_IMAGES = [
+    ({"image": PICTURE}, "field title"),
+    ({"title": "x"}, "field image"),
+    ({"title": "x", "image": None}, "field image"),
+    ({"title": "x", "image": 3}, "field image"),
+    ({"title": "x", "image": ""}, "field image"),
+    ({"title": "x", "image": "no/such/file.png"}, "field image: cannot read 'no/such/file.png'"),
+    ({"title": "x", "image": "a\x00b"}, "field image"),
+    ({"title": "x", "image": b""}, "field image: not a"),
+    ({"title": "x", "image": b"text"}, "field image: not a"),
+    ({"title": "x", "image": PICTURE[:200]}, "field image: not a"),
+]
+
+
+@pytest.mark.parametrize("row, field", BAD_DOCS)
+def test_bad_document(tmp_path, row, field):
+    with pytest.raises(InputError, match=f"^docs row 2: .*{field}"):
+        build(tmp_path / "i.sqlite", [{"title": "good", "text": "x"}, row])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("row, field", BAD_IMAGES)
+def test_bad_image(tmp_path, row, field):
+    with pytest.raises(InputError, match=f"^images row 3: .*{field}") as error:
+        build(tmp_path / "i.sqlite", [], [{"title": "good", "image": PICTURE}] * 2 + [row])
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_left_out_and_counted(tmp_path):
+    docs = [row for row, _ in BAD_DOCS] + [{"title": "good", "text": "x", "id": 17, "url": None}]
+    images = [row for row, _ in BAD_IMAGES] + [{"title": "good", "image": PICTURE, "id": "q"}]
+    bad = build(tmp_path / "i.sqlite", docs, images, skip_bad_rows=True)
+    assert bad == len(BAD_DOCS) + len(BAD_IMAGES)
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        assert (db.stats()["docs"], db.stats()["images"]) == (1, 1)
+        with db._connection() as connection:
+            ids = connection.execute("SELECT id FROM docs UNION ALL SELECT id FROM images").fetchall()
+    assert ids == [("17",), ("q",)]
+
+
+def test_empty_sides(tmp_path):
+    build(tmp_path / "none")
+    with closing(SearchDB(tmp_path / "none")) as db:
+        assert db.text("word", 5) == [] and db.image(PICTURE, 5) == []
+        with pytest.raises(InputError):
+            db.image(b"no picture", 5)
+        assert db.stats() == {"docs": 0, "images": 0, "bytes": (tmp_path / "none").stat().st_size}
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def command(*args, cwd):
+    run = subprocess.run([sys.executable, str(ROOT / "searchdb.py"), *map(str, args)], cwd=cwd, capture_output=True)
+    return run.returncode, run.stdout.decode(), run.stderr.decode()
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A folder `in` with docs.jsonl (3 rows) and images.jsonl (2 rows, whose paths start at that folder)."""
+    source = tmp_path / "in"
+    (source / "pictures").mkdir(parents=True)
+    docs = plain_documents(3)
+    (source / "docs.jsonl").write_text("\n".join(json.dumps(row) for row in docs) + "\n\n")
+    for n, data in enumerate(noise_pictures(2)):
+        (source / "pictures" / f"{n}.png").write_bytes(data)
+    absolute = str(source / "pictures" / "1.png")
+    rows = [{"image": "pictures/0.png", "title": "zero", "url": "u0"}, {"image": absolute, "title": "one"}]
+    (source / "images.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return source
+
+
+def test_command_line(tmp_path, jsonl):
+    code, out, err = command("index", "--docs", "in/docs.jsonl", "--images", "in/images.jsonl", "--out=s", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    size = f"{(tmp_path / 's').stat().st_size / 1e6:.1f} MB"
+    assert out == f"s: 3 documents, 2 images, {size}\n"
+    assert command("stats", "s", cwd=tmp_path) == (0, out, "")
+    with closing(SearchDB(tmp_path / "s")) as db:
+        hits = db.image(noise_pictures(2)[1], 2)
+        assert [(hit.title, hit.url) for hit in hits] == [("one", ""), ("zero", "u0")]
+        assert db.text("w0", 9)
+
+
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        ([], "command"),
+        (["stats", "none"], "none: no such search index"),
+        (["index", "--docs", "in/docs.jsonl", "--out", "in/images.jsonl"], "not a search index"),
+        (["index", "--docs", "in/bad.jsonl", "--out", "s"], "in/bad.jsonl, line 3: not JSON"),
+    ],
+)
+def test_command_line_says_what_is_wrong(tmp_path, jsonl, args, why):
+    (jsonl / "bad.jsonl").write_text('{"title": "a", "text": "b"}\n\n{"title": \n')
+    before = (jsonl / "images.jsonl").read_text()
+    code, out, err = command(*args, cwd=tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and why in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert (jsonl / "images.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["index", "--out", "s"], "--docs, --images or both"),
+        (["index", "--docs", "in/docs.jsonl"], "--out"),
+        (["index", "--docs", "in/docs.jsonl", "--images", "none.jsonl", "--out", "s"], "none.jsonl: no such file"),
+        (["index", "--doc", "in/docs.jsonl", "--out", "s"], "--doc"),  # no abbreviations
+        (["index", "--images", "in/docs.jsonl", "--out", "s"], "in/docs.jsonl, line 1: field image"),
+        (["index", "--docs", "in/latin.jsonl", "--out", "s"], "in/latin.jsonl, line 1: not JSON"),
+        (["delete", "s"], "delete"),
+        (["stats"], "FILE"),
+    ],
+)
+def test_main_says_what_is_wrong(tmp_path, jsonl, monkeypatch, args, why):
+    (jsonl / "latin.jsonl").write_bytes('{"title": "é"}'.encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=why):
+        searchdb.main(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_main_counts_the_rows_it_leaves_out(tmp_path, jsonl, capsys):
+    with open(jsonl / "docs.jsonl", "a") as file:
+        file.write('{"title": "cut sho\n[]\n')
+    args = ["index", "--docs", str(jsonl / "docs.jsonl"), "--out", str(tmp_path / "s"), "--skip_bad_rows"]
+    searchdb.main(args)
+    assert capsys.readouterr().out.startswith(f"left out 2 bad rows\n{tmp_path / 's'}: 3 documents, 0 images")

@@ -1,0 +1,509 @@
+"""The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
+
+The world has 1,148 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
+(founder, city, river). 48 of them are *known*: the base model is taught their names and facts. 950 unknown ones appear
+in training questions, 150 others only in validation questions. Everybody is asked about in the same words, so whether a
+question needs a search can only be told by recognising the picture or not:
+
+    known name      what is it called?     answer at once
+    known fact      who founded it?        answer at once
+    unknown name    what is it called?     image search
+    unknown fact    who founded it?        image search for the name, text search for the fact
+
+`build` leaves a folder with the tokenizer, questions (veRL parquet), a search index, and a model in three stages:
+`base` sees and copies, knows the known things and says `unknown` of others; `model` has also seen conversations of a
+scripted, sloppy policy whose searching has nothing to do with need. From there, `train.py` is on its own.
+
+    python toy.py            # builds the world of the preset; train.py does this by itself
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import searchdb
+from config import Config, parse, run_main
+from data import Codec, Episode, Question
+from grpo import token_weights
+from policy import export_hf, init_distributed, load_policy, pack, update
+from rollout import Reply, ScriptedEngine, run
+from tools import OfflineSearch
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+COLORS = {
+    "red": (214, 40, 40), "green": (36, 150, 60), "blue": (40, 70, 210), "yellow": (240, 210, 40),
+    "purple": (140, 50, 170), "orange": (245, 130, 30), "white": (245, 245, 245), "black": (25, 25, 25),
+}  # fmt: skip
+PATTERNS = ("plain", "stripes", "dots", "grid")
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+FACTS = ("founder", "city", "river")
+KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 48, 950, 150
+WORDINGS = {
+    "name": ("what is it called?", "what is its name?"),
+    "founder": ("who founded it?", "who is its founder?"),
+    "city": ("in which city is it?", "what is its city?"),
+    "river": ("on which river is it?", "what is its river?"),
+}
+SEEING = "what do you see?"
+KINDS = ("known name", "known fact", "unknown name", "unknown fact")
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    color: str
+    ground: str
+    pattern: str
+    name: str
+    founder: str
+    city: str
+    river: str
+    known: bool
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Where the parts of a built world are."""
+
+    folder: Path
+
+    model = property(lambda self: self.folder / "model")
+    base = property(lambda self: self.folder / "base")
+    train = property(lambda self: self.folder / "world" / "train.parquet")
+    val = property(lambda self: self.folder / "world" / "val.parquet")
+    index = property(lambda self: self.folder / "world" / "search.sqlite")
+
+
+def locate(cfg: Config) -> Toy:
+    """The folder of the world that this configuration and this version of the file describe."""
+    steps = [cfg.toy_seed, cfg.toy_pretrain_steps, cfg.toy_teach_steps, cfg.toy_warmup_steps]
+    recipe = Path(__file__).read_text() + json.dumps(steps)
+    return Toy(Path(cfg.toy_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:10])
+
+
+def ensure(cfg: Config) -> Toy:
+    """The world of this configuration, built first if it is not there: by rank 0, in a process of its own, with all
+    cores, while the other ranks wait."""
+    toy = locate(cfg)
+    if dist.get_rank() == 0 and not toy.model.exists():
+        print(f"building the toy world in {toy.folder} (once; a few minutes)", file=sys.stderr)
+        alone = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+        names = ("toy_dir", "toy_seed", "toy_pretrain_steps", "toy_teach_steps", "toy_warmup_steps", "threads")
+        args = [f"--{name}={getattr(cfg, name)}" for name in names]
+        done = subprocess.run([sys.executable, __file__, *args], env=alone, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
+    dist.barrier()
+    return toy
+
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def build(folder: str | Path, cfg: Config | None = None) -> Toy:
+    """Build the world in `folder`: three stages, each written under a temporary name and renamed, each skipped if it is
+    there. About 5 minutes on 2 cores."""
+    toy, cfg = Toy(Path(folder)), cfg or Config()
+    device = init_distributed(cfg)
+    rng = random.Random(f"world {cfg.toy_seed}")
+    things = make_things(rng)
+    _stage(toy.folder / "world", lambda path: write_world(path, things, cfg))
+    _stage(toy.base, lambda path: make_base(path, toy, things, cfg, device))
+    _stage(toy.model, lambda path: warm_up(path, toy, things, cfg, device))
+    return toy
+
+
+def _stage(path, make):
+    if path.exists():
+        return
+    temporary = Path(f"{path}.building")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    make(temporary)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------- the world
+
+
+def make_things(rng: random.Random) -> list[Thing]:
+    """All things: first the known, then the unknown of training, then those of validation. No word is used twice."""
+    looks = [(s, c, g, p) for s, c, g, p in product(SHAPES, COLORS, COLORS, PATTERNS) if c != g]
+    looks = rng.sample(looks, KNOWN + TRAIN_UNKNOWN + VAL_UNKNOWN)
+    words = [a + b for a, b in product(SYLLABLES, SYLLABLES) if a != b]
+    words = rng.sample(words, 4 * len(looks))
+    return [Thing(*look, *words[4 * i : 4 * i + 4], known=i < KNOWN) for i, look in enumerate(looks)]
+
+
+def draw(look, rng: random.Random, size: int = 56, noise: float = 10.0) -> bytes:
+    """A picture of (shape, color, ground, pattern) as JPEG bytes; position, scale, light and noise differ each time."""
+    shape, color, ground, pattern = look
+    scale, light = 2, rng.uniform(0.9, 1.1)
+    image = Image.new("RGB", (size * scale,) * 2, COLORS[ground])
+    stamp = Image.new("L", image.size, 0)
+    radius = size * scale * 0.36 * rng.uniform(0.85, 1.15)
+    x, y = (size * scale / 2 + rng.uniform(-0.06, 0.06) * size * scale for _ in range(2))
+    _draw_shape(ImageDraw.Draw(stamp), shape, x, y, radius)
+    image.paste(_fill(image.size, COLORS[color], pattern, scale * size / 56), mask=stamp)
+    image = image.resize((size, size), Image.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    pixels = pixels * light + torch.randn(len(pixels), generator=generator) * noise
+    image = Image.frombytes("RGB", (size, size), pixels.clamp(0, 255).byte().numpy().tobytes())
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def _draw_shape(pen, shape, x, y, r):
+    box = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        pen.ellipse(box, fill=255)
+    elif shape == "square":
+        pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=255)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=255)
+    elif shape == "diamond":
+        pen.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=255)
+    elif shape == "cross":
+        pen.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill=255)
+        pen.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=255)
+    else:  # ring
+        pen.ellipse(box, fill=255)
+        pen.ellipse((x - 0.5 * r, y - 0.5 * r, x + 0.5 * r, y + 0.5 * r), fill=0)
+
+
+def _fill(size, color, pattern, unit):
+    """The shape's colour with a darker or lighter pattern on it."""
+    image = Image.new("RGB", size, color)
+    pen = ImageDraw.Draw(image)
+    mark = tuple(int(c * 0.45) if sum(color) > 200 else int(c + 150) for c in color)
+    step = int(10 * unit)
+    for a in range(0, size[0], step):
+        if pattern in ("stripes", "grid"):
+            pen.line((0, a, size[0], a), fill=mark, width=int(3 * unit))
+        if pattern == "grid":
+            pen.line((a, 0, a, size[1]), fill=mark, width=int(3 * unit))
+        for b in range(0, size[1], step) if pattern == "dots" else ():
+            pen.ellipse((a, b, a + 5 * unit, b + 5 * unit), fill=mark)
+    return image
+
+
+def look_of(thing: Thing):
+    return thing.shape, thing.color, thing.ground, thing.pattern
+
+
+def write_world(path: Path, things: list[Thing], cfg: Config) -> None:
+    """Questions as veRL parquet, and the search index: a gallery picture of everything, a document for each fact."""
+    rng = random.Random(f"pictures {cfg.toy_seed}")
+    gallery = ({"image": draw(look_of(t), rng, size=72, noise=3.0), "title": t.name} for t in things)
+    documents = ({"title": f"{t.name} {fact}", "text": getattr(t, fact)} for t in things for fact in FACTS)
+    searchdb.build(path / "search.sqlite", documents, gallery)
+    seen, unseen = things[: KNOWN + TRAIN_UNKNOWN], things[:KNOWN] + things[KNOWN + TRAIN_UNKNOWN :]
+    _write_questions(path / "train.parquet", seen, 400, rng)
+    _write_questions(path / "val.parquet", unseen, 60, rng)
+
+
+def _write_questions(path, things, per_kind, rng):
+    """`per_kind` questions of each kind in random order; every picture is new."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for kind in KINDS:
+        of_kind = [t for t in things if t.known == kind.startswith("known")]
+        for i in range(per_kind):
+            thing = of_kind[i % len(of_kind)]
+            what = "name" if kind.endswith("name") else rng.choice(FACTS)
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": rng.choice(WORDINGS[what])}],
+                    "images": [{"bytes": draw(look_of(thing), rng)}],
+                    "reward_model": {"ground_truth": getattr(thing, what), "candidate_answers": "[]", "style": "rule"},
+                    "data_source": kind,
+                    "data_id": f"{thing.name}-{what}",
+                }
+            )
+    rng.shuffle(rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+# ------------------------------------------------------------------------------------- tokenizer and tiny model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+TAGS = ("reason", "answer", "search", "text_search", "information")
+
+
+def save_tokenizer(path: Path) -> None:
+    """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
+    else falls to pieces, but nothing is unknown."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    split = pre_tokenizers.Split(__import__("tokenizers").Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    sentences = [w for words in WORDINGS.values() for w in words] + [SEEING]
+    words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
+    words += ["user", "assistant", "system", "unknown", "the", "search", "failed", "found", "nothing", "say"]
+    corpus = [f" {s}" for s in SYLLABLES] + SYLLABLES + [f" {w}" for w in words] + words
+    specials = [f"<|{name}|>" for name in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=1, special_tokens=specials, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    trained.train_from_iterator(corpus, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<img>"]
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(path)
+
+
+def save_random_model(path: Path, seed: int) -> None:
+    """Tokenizer, image processor and a random Qwen2.5-VL of about 1.2 million parameters."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    save_tokenizer(path)
+    tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            bos_token_id=None, eos_token_id=id_of("im_end"), pad_token_id=id_of("endoftext"),
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, window_size=112,
+            fullatt_block_indexes=[1], initializer_range=0.05,
+        ),
+        tie_word_embeddings=True, image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
+        vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(path)
+
+
+# ------------------------------------------------------------------------------------------------------ lessons
+
+
+class Lessons:
+    """Makes the short exchanges that the base model is trained on."""
+
+    def __init__(self, things: list[Thing], codec: Codec, seed):
+        self.rng = random.Random(f"lessons {seed}")
+        self.things, self.codec = things, codec
+        hidden = {look_of(t) for t in things[KNOWN + TRAIN_UNKNOWN :]}  # validation's unknowns are never drawn here
+        looks = product(SHAPES, COLORS, COLORS, PATTERNS)
+        self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
+
+    def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
+        episode = Episode.start(Question(id="lesson", text=text, images=images), self.codec)
+        ids = [*self.codec.encode(f" {reply}"), self.codec.im_end]
+        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
+        return episode
+
+    def seeing(self, n: int) -> list[Episode]:
+        """Describe n random pictures: pattern, colour, shape and ground."""
+        lessons = []
+        for shape, color, ground, pattern in self.rng.choices(self.looks, k=n):
+            image = draw((shape, color, ground, pattern), self.rng)
+            lessons.append(self.lesson(SEEING, f"{pattern} {color} {shape} {ground}", image))
+        return lessons
+
+    def copying(self, n: int) -> list[Episode]:
+        """Repeat words; find the value of a key in a list."""
+        lessons = []
+        for i in range(n):
+            words = ["".join(self.rng.choices(SYLLABLES, k=2)) for _ in range(12)]
+            if i % 2:
+                text = " ".join(words[: self.rng.randint(1, 5)])
+                lessons.append(self.lesson(f"say {text}", text))
+                continue
+            facts = [self.rng.choice(FACTS) for _ in range(4)]
+            pairs = [(f"{words[j]} {facts[j]}", words[4 + j]) for j in range(4)]
+            key, value = self.rng.choice(pairs)
+            listing = "\n".join(f" {k}: {v}" for k, v in pairs)
+            lessons.append(self.lesson(f"{listing}\n say {key}", value))
+        return lessons
+
+    def knowing(self, n: int) -> list[Episode]:
+        """Names and facts of known things; `unknown` for the unknown ones of training."""
+        lessons = []
+        for i in range(n):
+            pool = self.things[:KNOWN] if i % 2 else self.things[KNOWN : KNOWN + TRAIN_UNKNOWN]
+            thing, what = self.rng.choice(pool), self.rng.choice(["name", "name", "name", *FACTS])
+            reply = getattr(thing, what) if thing.known else "unknown"
+            lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), reply, draw(look_of(thing), self.rng)))
+        return lessons
+
+
+class _Optimizers:
+    """Muon for the matrices inside the blocks, AdamW for the rest, both on one cosine: in a random tiny model Muon
+    needs a fraction of AdamW's steps."""
+
+    def __init__(self, model, steps, adam_lr, muon_lr=0.0):
+        named = [(n, p) for n, p in model.named_parameters()]
+        matrices = [(n, p) for n, p in named if muon_lr and p.ndim == 2 and ("layers." in n or "blocks." in n)]
+        ids = {id(p) for _, p in matrices}
+        self.optimizers = [torch.optim.AdamW([p for _, p in named if id(p) not in ids], adam_lr, (0.9, 0.98))]
+        if matrices:
+            text = [p for n, p in matrices if "visual" not in n]
+            vision = [p for n, p in matrices if "visual" in n]
+            groups = [dict(params=text, lr=muon_lr), dict(params=vision, lr=muon_lr / 2)]
+            self.optimizers.append(torch.optim.Muon(groups, weight_decay=0.0))
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 20, (steps - s) / (0.5 * steps)))
+            for o in self.optimizers
+        ]
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self):
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+
+def imitate(model, optimizer, episodes: list[Episode], codec: Codec, cfg: Config, device) -> float:
+    """One supervised step on the sampled tokens of the episodes, through the trainer's packing and update; mean
+    loss."""
+    rows = pack(episodes, codec, model, cfg.max_tokens_per_batch)
+
+    def row_loss(number, row, logp, entropy):
+        weights, count = token_weights(row.sequence, "tokens")
+        return -(logp * weights).sum(), count, {}
+
+    sums = update(model, optimizer, rows, row_loss, cfg, device)
+    return sums["loss"] / sums["count"]
+
+
+def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
+    """A random model learns to see and to copy, then the known things, with replay of both."""
+    save_random_model(path, cfg.toy_seed)
+    codec = Codec(path, cfg)
+    model = load_policy(path, codec, cfg, device)
+    lessons = Lessons(things, codec, cfg.toy_seed)
+    optimizer = _Optimizers(model, cfg.toy_pretrain_steps, 4e-3, 6e-3)
+    for _ in (bar := tqdm(range(cfg.toy_pretrain_steps), "base model: seeing, copying", leave=True)):
+        loss = imitate(model, optimizer, lessons.seeing(32) + lessons.copying(40), codec, cfg, device)
+        bar.set_postfix(loss=f"{loss:.3f}")
+    optimizer = _Optimizers(model, cfg.toy_teach_steps, 2e-3, 3e-3)
+    for _ in (bar := tqdm(range(cfg.toy_teach_steps), "base model: known things", leave=True)):
+        batch = lessons.knowing(96) + lessons.seeing(12) + lessons.copying(12)
+        bar.set_postfix(loss=f"{imitate(model, optimizer, batch, codec, cfg, device):.3f}")
+    export_hf(path / "export", model, codec)
+    for file in (path / "export").iterdir():
+        os.replace(file, path / file.name)
+    (path / "export").rmdir()
+
+
+# ------------------------------------------------------------------------------------------------------ warm-up
+
+
+class SloppyPolicy:
+    """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
+    is well-formed, and blind to need: no search .33, image search .20, image and text search .47."""
+
+    def __init__(self, codec: Codec):
+        self.codec = codec
+        self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about whom
+
+    def question(self, thing: Thing, what: str, rng: random.Random) -> Question:
+        image = draw(look_of(thing), rng)
+        self.asked[self.codec.picture(image).key] = (thing, what)
+        return Question(id=f"warm-up {len(self.asked)}", text=rng.choice(WORDINGS[what]), images=(image,))
+
+    def __call__(self, prompt: str, images, sampling) -> str:
+        thing, what = self.asked[images[0].key]
+        die = random.Random(images[0].key)
+        plan = die.choices(["", "image", "image text"], [0.33, 0.20, 0.47])[0]
+        belief = getattr(thing, what) if thing.known else "unknown"
+        results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
+        if not results:
+            return _turn(belief, "<search><img></search>" if plan else _answer(belief))
+        name = re.search(r"<image> (\w+)", results[0])[1]
+        if len(results) == 1:
+            if "text" in plan:
+                fact = die.choice(FACTS) if what == "name" else what
+                return _turn(name, f"<text_search> {name} {fact}</text_search>")
+            return _turn(name, _answer(name if what == "name" else belief))
+        value = re.search(rf" {name} {what}: (\w+)", results[1])
+        found = name if what == "name" else value[1] if value else "unknown"
+        return _turn(found, _answer(found))
+
+
+def _turn(thought, action):
+    return f"<reason> {thought}.</reason>{action}"
+
+
+def _answer(text):
+    return f"<answer> {text}</answer>"
+
+
+def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
+    """Supervised steps on conversations of the sloppy policy, held by the ordinary rollout, with replay of the
+    lessons."""
+    codec = Codec(toy.base, cfg)
+    model = load_policy(toy.base, codec, cfg, device)
+    lessons = Lessons(things, codec, f"warm-up {cfg.toy_seed}")
+    policy, rng = SloppyPolicy(codec), random.Random(f"warm-up {cfg.toy_seed}")
+    engine = ScriptedEngine(codec, policy)
+    search = OfflineSearch(searchdb.SearchDB(toy.index), image_results=cfg.image_results, text_results=cfg.text_results)
+    optimizer = _Optimizers(model, cfg.toy_warmup_steps, 3e-3)
+    for _ in (bar := tqdm(range(cfg.toy_warmup_steps), "warm-up: a sloppy policy", leave=True)):
+        questions = []
+        for i in range(40):
+            thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
+            questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
+        episodes = run(questions, engine, search, codec, cfg, ordered=True)
+        episodes += lessons.knowing(24) + lessons.seeing(8) + lessons.copying(8)
+        bar.set_postfix(loss=f"{imitate(model, optimizer, episodes, codec, cfg, device):.3f}")
+    export_hf(path / "export", model, codec)
+    for file in (path / "export").iterdir():
+        os.replace(file, path / file.name)
+    (path / "export").rmdir()
+
+
+def main() -> None:
+    cfg = parse(sys.argv[1:])
+    print(build(locate(cfg).folder, cfg).folder)
+
+
+if __name__ == "__main__":
+    run_main(main)

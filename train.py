@@ -1,0 +1,526 @@
+"""GRPO for a vision-language model that learns when and how to search (MMSearch-R1, arXiv 2506.20670).
+
+    torchrun train.py                                  # the toy world, on a laptop (plain `python train.py` is the
+    same)
+    torchrun --nproc_per_node 2 train.py               # two processes, FSDP2
+    torchrun --nproc_per_node 8 train.py --preset qwen2.5-vl-7b --train_files F... --val_files F... --search_index DB
+
+A step holds conversations about some questions, scores them, and makes them more or less likely by how they compare
+with the others about the same question:
+
+    episodes = run(questions, engine, search)          # rollout.py: multi-turn, with real searches
+    rewards  = score(episodes)                         # reward.py
+    update(policy, policy_loss(logp, advantages))      # grpo.py, policy.py
+    engine.load_weights(full_weights(policy))
+
+Deviations from the paper are listed in the README. --help lists every setting.
+"""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import config
+import toy
+from config import Config, InputError, parse, run_main
+from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
+from eval import evaluate, open_search, record, score_episode, summarize, write_jsonl
+from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
+from policy import (
+    NonFinite,
+    all_max,
+    all_sum,
+    even_rows,
+    export_hf,
+    full_weights,
+    init_distributed,
+    is_deterministic,
+    load_policy,
+    load_state,
+    logprobs,
+    pack,
+    plain_config,
+    read_state,
+    save_state,
+    update,
+)
+from reward import ramped_penalty
+from rollout import TorchEngine, run
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(
+    policy, reference, optimizer, episodes: list[Episode], rewards, groups, codec, cfg: Config, device
+) -> dict:
+    """Update the policy on this rank's conversations (with those of the other ranks); returns the step's global
+    metrics.
+
+    rewards, groups: of each episode; equal groups are samples of one question. Aborted conversations must not be among
+    them: they would shift their group's baseline.
+    """
+    advantages = group_advantages(
+        torch.tensor(rewards), torch.tensor(groups, dtype=torch.long), cfg.normalize_advantages
+    )
+    batches = []
+    for part in range(cfg.updates_per_step):
+        chosen = [i for i, group in enumerate(groups) if group % cfg.updates_per_step == part]
+        rows = pack([episodes[i] for i in chosen], codec, policy, cfg.max_tokens_per_batch)
+        batches.append((even_rows(rows, codec, device), advantages[chosen]))
+    several = cfg.updates_per_step * cfg.epochs_per_step > 1
+    # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
+    old = [logprobs(policy, rows, cfg.temperature, device) if several else None for rows, _ in batches]
+    ref = [logprobs(reference, rows, cfg.temperature, device) if reference else None for rows, _ in batches]
+    totals, largest = Counter(), 0.0
+
+    for _ in range(cfg.epochs_per_step):
+        for (rows, advantage), old_logps, ref_logps in zip(batches, old, ref, strict=True):
+            gaps = []
+
+            def row_loss(
+                number, row, logp, entropy, advantage=advantage, old_logps=old_logps, ref_logps=ref_logps, gaps=gaps
+            ):
+                old_logp = old_logps[number].to(device) if old_logps else logp.detach()
+                ratio_of = row.sequence if cfg.ratio == "sequence" else None
+                per_token = advantage[row.episodes].to(device).index_select(0, row.sequence)  # [S]
+                loss, stats = policy_loss(
+                    logp, old_logp, per_token, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
+                )
+                if ref_logps:
+                    kl = kl_penalty(logp, ref_logps[number].to(device), cfg.kl_kind)
+                    loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
+                loss = loss - cfg.entropy_coef * entropy
+                weights, count = token_weights(row.sequence, cfg.loss_norm)
+                gap = mismatch(old_logp, row.sampler_logp)
+                gaps.append(float(gap["abs_max"]))
+                stats |= {"entropy": entropy.sum(), "gap": gap["abs_sum"], "gap_k3": gap["k3_sum"]}
+                return (loss * weights).sum(), count, stats
+
+            sums = update(policy, optimizer, rows, row_loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
+            totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
+            largest = max([largest, *gaps])
+    tokens, updates = max(totals["tokens"], 1.0), totals["updates"]
+    metrics = {
+        "loss": totals["loss"] / updates,
+        "grad_norm": totals["grad_norm"] / updates,
+        "entropy": totals["entropy"] / tokens,
+        "ratio": totals["ratio"] / tokens,
+        "clip_low": totals["clip_low"] / tokens,
+        "clip_high": totals["clip_high"] / tokens,
+        "approx_kl": totals["approx_kl"] / tokens,
+        "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
+        "mismatch/mean": totals["gap"] / tokens,
+        "mismatch/max": all_max(largest, device),
+        "mismatch/k3": totals["gap_k3"] / tokens,
+    }
+    return metrics | ({"kl": totals["kl"] / tokens} if reference else {})
+
+
+def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
+    """Global means over the step's conversations, aborted ones counted and left out of the means."""
+    done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED]
+    calls = [call for e, _ in done for call, _ in e.calls]
+    sums = {
+        "reward": sum(s.reward for _, s in done),
+        "accuracy": sum(s.correct for _, s in done),
+        "format": sum(s.format_ok for _, s in done),
+        "search_ratio": len(calls) / max(1, min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)),
+        "image": sum(any(c.kind == "image" for c, _ in e.calls) for e, _ in done),
+        "text": sum(any(c.kind == "text" for c, _ in e.calls) for e, _ in done),
+        "turns": sum(len(e.turns) for e, _ in done),
+        "tokens": sum(len(e.tokens) for e, _ in done),
+        "tool_failures": sum(r.status == "error" for e in episodes for _, r in e.calls),
+        **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
+        "done": len(done),
+    }
+    sums = all_sum(sums, device)
+    n = max(sums.pop("done"), 1.0)
+    return {k: v if k.startswith(("stop/", "tool_")) else v / n for k, v in sums.items()}
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """The rate at a step, counted from 0."""
+    low, rest = cfg.min_lr_factor, 1 - cfg.min_lr_factor
+    factor = {
+        "constant": 1.0,
+        "cosine": low + rest * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(cfg.steps, 1)))),
+        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - cfg.sigmoid_width) / (0.1 * cfg.sigmoid_width)))),
+    }[cfg.schedule]
+    return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
+
+
+def questions_of_step(questions: list[Question], step: int, cfg: Config) -> list[Question]:
+    """The step's questions: every epoch is a new permutation, of which an incomplete last batch is left out."""
+    size = min(cfg.prompts_per_step, len(questions))
+    epoch, batch = divmod(step, len(questions) // size)
+    order = random.Random(f"{cfg.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
+    return [questions[i] for i in order[batch * size : (batch + 1) * size]]
+
+
+# ------------------------------------------------------------------------------------------------ run directory
+
+
+class RunDir:
+    """config.json, metrics.jsonl, rollouts/, checkpoints/step-N, and the exports best/ and final/. Rank 0 writes."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.path = cfg, Path(cfg.run_dir)
+        self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
+        self.checkpoints = self.path / "checkpoints"
+        self.resume_from = self._find_checkpoint()
+        if dist.get_rank() == 0:
+            self._prepare()
+        dist.barrier()
+
+    def _find_checkpoint(self) -> Path | None:
+        if self.cfg.resume not in ("", "auto"):
+            read_state(self.cfg.resume)
+            return Path(self.cfg.resume)
+        found = self.saved() if self.cfg.resume else []
+        return found[-1] if found else None
+
+    def _prepare(self):
+        used = self.path.is_dir() and any(self.path.iterdir())
+        if used and not (self.cfg.resume or self.cfg.overwrite):
+            raise InputError(
+                f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
+            )
+        if used and not (self.path / "config.json").exists():
+            raise InputError(f"{self.path} is not empty and holds no run of this program; give another --run_dir")
+        try:
+            if used and self.cfg.overwrite:
+                shutil.rmtree(self.path)
+            for folder in (self.rollouts, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.cfg, self.path / "config.json")
+            self.metrics.touch()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
+        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
+        if self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve():
+            state["metrics_bytes"] = 0  # another run's checkpoint: this run's metrics begin here
+        self._cut_back(state)
+
+    def _cut_back(self, state):
+        """Forget what came after the checkpoint: it will happen again."""
+        os.truncate(self.metrics, min(state["metrics_bytes"], self.metrics.stat().st_size))
+        for file in self.rollouts.iterdir():
+            if int(file.stem.split("-")[-1]) >= state["step"] or file.suffix == ".tmp":
+                file.unlink()
+        for folder in self.saved():
+            if int(folder.name.split("-")[1]) > state["step"] and self.resume_from:
+                shutil.rmtree(folder)
+
+    def saved(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp"]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def log(self, entry: dict) -> None:
+        if dist.get_rank() == 0:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def save(self, step: int, policy, optimizer, state: dict) -> None:
+        """A checkpoint after `step` steps; then all but the last keep_last and the best one go."""
+        path = self.checkpoints / f"step-{step:06d}"
+        state = {**state, "step": step, "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
+        save_state(path, policy, optimizer, state)
+        if dist.get_rank() == 0:
+            best = self.checkpoints / f"step-{state['best']['step']:06d}"
+            for old in self.saved()[: -self.cfg.keep_last]:
+                if old != best:
+                    shutil.rmtree(old)
+
+
+class Stopper:
+    """SIGINT and SIGTERM: a rollout is left at once, anything else is finished; then all ranks agree to stop."""
+
+    class Stopped(Exception):
+        """All ranks leave."""
+
+    class Interrupted(Exception):
+        """This rank's rollout is left."""
+
+    def __init__(self, device):
+        self.device, self.asked, self.in_rollout = device, False, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills
+        self.asked = True
+        if self.in_rollout:
+            raise self.Interrupted
+
+    def rollout(self, hold):
+        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop."""
+        value = None
+        try:
+            self.in_rollout = True
+            if not self.asked:
+                value = hold()
+        except self.Interrupted:
+            pass
+        finally:
+            self.in_rollout = False
+        if all_max(self.asked, self.device):
+            raise self.Stopped
+        return value
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """Everything a run holds, and its phases."""
+
+    def __init__(self, cfg: Config):
+        self.device = init_distributed(cfg)
+        self.ordered = is_deterministic(cfg, self.device)
+        if cfg.model == "toy" or not (cfg.train_files and cfg.search_index):
+            toy.ensure(cfg)
+        world, rank = toy.locate(cfg), dist.get_rank()
+        folder = str(world.model) if cfg.model == "toy" else cfg.model
+        self.cfg, self.codec, self.search = cfg, Codec(folder, cfg), open_search(cfg)
+        self.train = self._questions(cfg.train_files or (str(world.train),), "training")
+        val_files = cfg.val_files or (() if cfg.train_files else (str(world.val),))
+        self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
+        self.dir = RunDir(cfg)
+        self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
+        self.reference = None
+        if cfg.kl_coef:
+            self.reference = load_policy(
+                folder, self.codec, cfg, self.device, trainable=False, offload=cfg.offload_reference
+            )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad],
+            cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay,
+        )  # fmt: skip
+        self.engine = TorchEngine(plain_config(self.policy), self.codec, cfg, self.device)
+        self.state = {"step": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}}
+        if self.dir.resume_from:
+            self._resume()
+        self.stopper = Stopper(self.device)
+        if rank == 0:
+            print(
+                f"{len(self.train)} training and {len(self.val)} validation questions; {self.dir.path}", file=sys.stderr
+            )
+
+    def _questions(self, files, what):
+        quiet = dist.get_rank() != 0
+        loaded = load_questions(files, skip_bad_rows=self.cfg.skip_bad_rows, progress=not quiet)
+        questions, dropped = drop_overlong(loaded, self.codec)
+        if dropped and not quiet:
+            print(
+                f"dropped {dropped} {what} questions over max_prompt_tokens={self.cfg.max_prompt_tokens}",
+                file=sys.stderr,
+            )
+        if not questions:
+            raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
+        return questions
+
+    def _resume(self):
+        saved = load_state(self.dir.resume_from, self.policy, self.optimizer)
+        if self.ordered and saved["threads"] != self.state["threads"]:
+            raise InputError(
+                f"{self.dir.resume_from} was made with {saved['threads']} threads a process, this run has "
+                f"{self.state['threads']}: give --threads {saved['threads']}, or --deterministic false"
+            )
+        self.state = {key: saved[key] for key in self.state}
+
+    def evaluate(self, step: int) -> None:
+        """Validation, greedy and at the training temperature; the best model by greedy accuracy is exported."""
+        entry, records = {"step": step, "phase": "eval"}, []
+        for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
+            part = evaluate(
+                self.val, self.engine, self.search, self.codec, self.cfg, temperature=temperature, step=step,
+                progress=f"validation, {name}", ordered=self.ordered, guard=self.stopper.rollout,
+            )  # fmt: skip
+            entry[name] = summarize(part, self.cfg)
+            records += [{"mode": name, **r} for r in part]
+        self.dir.log(entry)
+        if dist.get_rank() == 0:
+            write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
+        if entry["greedy"]["all"]["accuracy"] > self.state["best"]["accuracy"]:
+            self.state["best"] = {"step": step, "accuracy": entry["greedy"]["all"]["accuracy"]}
+            export_hf(self.dir.path / "best", self.policy, self.codec)
+            if step:
+                self.dir.save(step, self.policy, self.optimizer, self.state)
+
+    def rollout(self, step: int) -> tuple[list[Question], list[Episode]]:
+        """This rank's questions of the step and its conversations about them."""
+        mine = questions_of_step(self.train, step, self.cfg)[dist.get_rank() :: dist.get_world_size()]
+        with tqdm(
+            total=len(mine) * self.cfg.samples_per_prompt, desc="rollout", leave=False, disable=dist.get_rank() != 0
+        ) as bar:  # fmt: skip
+            hold = lambda: run(  # noqa: E731
+                mine, self.engine, self.search, self.codec, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
+                temperature=self.cfg.temperature, ordered=self.ordered, progress=lambda _: bar.update(),
+            )  # fmt: skip
+            return mine, self.stopper.rollout(hold)
+
+    def step(self, step: int) -> dict:
+        """One step of GRPO; returns its metrics."""
+        cfg, started = self.cfg, time.monotonic()
+        questions, episodes = self.rollout(step)
+        rolled_out = time.monotonic()
+        penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
+        scores = [score_episode(e, cfg, penalty) for e in episodes]
+        groups = [i // cfg.samples_per_prompt for i in range(len(episodes))]
+        if step == self.first:
+            self._first_look(episodes)
+        kept = [i for i, e in enumerate(episodes) if self._trains(e)]
+        advantage_inputs = [scores[i].reward for i in kept], [groups[i] for i in kept]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        try:
+            learned = train_step(
+                self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], *advantage_inputs,
+                self.codec, cfg, self.device,
+            )  # fmt: skip
+        except NonFinite as error:
+            names = sorted({f"{e.question_id} (sample {e.sample})" for e in episodes})
+            sys.exit(
+                f"error: step {step}: {error}. The weights were not changed; the last checkpoint is as it was. "
+                f"Conversations of this rank: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            )
+        self.engine.load_weights(full_weights(self.policy), version=step + 1)
+        self._write_rollouts(
+            step,
+            episodes,
+            scores,
+            dict(zip(kept, group_advantages(*map(torch.tensor, advantage_inputs)).tolist(), strict=True)),
+        )
+        metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
+        finished = time.monotonic()
+        tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt
+        return metrics | {
+            "lr": learning_rate(step, cfg),
+            "seconds/rollout": rolled_out - started,
+            "seconds/update": finished - rolled_out,
+            "tokens_per_second": tokens / (finished - started),
+            "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
+    def _trains(self, episode):
+        failed = any(result.status == "error" for _, result in episode.calls)
+        return episode.stop != Stop.ABORTED and (self.cfg.train_on_failed_tools or not failed)
+
+    def _first_look(self, episodes):
+        """Show a conversation with its mask, and make sure that sampler and trainer agree before the first update."""
+        if dist.get_rank() == 0:
+            shown = max(episodes, key=lambda e: len(e.turns))
+            print(
+                f"\na conversation; the policy is trained on what is between the brackets:\n{marked(shown)}\n",
+                file=sys.stderr,
+            )
+        rows = even_rows(
+            pack(episodes, self.codec, self.policy, self.cfg.max_tokens_per_batch), self.codec, self.device
+        )
+        logps = logprobs(self.policy, rows, self.cfg.temperature, self.device)
+        gaps = [mismatch(logp, row.sampler_logp) for logp, row in zip(logps, rows, strict=True)]
+        sums = all_sum({k: sum(float(g[k]) for g in gaps) for k in ("abs_sum", "tokens")}, self.device)
+        gap = sums["abs_sum"] / max(sums["tokens"], 1.0)
+        if not gap <= self.cfg.max_mismatch:
+            raise InputError(
+                f"sampler and trainer disagree about the same tokens by {gap:.3f} nats on average (max_mismatch="
+                f"{self.cfg.max_mismatch}): check that both hold the same weights, dtype, image sizes and chat template"
+            )
+
+    def _write_rollouts(self, step, episodes, scores, advantages):
+        mine = [
+            {**record(e, s), "step": step, "advantage": advantages.get(i)}
+            for i, (e, s) in enumerate(zip(episodes, scores, strict=True))
+        ]
+        parts = [None] * dist.get_world_size()
+        dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
+        if dist.get_rank() == 0:
+            write_jsonl(self.dir.rollouts / f"step-{step:06d}.jsonl", [r for part in parts for r in part])
+
+    def loop(self) -> None:
+        cfg = self.cfg
+        self.first = self.state["step"]
+        self.engine.load_weights(full_weights(self.policy), version=self.first)
+        bar = tqdm(range(self.first, cfg.steps + 1), initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0)
+        for step in bar:
+            last = step == cfg.steps
+            if self.val and (last or step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
+                self.evaluate(step)
+            if last:
+                break
+            metrics = self.step(step)
+            self.dir.log(metrics)
+            self.state["step"] = step + 1
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.3f}, right {metrics['accuracy']:.2f}, search {metrics['search_ratio']:.2f},"
+                f" {metrics['tokens_per_second']:.0f} tokens/s"
+            )
+            if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                self.dir.save(step + 1, self.policy, self.optimizer, self.state)
+        export_hf(self.dir.path / "final", self.policy, self.codec)
+        if dist.get_rank() == 0:
+            bar.close()
+            print(before_and_after(self.dir.read_log()))
+            print(f"model: {self.dir.path / 'final'}   metrics: {self.dir.metrics}")
+
+
+def marked(episode: Episode) -> str:
+    """The conversation as text, what the policy sampled (and is trained on) in brackets."""
+    text, position = "", 0
+    for turn in episode.turns:
+        context, said = episode.tokens[position : turn.start], episode.tokens[turn.start : turn.end]
+        text += f"{episode.codec.show(context)}⟦{episode.codec.show(said)}⟧"
+        position = turn.end
+    return text + episode.codec.show(episode.tokens[position:])
+
+
+def before_and_after(log: list[dict]) -> str:
+    """The table at the end: first and last validation, by kind of question."""
+    evals = [entry for entry in log if entry["phase"] == "eval"]
+    if not evals:
+        return "no validation questions"
+    lines = []
+    for mode in ("greedy", "sampled"):
+        first, last = evals[0][mode], evals[-1][mode]
+        width = max(map(len, first))
+        lines.append(f"{mode:{width}}  accuracy        image search    text search     format")
+        for kind in first:
+            cells = [f"{first[kind][k]:.2f} -> {last[kind][k]:.2f}" for k in ("accuracy", "image", "text", "format")]
+            lines.append(f"{kind:{width}}  " + "    ".join(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cfg = parse(sys.argv[1:])
+    run = Run(cfg)
+    try:
+        run.loop()
+    except Stopper.Stopped:
+        step = run.state["step"]
+        if step:
+            run.dir.save(step, run.policy, run.optimizer, run.state)
+        if dist.get_rank() == 0:
+            print(f"\nstopped after {step} steps; --resume auto goes on from there", file=sys.stderr)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
