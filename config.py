@@ -158,7 +158,9 @@ SECTIONS = {  # the first field of each section of --help
 
 # The script of the authors: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
 _QWEN = dict(
-    model="Qwen/Qwen2.5-VL-7B-Instruct", run_dir="runs/qwen2.5-vl-7b", prompts="prompts",
+    model="Qwen/Qwen2.5-VL-7B-Instruct",
+    run_dir="runs/qwen2.5-vl-7b",
+    prompts="prompts",
     gradient_checkpointing=True,
     steps=100,
     min_pixels=512 * 512,

@@ -469,8 +469,8 @@ class Run:
             self.dir.log(metrics)
             self.state["step"] = step + 1
             bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, right {metrics['accuracy']:.2f}, search {metrics['search_ratio']:.2f},"
-                f" {metrics['tokens_per_second']:.0f} tokens/s"
+                f"reward {metrics['reward']:.3f}, right {metrics['accuracy']:.2f}, "
+                f"search {metrics['search_ratio']:.2f}, {metrics['tokens_per_second']:.0f} tokens/s"
             )
             if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 self.dir.save(step + 1, self.policy, self.optimizer, self.state)
