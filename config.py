@@ -185,9 +185,8 @@ _QWEN = dict(
     offload_reference=True,
     save_every=10,
     eval_every=10,
-
- ) PRESETS
- = {
+)
+PRESETS = {
     "toy": {},
     "qwen2.5-vl-3b": {**_QWEN, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "run_dir": "runs/qwen2.5-vl-3b"},
     "qwen2.5-vl-7b": _QWEN,
