@@ -115,21 +115,32 @@ def load_policy(
 def read_model(folder: str | Path, *, empty: bool = False):
     """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.initialization import no_init_weights
 
     check_versions()
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
             raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
-        if empty:
-            with no_init_weights():
-                return Qwen2_5_VLForConditionalGeneration(config)
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return (
+            empty_model(config)
+            if empty
+            else Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        )
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: cannot load the model ({(str(error).splitlines() or ['?'])[0]})") from None
+
+
+def empty_model(config):
+    """A model whose weights are yet to come: memory is reserved and not filled."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.tie_weights()  # a tied head is left untied there
+    return model
 
 
 def check_versions() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from config import Config
 from data import Call, Codec, Episode, Picture, Question, Result, Stop
-from policy import prepare
+from policy import empty_model, prepare
 from tools import has_answer, parse_call
 
 
@@ -231,11 +231,7 @@ class TorchEngine:
     """
 
     def __init__(self, model_config, codec: Codec, cfg: Config, device):
-        from transformers import Qwen2_5_VLForConditionalGeneration
-        from transformers.initialization import no_init_weights
-
-        with no_init_weights():
-            model = Qwen2_5_VLForConditionalGeneration(model_config)
+        model = empty_model(model_config)
         bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
         self.model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
         prepare(self.model, codec, cfg)

@@ -53,22 +53,33 @@ CREATE TABLE images(title TEXT, url TEXT, id TEXT, thumbnail BLOB, embedding BLO
 
 
 def embed(data: bytes) -> np.ndarray:
-    """What an encoded picture looks like: float32 [D = 432] of length 1, so that a dot product of two is their cosine.
+    """What an encoded picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
 
-    A 12 x 12 grid of mean colours over the part of the picture that stands out, which makes it indifferent to where the
-    thing is and how large. Raises InputError if the bytes are not a picture.
+    Two coarse grids over the part of the picture that stands out (which makes it indifferent to where the thing is and
+    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down. Raises InputError if the bytes are
+    not a picture.
     """
     return _embed(decode_image(data))
 
 
 def _embed(image: Image.Image) -> np.ndarray:
-    grid = (_grid(image, 12, _salient_box(image)) - 0.5).ravel()
-    return grid / max(np.linalg.norm(grid), np.float32(1e-6))
+    pixels = _grid(image, 24, _salient_box(image))
+    change = np.zeros((24, 24, 6), np.float32)  # between cells two apart; squares of it do not tell where a stripe lies
+    change[:, 2:, :3] = pixels[:, 2:] - pixels[:, :-2]
+    change[2:, :, 3:] = pixels[2:] - pixels[:-2]
+    parts = (_pool(pixels, 6) - 0.5, 2 * np.sqrt(_pool(change**2, 4)))
+    vector = np.concatenate([part.ravel() / np.sqrt(np.float32(part.size)) for part in parts])
+    return vector / max(np.linalg.norm(vector), np.float32(1e-6))
 
 
 def _grid(image, cells, box=None):
     """float32 [cells, cells, 3]: mean colours, 0 to 1, of a box (left, top, right, bottom; pixels and fractions)."""
     return np.asarray(image.resize((cells, cells), Image.Resampling.BOX, box=box), np.float32) / 255
+
+
+def _pool(grid, cells):
+    """[H, H, C] to [cells, cells, C]: means of square blocks."""
+    return grid.reshape(cells, len(grid) // cells, cells, len(grid) // cells, -1).mean((1, 3))
 
 
 def _salient_box(image):

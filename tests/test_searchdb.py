@@ -1,6 +1,7 @@
 """The offline index: ranking against plain-Python loops, hostile queries, threads, builds that fail or are killed."""
 
 import io
+import itertools
 import json
 import math
 import random
@@ -192,25 +193,30 @@ def test_equal_pictures_keep_their_order_in_a_large_index(tmp_path):
         assert [hit.title for hit in db.image(noise_pictures(1, seed=2)[0], 203)] == [str(n) for n in range(203)]
 
 
-COLOURS = ["#dc2828", "#28a03c", "#3250dc", "#f0c828", "#963cb4", "#28bec8"]
-GROUNDS = ["#f5f5f5", "#1e1e1e", "#969696", "#fabec8"]
+COLOURS = ["#dc2828", "#28a03c", "#3250dc", "#f0c828"]
+GROUNDS = ["#f5f5f5", "#1e1e1e", "#963cb4"]
+CORNERS = {1: 3, 2: 4}  # of a shape; 0: a disc
+PATTERNS = {"plain": (False, False), "across": (True, False), "down": (False, True), "grid": (True, True)}
 
 
-def thing(shape, colour, ground, rng=None, side=56):
-    """A coloured shape; with rng: elsewhere, of another size, brighter or darker, noisy."""
-    dx, dy, scale, light = (
-        (0, 0, 1, 1) if rng is None else (*rng.uniform(-4, 4, 2), *rng.uniform([0.8, 0.92], [1.2, 1.08]))
-    )
-    x, y, r = 4 * (28 + dx), 4 * (28 + dy), 4 * 17 * scale  # drawn four times as large, for soft edges
-    large = Image.new("RGB", (224, 224), ground)
-    pen = ImageDraw.Draw(large)
+def thing(shape, colour, ground, pattern, rng=None, side=56):
+    """A patterned shape; with rng: elsewhere, larger or smaller, its stripes shifted, brighter or darker, noisy."""
+    draw = (lambda low, high: 0.5 * (low + high)) if rng is None else rng.uniform
+    x, y, r = (4 * side * v for v in (0.5 + draw(-0.07, 0.07), 0.5 + draw(-0.07, 0.07), 0.32 * draw(0.8, 1.2)))
+    size = (4 * side, 4 * side)  # four times as large, for soft edges
+    fill, stamp, step, shift = Image.new("RGB", size, colour), Image.new("L", size), 0.7 * side, draw(0, 0.7 * side)
+    pen = ImageDraw.Draw(fill)
+    for at in np.arange(shift - step, size[0], step):
+        if PATTERNS[pattern][0]:
+            pen.line((0, at, size[0], at), fill="black", width=side // 5)
+        if PATTERNS[pattern][1]:
+            pen.line((at, 0, at, size[1]), fill="black", width=side // 5)
     if shape == 0:
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        ImageDraw.Draw(stamp).ellipse((x - r, y - r, x + r, y + r), fill=255)
     else:
-        pen.regular_polygon(
-            (x, y, r * 1.1), {1: 3, 2: 4, 3: 4}[shape], rotation={1: 0, 2: 0, 3: 45}[shape], fill=colour
-        )
-    pixels = np.asarray(large.resize((side, side), Image.Resampling.BOX), np.float32) * light
+        ImageDraw.Draw(stamp).regular_polygon((x, y, r * 1.15), CORNERS[shape], fill=255)
+    picture = Image.composite(fill, Image.new("RGB", size, ground), stamp).resize((side, side), Image.Resampling.BOX)
+    pixels = np.asarray(picture, np.float32) * draw(0.92, 1.08)
     if rng is not None:
         pixels = pixels + rng.normal(0, 12, pixels.shape)
     return encode(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -218,11 +224,10 @@ def thing(shape, colour, ground, rng=None, side=56):
 
 def test_embedding_finds_a_thing_drawn_again():
     rng = np.random.default_rng(0)
-    things = [(s, c, g) for s in range(4) for c in COLOURS for g in GROUNDS]
+    things = list(itertools.product(range(3), COLOURS, GROUNDS, PATTERNS))
     gallery = np.stack([embed(thing(*t)) for t in things])
-    side = lambda n: (56, 84)[n % 2]  # noqa: E731
-    best = [int(np.argmax(gallery @ embed(thing(*t, rng, side(n))))) for n, t in enumerate(things)]
-    assert np.mean([n == found for n, found in enumerate(best)]) >= 0.95
+    found = [int(np.argmax(gallery @ embed(thing(*t, rng, (56, 84)[n % 2])))) for n, t in enumerate(things)]
+    assert np.mean([n == m for n, m in enumerate(found)]) >= 0.9
 
 
 def test_embedding_is_a_unit_vector_of_any_picture():
@@ -230,7 +235,7 @@ def test_embedding_is_a_unit_vector_of_any_picture():
     dot.putpixel((499, 0), (0, 0, 0))
     for data in [encode(flat), encode(dot), encode(Image.new("RGB", (1, 1))), *noise_pictures(2)]:
         vector = embed(data)
-        assert (vector.shape, vector.dtype) == ((432,), np.float32)
+        assert (vector.shape, vector.dtype) == ((204,), np.float32)
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     for junk in (b"", b"no picture", encode(flat)[:60]):
         with pytest.raises(InputError):

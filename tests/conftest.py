@@ -1,0 +1,79 @@
+"""Shared fixtures: a tiny random model in a folder, pictures, and a toy world built in a few steps."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import policy
+import toy
+from data import Codec, Question
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).parent.parent
+SHORT_WORLD = ["--toy_pretrain_steps=3", "--toy_teach_steps=2", "--toy_warmup_steps=8"]
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The process group of one rank, as train.py makes it."""
+    return policy.init_distributed(config.Config(threads=1))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random Qwen2.5-VL of the toy's size, with tokenizer and image processor."""
+    path = tmp_path_factory.mktemp("model")
+    toy.save_random_model(path, seed=0)
+    return path
+
+
+@pytest.fixture
+def cfg():
+    """The toy configuration; `dataclasses.replace(cfg, ...)` changes it."""
+    return config.Config(threads=1)
+
+
+@pytest.fixture
+def codec(folder, cfg):
+    return Codec(folder, cfg)
+
+
+@pytest.fixture
+def model(folder, codec, cfg, device):
+    """The random model, prepared as the trainer uses it (one process: not sharded)."""
+    torch.manual_seed(0)
+    return policy.load_policy(folder, codec, cfg, device)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A toy world whose model has hardly learned anything: for everything but the learning itself."""
+    cfg = config.parse([*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"])
+    device = policy.init_distributed(cfg)
+    assert device.type == "cpu" or torch.cuda.is_available()
+    return toy.build(toy.locate(cfg).folder, cfg), cfg
+
+
+def picture(seed: int, width: int = 60, height: int = 50, format: str = "PNG") -> bytes:
+    """A picture of smooth noise, encoded."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, format)
+    return file.getvalue()
+
+
+def question(seed: int = 0, text: str = "what is it called?", images: int = 1, answer: str = "bako") -> Question:
+    """A question about `images` different pictures."""
+    pictures = tuple(picture(100 * seed + i) for i in range(images))
+    return Question(id=f"q{seed}", text=text, images=pictures, answers=(answer,))
+
+
+def replace(cfg, **changes):
+    return dataclasses.replace(cfg, **changes)
