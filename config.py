@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ class Config:
 
     def __post_init__(self):
         _check_types(self)
-        _check_values(self)
+        _check_ranges(self)
+        _check_combinations(self)
 
 
 SECTIONS = {  # the first field of each section of --help
@@ -217,73 +219,84 @@ def _check_types(cfg):
             ok = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
         if not ok:
             raise InputError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
-        if isinstance(value, float) and value != value:
-            raise InputError(f"{name} is not a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}={value}: expected a finite number")
 
 
-def _check_values(cfg):
+def _need(ok, message):
+    if not ok:
+        raise InputError(message)
+
+
+def _choices(f):
+    return tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
+
+
+def _check_ranges(cfg):
     for f in dataclasses.fields(cfg):
-        choices = PRESETS if f.name == "preset" else f.metadata["choices"]
-        if choices and getattr(cfg, f.name) not in choices:
-            raise InputError(f"{f.name}={getattr(cfg, f.name)!r}: choose one of {', '.join(choices)}")
-
-    def need(ok, message):
-        if not ok:
-            raise InputError(message)
-
+        value, choices = getattr(cfg, f.name), _choices(f)
+        _need(not choices or value in choices, f"{f.name}={value!r}: choose one of {', '.join(choices or ())}")
     for name in (
         "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
         "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
         "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_width max_mismatch"
     ).split():
-        need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
+        _need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
     for name in (
         "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
-        "kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
+        "clip_high kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
         "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps"
     ).split():
-        need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
+        _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
     for name in "search_penalty format_weight min_lr_factor clip_low".split():
-        need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
+        _need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
     for name in "adam_beta1 adam_beta2".split():
-        need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
-    need(cfg.clip_high >= 0, f"clip_high={cfg.clip_high}: must not be negative")
-    need(cfg.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
-    need(cfg.min_pixels <= cfg.max_pixels, "min_pixels is larger than max_pixels")
-    need(cfg.thumb_min_pixels <= cfg.thumb_max_pixels, "thumb_min_pixels is larger than thumb_max_pixels")
-    need(cfg.thumb_max_pixels >= 28 * 28 and cfg.max_pixels >= 28 * 28, "an image needs at least 28*28 = 784 pixels")
-    need(cfg.max_tokens_per_turn < cfg.max_tokens, "max_tokens_per_turn must be below max_tokens")
-    need(cfg.max_prompt_tokens < cfg.max_tokens, "max_prompt_tokens must be below max_tokens: nothing could be said")
-    need(
+        _need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
+    _need(max(cfg.seed, cfg.toy_seed) < 2**63, "seed and toy_seed must be below 2**63")
+
+
+def _check_combinations(cfg):
+    _need(cfg.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
+    for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
+        cells = getattr(cfg, high) // 784  # a picture's sides are multiples of 28 pixels
+        _need(getattr(cfg, low) <= cells * 784, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
+    _need(cfg.max_tokens_per_turn < cfg.max_tokens, "max_tokens_per_turn must be below max_tokens")
+    _need(cfg.max_prompt_tokens < cfg.max_tokens, "max_prompt_tokens must be below max_tokens: nothing could be said")
+    _need(
         cfg.max_tokens_per_batch >= cfg.max_tokens,
         f"max_tokens_per_batch={cfg.max_tokens_per_batch} cannot hold a conversation of max_tokens={cfg.max_tokens}",
     )
-    need(
+    _need(
         cfg.prompts_per_step % cfg.updates_per_step == 0,
         f"updates_per_step={cfg.updates_per_step} does not divide prompts_per_step={cfg.prompts_per_step}",
     )
-    need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
-    need(bool(cfg.image) <= bool(cfg.question), "image needs a question to go with it")
-    need(not (cfg.files and cfg.question), "give either files to evaluate on or a question to ask, not both")
+    _need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
+    _need(cfg.question or not cfg.image, "image needs a question to go with it")
+    _need(not (cfg.files and cfg.question), "give either files to evaluate on or a question to ask, not both")
+    fast = cfg.attention in ("flash", "varlen")
+    _need(not fast or cfg.device != "cpu", f"attention={cfg.attention} needs a GPU, and device is cpu")
+    _need(not fast or cfg.dtype != "fp32", f"attention={cfg.attention} computes in bf16, and dtype is fp32")
+    _need(
+        not (cfg.deterministic and cfg.rollout_deadline),
+        "deterministic and rollout_deadline exclude each other: a clock never cuts twice at the same place",
+    )
     if cfg.preset != "toy":
-        need(cfg.search_index, f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one)")
+        _need(cfg.search_index, f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one)")
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config (argv: without the program's name; None: sys.argv[1:]). Raises InputError."""
-    parser = _Parser(allow_abbrev=False, formatter_class=_Help, description="nanoMMSearch: train.py and eval.py")
+    parser = _Parser(
+        allow_abbrev=False,
+        formatter_class=_Help,
+        usage="%(prog)s [--key value | --key=value] ...",
+        description="nanoMMSearch: settings of train.py, eval.py and toy.py, with their choices and [defaults]",
+    )
     hints, group = get_type_hints(Config), None
     for f in dataclasses.fields(Config):
         if f.name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[f.name])
-        options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{_show(f.default)}]", metavar="")
-        if hints[f.name] == tuple[str, ...]:
-            options.update(nargs="+")
-        elif bool in (get_args(hints[f.name]) or (hints[f.name],)):
-            options.update(type=_bool, nargs="?", const=True)
-        else:
-            options.update(type=hints[f.name])
-        group.add_argument(f"--{f.name}", **options)
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=_help(f), **_reading(hints[f.name]))
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0].lstrip("-")
@@ -311,7 +324,7 @@ def run_main(main) -> None:
         main()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same input; one of them says so
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -327,6 +340,15 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=120)
 
 
+def _reading(kind):
+    """How argparse reads a field of this type."""
+    if kind == tuple[str, ...]:
+        return dict(nargs="+", action="extend", metavar="FILE")
+    if bool in (kind, *get_args(kind)):
+        return dict(nargs="?", const=True, metavar="BOOL", type=_bool if kind is bool else _bool_or_auto)
+    return dict(type=kind, metavar={str: "TEXT", int: "INT", float: "FLOAT"}[kind])
+
+
 def _bool(text):
     if text.lower() in ("true", "1", "yes", "on"):
         return True
@@ -335,5 +357,12 @@ def _bool(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def _show(default):
-    return {None: "auto", "": "-", (): "-"}.get(default, default)
+def _bool_or_auto(text):
+    return None if text.lower() == "auto" else _bool(text)
+
+
+def _help(f):
+    """The line of --help: meaning, choices and default."""
+    choices = f" ({', '.join(_choices(f))})" if _choices(f) else ""
+    default = {None: "auto", "": "-", (): "-"}.get(f.default, f.default)
+    return f"{f.metadata['help']}{choices} [{default}]".replace("%", "%%")

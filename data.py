@@ -118,9 +118,10 @@ class Episode:
     stop: Stop | None = None
 
     @classmethod
-    def start(cls, question: Question, codec: "Codec", sample: int = 0) -> "Episode":
+    def start(cls, question: Question, codec: "Codec", sample: int = 0, template: str | None = None) -> "Episode":
+        """template: instead of the prompt file question.txt."""
         episode = cls(question, codec, sample)
-        episode._append(*codec.prompt(question))
+        episode._append(*codec.prompt(question, template))
         return episode
 
     @property
@@ -453,10 +454,10 @@ class Codec:
             self._frames[system] = (head_ids, trusted(to_model), trusted(to_user))
         return self._frames[system]
 
-    def prompt(self, question: Question) -> tuple[list[int], list[Picture]]:
+    def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
         head, to_model, _ = self.frame(question.system)
-        text = self._prompts["question"].replace("{question}", question.text)
+        text = (template or self._prompts["question"]).replace("{question}", question.text)
         pictures = [self.picture(image) for image in question.images]
         parts = text.split("<image>") if "<image>" in question.text else [""] * len(pictures) + [text]
         segments = [parts[0]]

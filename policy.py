@@ -18,7 +18,9 @@ cells (merged patches), D head dimension.
 
 import copy
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, InputError
-from data import Codec, Episode
+from data import Codec, Episode, Picture
 
 HEAD_CHUNK = 1024  # sampled tokens whose logits [chunk, V] exist at one time
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
@@ -69,6 +71,11 @@ def init_distributed(cfg: Config) -> torch.device:
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
     return device.type == "cpu" if cfg.deterministic is None else cfg.deterministic
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def all_sum(values: dict[str, float], device) -> dict[str, float]:
@@ -121,15 +128,22 @@ def read_model(folder: str | Path, *, empty: bool = False):
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
             raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
-        return (
-            empty_model(config)
-            if empty
-            else Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        if empty:
+            return empty_model(config)
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
         )
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot load the model ({(str(error).splitlines() or ['?'])[0]})") from None
+    except Exception as error:  # of transformers, safetensors, huggingface_hub, json ...: each has its own classes
+        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def empty_model(config):
@@ -154,6 +168,8 @@ def check_versions() -> None:
 
 def prepare(model, codec: Codec, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
+    if cfg.attention == "flash" and not importlib.util.find_spec("flash_attn"):
+        raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
     register_attention(cfg.attention)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = ATTENTION
@@ -188,10 +204,9 @@ def shard(model, cfg: Config, device, offload: bool = False) -> None:
     world, size = dist.get_world_size(), cfg.shard_size or dist.get_world_size()
     shape, names = ((size,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
-    bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
     options = dict(mesh=mesh)
-    if bf16:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if compute_dtype(cfg, device) == torch.bfloat16:  # inputs are bf16 where they have to be; RoPE's cosines are not
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     if offload and device.type == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()
     if world == 1 and len(options) == 1:
@@ -267,8 +282,6 @@ def packed_attention(
 
 def pick_attention(kind: str, query: Tensor) -> str:
     """Which kernel can run: the fast ones need CUDA and a half-precision type."""
-    import importlib.util
-
     if not query.is_cuda or query.dtype == torch.float32:
         return "segments"
     if kind == "auto":
@@ -379,12 +392,10 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
         if len(cell_positions) != len(cells):
             raise ValueError(f"{episode.question_id}: {len(cell_positions)} placeholders for {len(cells)} image cells")
         ids += episode.tokens
-        positions.append(rope_positions(episode, codec, model))
+        positions.append(rope_positions(episode.tokens, episode.images, codec, model))
         bounds.append(len(ids))
     if not pixels:  # the vision tower always runs: FSDP's collectives need all ranks in it
-        blank, merge = codec.processor, codec.processor.merge_size
-        pixels = [torch.zeros(merge**2, 3 * blank.temporal_patch_size * blank.patch_size**2)]
-        grids = [[1, merge, merge]]
+        pixels, grids = blank_image(codec)
     return Row(
         episodes=list(indices),
         ids=torch.tensor(ids),
@@ -402,27 +413,33 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
     )
 
 
-def rope_positions(episode: Episode, codec: Codec, model) -> Tensor:
-    """long [3, T]: M-RoPE over the whole conversation, tool images included, by the model's own get_rope_index."""
-    ids = torch.tensor([episode.tokens])
-    grids = torch.tensor([[1, *p.grid] for p in episode.images]) if episode.images else None
+def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
+    """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
+    ids = torch.tensor([tokens])
+    grids = torch.tensor([[1, *p.grid] for p in pictures]) if pictures else None
     is_image = (ids == codec.image_pad).int()
     return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+
+def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:
+    """(pixels, grids) of a picture of one cell, for rows that have none."""
+    patch, merge, frames = codec.processor.patch_size, codec.processor.merge_size, codec.processor.temporal_patch_size
+    return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]
 
 
 def empty_row(codec: Codec) -> Row:
     """A row without a sampled token: its loss is zero, yet it runs the whole model (FSDP's collectives need all
     ranks)."""
     none = torch.zeros(0, dtype=torch.long)
-    merge, patch, frames = codec.processor.merge_size, codec.processor.patch_size, codec.processor.temporal_patch_size
+    pixels, grids = blank_image(codec)
     return Row(
         episodes=[],
         ids=torch.tensor([codec.im_end]),
         positions=torch.zeros(3, 1, dtype=torch.long),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         longest=1,
-        pixels=torch.zeros(merge**2, 3 * frames * patch**2),
-        grids=torch.tensor([[1, merge, merge]]),
+        pixels=pixels[0],
+        grids=torch.tensor(grids),
         cells=none,
         cell_positions=none,
         predict=none,
@@ -490,19 +507,27 @@ def head_logprobs(head, hidden, target, banned, temperature, entropy_grad):
 @torch.no_grad()
 def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]:
     """Log-probs [S] of each row without gradients; all ranks must bring equally many rows (`even_rows`)."""
-    return [model.row_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
+    logps = [model.row_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
+    if hasattr(model, "reshard"):  # FSDP does that in backward; till then, parameters() would be bf16 copies
+        model.reshard()
+    return logps
 
 
 # --------------------------------------------------------------------------------------------- optimiser steps
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient that is not finite; nothing was changed by the step."""
+    """A loss or gradient that is not finite; nothing was changed by the step. `episodes`: indices (into what this rank
+    packed) of those in rows whose loss is not finite."""
+
+    def __init__(self, message: str, episodes: list[int]):
+        super().__init__(message + (f", episodes {', '.join(map(str, episodes))} of this rank" if episodes else ""))
+        self.episodes = episodes
 
 
 def even_rows(rows: list[Row], codec: Codec, device) -> list[Row]:
-    """Fill up with empty rows, so that all ranks run equally many."""
-    most = int(all_max(len(rows), device))
+    """Fill up with empty rows, so that all ranks run equally many, and at least one."""
+    most = max(1, int(all_max(len(rows), device)))
     return rows + [empty_row(codec)] * (most - len(rows))
 
 
@@ -513,7 +538,8 @@ def update(
 
     row_loss(number of the row, row, logp [S], entropy [S]) -> (loss, a sum; count, what this row adds to the
     denominator; stats, a dict of sums). Sums are back-propagated and gradients scaled once by the one denominator, all
-    rows of all ranks, so that they depend neither on packing nor on the number of ranks.
+    rows of all ranks, so that they depend neither on packing nor on the number of ranks. Every rank brings equally many
+    rows (`even_rows`); where nothing counts (all conversations were aborted), the weights stay as they are.
     Returns the global sums: loss, count, the stats; and grad_norm. Raises NonFinite, with the weights as they were.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -534,10 +560,11 @@ def update(
     torch._foreach_mul_([p.grad for p in parameters], scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if all_max(0.0 if norm == norm and abs(norm) != float("inf") and not bad else 1.0, device):
+    if all_max(bool(bad) or not math.isfinite(norm), device):
         optimizer.zero_grad(set_to_none=True)
         raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", bad)
-    optimizer.step()
+    if sums["count"]:
+        optimizer.step()
     return {**sums, "grad_norm": norm}
 
 
@@ -566,22 +593,37 @@ def save_state(path: Path, model, optimizer, state: dict) -> None:
         for file in temporary.iterdir():  # the rename must not reach the disk before the content
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     dist.barrier()
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a finished folder. One that is there already is renamed away first: deleting it takes longer than a kill,
+    and half of it would look like a whole one."""
+    old = Path(f"{path}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(path: Path) -> dict:
     """The JSON part of a checkpoint. Raises InputError if it is not one."""
     try:
-        return json.loads((Path(path) / "state.json").read_text())
+        state = json.loads((Path(path) / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise InputError(f"{path}: not a checkpoint (state.json does not describe one)")
+    return state
 
 
 def load_state(path: Path, model, optimizer) -> dict:
-    """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part."""
+    """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
+    it is incomplete or of another model."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import (
         get_model_state_dict,
         get_optimizer_state_dict,
@@ -592,12 +634,18 @@ def load_state(path: Path, model, optimizer) -> dict:
     state = read_state(path)
     if state["model"] != fingerprint(model):
         raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
+    if not (Path(path) / ".metadata").is_file():
+        raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
     tensors = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "rng": torch.get_rng_state(),
     }
-    dcp.load(tensors, checkpoint_id=path)
+    try:
+        dcp.load(tensors, checkpoint_id=path)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
     set_model_state_dict(model, tensors["model"])
     set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
     torch.set_rng_state(tensors["rng"])
@@ -625,9 +673,8 @@ def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
-            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model))
+            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model)).to(dtype or torch.float32)
         shell.save_pretrained(temporary, state_dict=weights)
         codec.save(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     dist.barrier()

@@ -25,8 +25,11 @@ from torch import Tensor
 
 from config import Config
 from data import Call, Codec, Episode, Picture, Question, Result, Stop
-from policy import empty_model, prepare
+from policy import compute_dtype, empty_model, prepare, rope_positions
 from tools import has_answer, parse_call
+
+
+FEATURE_CELLS = 65536  # TorchEngine keeps features of so many image cells, and of what it needs, for later turns
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,12 @@ def run(
         for question in questions
         for sample in range(samples)
     ]
-    with ThreadPoolExecutor(cfg.tool_threads) as pool:
-        try:
-            return driver.run(conversations, pool, progress)
-        finally:
-            engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(cfg.tool_threads)
+    try:
+        return driver.run(conversations, pool, progress)
+    finally:
+        engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
+        pool.shutdown(wait=False, cancel_futures=True)  # a search that hangs must not hold up the others
 
 
 class _Driver:
@@ -152,7 +155,6 @@ class _Driver:
         self.calling: dict[Future, int] = {}
         self.episodes: dict[int, Episode] = {}
         self.requests = 0
-        self.stopping = False
 
     def run(self, conversations, pool, progress):
         self.conversations, self.pool, self.progress = conversations, pool, progress
@@ -160,21 +162,23 @@ class _Driver:
         waiting = deque(range(len(conversations)))
         while waiting or self.generating or self.calling:
             if deadline and time.monotonic() > deadline:
-                self.stop(waiting)
-                break
+                return self.stop(waiting)
             while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
                 self.advance(waiting.popleft(), None)
             if self.generating:
                 for reply in self.engine.step():
                     self.advance(self.generating.pop(reply.request_id), reply)
             self.collect(deadline)
-        return [self.episodes[index] for index in range(len(conversations))]
+        return self.in_order()
+
+    def in_order(self):
+        return [self.episodes[index] for index in range(len(self.conversations))]
 
     def advance(self, index, answer):
         """Send a conversation what it waited for, and start what it asks for next."""
         question, conversation = self.conversations[index]
         try:
-            wish = conversation.send(answer)
+            wish = conversation.throw(answer) if isinstance(answer, Aborted) else conversation.send(answer)
         except StopIteration as end:
             self.episodes[index] = end.value
             if self.progress:
@@ -192,31 +196,23 @@ class _Driver:
         """Hand over the results that are there; wait for one only if the engine has nothing to do."""
         if not self.calling:
             return
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self.ordered:
-            ready = list(self.calling)  # in the order of their submission
-            wait(ready)
+            done, _ = wait(self.calling, patience)
         else:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, _ = wait(self.calling, timeout=0 if self.generating else left, return_when=FIRST_COMPLETED)
-            ready = [future for future in self.calling if future in done]
-        for future in ready:
+            done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
+        for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self.advance(self.calling.pop(future), future.result())
 
     def stop(self, waiting):
         """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
         for reply in self.engine.abort(list(self.generating)):
             self.advance(self.generating.pop(reply.request_id), reply)
+        for index in waiting:
+            next(self.conversations[index][1])  # up to its first wish, which nobody will grant
         for index in [*self.calling.values(), *waiting]:
-            question, conversation = self.conversations[index]
-            if index in waiting:
-                next(conversation)
-            try:
-                conversation.throw(Aborted())
-            except StopIteration as end:
-                self.episodes[index] = end.value
-        for future in self.calling:
-            future.cancel()
-        self.calling.clear()
+            self.advance(index, Aborted())
+        return self.in_order()
 
 
 # ---------------------------------------------------------------------------------------------------- engines
@@ -231,24 +227,24 @@ class TorchEngine:
     """
 
     def __init__(self, model_config, codec: Codec, cfg: Config, device):
-        model = empty_model(model_config)
-        bf16 = device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
-        self.model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+        model = empty_model(model_config).requires_grad_(False).eval()
+        for parameter in model.parameters():  # not model.to(dtype): RoPE's frequencies, buffers, have to stay fp32
+            parameter.data = parameter.data.to(compute_dtype(cfg, device))
+        self.model = model.to(device)
         prepare(self.model, codec, cfg)
         self.codec, self.cfg, self.device = codec, cfg, device
         self.banned = self.model.banned_ids.to(device)
         self.version = -1
-        self.slots = [_Slot(i) for i in range(cfg.concurrency)]
         self.queue: deque[_Request] = deque()
         self.running: list[_Request] = []
-        self.features: dict[str, Tensor] = {}  # picture key -> [cells, H]
         self.cache: _KVCache | None = None
+        self._forget("start")
 
     # -- the interface
 
     def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
         ids = self.codec.expand(prompt_ids, images)
-        if len(ids) + sampling.max_tokens > self.cfg.max_tokens:
+        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
             raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
         self.queue.append(_Request(request_id, ids, images, sampling))
 
@@ -272,37 +268,42 @@ class TorchEngine:
         self.queue = deque(r for r in self.queue if r.id not in ids)
         return [self._reply(r, "abort") for r in gone]
 
+    @torch.no_grad()
     def load_weights(self, named_tensors, version: int) -> None:
         """Copy new weights in, one at a time, and forget everything computed with the old ones."""
-        if self.running or self.queue:
-            raise RuntimeError("load_weights while requests are running")
+        self._forget("load_weights")
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in named_tensors:
-                parameters.pop(name).copy_(tensor)
+        for name, tensor in named_tensors:
+            if name not in parameters:
+                raise RuntimeError(f"load_weights: {name} is unknown or came twice")
+            parameters.pop(name).copy_(tensor)
         if parameters:
             raise RuntimeError(f"load_weights: no weights came for {sorted(parameters)[:3]} ... ({len(parameters)})")
         self.version = version
-        self.features.clear()
-        for slot in self.slots:
-            slot.ids, slot.images = [], ()
 
     def sleep(self) -> None:
         """Give the cache's memory back; what it held is computed again when needed."""
+        self._forget("sleep")
         self.cache = None
-        for slot in self.slots:
-            slot.ids, slot.images = [], ()
 
     def wake(self) -> None:
         """Nothing to do: the cache is made on first use."""
 
     # -- inside
 
+    def _forget(self, why):
+        """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
+        if self.running or self.queue:
+            raise RuntimeError(f"{why} while requests are running")
+        self.slots = [_Slot(i) for i in range(self.cfg.concurrency)]
+        self.features: dict[str, Tensor] = {}  # picture key -> [cells, H]
+
     def _reply(self, request, reason):
         slot = request.slot
         if slot is not None:
-            slot.ids = (request.prompt + request.ids)[: slot.length]
-            slot.images = tuple(p.key for p in request.images)
+            ran = bool(request.ids)  # else an error came first: the slot does not hold the prompt
+            slot.ids = (request.prompt + request.ids)[: slot.length] if ran else []
+            slot.images = tuple(p.key for p in request.images) if ran else ()
             slot.owner = None
         return Reply(request.id, request.ids, request.logprobs, reason, self.version)
 
@@ -315,17 +316,15 @@ class TorchEngine:
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.popleft()
-            keys = tuple(p.key for p in request.images)
-            fits = [
-                s for s in free if s.ids and request.prompt[: len(s.ids)] == s.ids and s.images == keys[: len(s.images)]
-            ]
+            positions = rope_positions(request.prompt, request.images, self.codec, self.model)
+            fits = [slot for slot in free if slot.begins(request)]
             slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
             free.remove(slot)
             slot.owner, slot.length = request, len(slot.ids) if fits else 0
             slot.length = min(slot.length, len(request.prompt) - 1)  # something must be run to predict from
             self.slots.remove(slot)
             self.slots.append(slot)  # least recently used first
-            request.start(slot, self._positions(request))
+            request.start(slot, positions)
             width = max(width, len(request.prompt) - slot.length)
             if batches[-1] and width * (len(batches[-1]) + 1) > 16384:
                 batches.append([])
@@ -333,13 +332,6 @@ class TorchEngine:
             batches[-1].append(request)
             self.running.append(request)
         return [sorted(batch, key=lambda r: r.slot.index) for batch in batches if batch]
-
-    def _positions(self, request):
-        """long [3, L]: M-RoPE positions of the prompt."""
-        ids = torch.tensor([request.prompt])
-        grids = torch.tensor([[1, *p.grid] for p in request.images]) if request.images else None
-        is_image = (ids == self.codec.image_pad).int()
-        return self.model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
 
     def _forward(self, batch):
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
@@ -369,6 +361,8 @@ class TorchEngine:
 
     def _embed(self, ids, pictures):
         """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
+        if sum(map(len, self.features.values())) > FEATURE_CELLS:
+            self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
         missing = {p.key: p for p in pictures if p.key not in self.features}
         if missing:
             pixels = torch.cat([self.codec.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
@@ -403,6 +397,11 @@ class _Slot:
     images: tuple[str, ...] = ()
     length: int = 0
     owner: object = None
+
+    def begins(self, request):
+        """Is what the slot holds, ids and pictures, the beginning of this request?"""
+        images = tuple(p.key for p in request.images[: len(self.images)])
+        return bool(self.ids) and self.images == images and request.prompt[: len(self.ids)] == self.ids
 
 
 class _Request:

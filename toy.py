@@ -48,7 +48,7 @@ COLORS = {
     "red": (214, 40, 40), "green": (36, 150, 60), "blue": (40, 70, 210), "yellow": (240, 210, 40),
     "purple": (140, 50, 170), "orange": (245, 130, 30), "white": (245, 245, 245), "black": (25, 25, 25),
 }  # fmt: skip
-PATTERNS = ("plain", "stripes", "dots", "grid")
+PATTERNS = ("plain", "stripes", "grid", "half")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 FACTS = ("founder", "city", "river")
 KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 48, 950, 150
@@ -158,7 +158,7 @@ def draw(look, rng: random.Random, size: int = 56, noise: float = 10.0) -> bytes
     radius = size * scale * 0.36 * rng.uniform(0.85, 1.15)
     x, y = (size * scale / 2 + rng.uniform(-0.06, 0.06) * size * scale for _ in range(2))
     _draw_shape(ImageDraw.Draw(stamp), shape, x, y, radius)
-    image.paste(_fill(image.size, COLORS[color], pattern, scale * size / 56), mask=stamp)
+    image.paste(_fill(image.size, COLORS[color], pattern, x, y, radius), mask=stamp)
     image = image.resize((size, size), Image.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
@@ -187,19 +187,20 @@ def _draw_shape(pen, shape, x, y, r):
         pen.ellipse((x - 0.5 * r, y - 0.5 * r, x + 0.5 * r, y + 0.5 * r), fill=0)
 
 
-def _fill(size, color, pattern, unit):
-    """The shape's colour with a darker or lighter pattern on it."""
+def _fill(size, color, pattern, x, y, radius):
+    """The shape's colour, with a darker or lighter pattern that moves and grows with the shape."""
     image = Image.new("RGB", size, color)
     pen = ImageDraw.Draw(image)
     mark = tuple(int(c * 0.45) if sum(color) > 200 else int(c + 150) for c in color)
-    step = int(10 * unit)
-    for a in range(0, size[0], step):
+    step, width = radius / 2.2, max(1, int(radius / 7))
+    lines = [step * i for i in range(-4, 5)]
+    for a in lines:
         if pattern in ("stripes", "grid"):
-            pen.line((0, a, size[0], a), fill=mark, width=int(3 * unit))
+            pen.line((0, y + a, size[0], y + a), fill=mark, width=width)
         if pattern == "grid":
-            pen.line((a, 0, a, size[1]), fill=mark, width=int(3 * unit))
-        for b in range(0, size[1], step) if pattern == "dots" else ():
-            pen.ellipse((a, b, a + 5 * unit, b + 5 * unit), fill=mark)
+            pen.line((x + a, 0, x + a, size[1]), fill=mark, width=width)
+    if pattern == "half":
+        pen.rectangle((0, 0, x, size[1]), fill=mark)
     return image
 
 
@@ -272,7 +273,8 @@ def save_tokenizer(path: Path) -> None:
     trained.decoder = decoders.ByteLevel()
     sentences = [w for words in WORDINGS.values() for w in words] + [SEEING]
     words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
-    words += ["user", "assistant", "system", "unknown", "the", "search", "failed", "found", "nothing", "say"]
+    words += ["user", "assistant", "system", "unknown", "say", "think", "or", "answer"]
+    words += ["the", "search", "failed", "found", "nothing"]
     corpus = [f" {s}" for s in SYLLABLES] + SYLLABLES + [f" {w}" for w in words] + words
     specials = [f"<|{name}|>" for name in SPECIAL]
     trainer = trainers.BpeTrainer(
@@ -331,7 +333,7 @@ class Lessons:
         self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
-        episode = Episode.start(Question(id="lesson", text=text, images=images), self.codec)
+        episode = Episode.start(Question(id="lesson", text=text, images=images), self.codec, template="{question}")
         ids = [*self.codec.encode(f" {reply}"), self.codec.im_end]
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         return episode
@@ -492,7 +494,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search, codec, cfg, ordered=True)
-        episodes += lessons.knowing(24) + lessons.seeing(8) + lessons.copying(8)
+        episodes += lessons.knowing(32) + lessons.seeing(8) + lessons.copying(8)
         bar.set_postfix(loss=f"{imitate(model, optimizer, episodes, codec, cfg, device):.3f}")
     export_hf(path / "export", model, codec)
     for file in (path / "export").iterdir():

@@ -26,6 +26,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ from eval import evaluate, open_search, record, score_episode, summarize, write_
 from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
 from policy import (
     NonFinite,
+    Row,
     all_max,
     all_sum,
     even_rows,
@@ -62,70 +65,88 @@ from rollout import TorchEngine, run
 # ---------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(
-    policy, reference, optimizer, episodes: list[Episode], rewards, groups, codec, cfg: Config, device
-) -> dict:
-    """Update the policy on this rank's conversations (with those of the other ranks); returns the step's global
-    metrics.
+@dataclass
+class Batch:
+    """What one update sees on this rank."""
 
-    rewards, groups: of each episode; equal groups are samples of one question. Aborted conversations must not be among
-    them: they would shift their group's baseline.
+    rows: list[Row]
+    advantages: torch.Tensor  # float32 [N], of the episodes in the rows
+    names: list[str]  # of those episodes
+    uncounted: float  # what the conversations that need not be run add to the denominator
+    old: list[torch.Tensor] | None = None  # [S] of each row: log-probs before the first update
+    ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
+
+
+def train_step(policy, reference, optimizer, episodes: list[Episode], advantages, groups, codec, cfg, device) -> dict:
+    """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
+
+    advantages: float32 [N]; groups: of each episode, equal for the samples of one question. Raises NonFinite.
     """
-    advantages = group_advantages(
-        torch.tensor(rewards), torch.tensor(groups, dtype=torch.long), cfg.normalize_advantages
-    )
-    batches = []
-    for part in range(cfg.updates_per_step):
-        chosen = [i for i, group in enumerate(groups) if group % cfg.updates_per_step == part]
-        rows = pack([episodes[i] for i in chosen], codec, policy, cfg.max_tokens_per_batch)
-        batches.append((even_rows(rows, codec, device), advantages[chosen]))
-    several = cfg.updates_per_step * cfg.epochs_per_step > 1
-    # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
-    old = [logprobs(policy, rows, cfg.temperature, device) if several else None for rows, _ in batches]
-    ref = [logprobs(reference, rows, cfg.temperature, device) if reference else None for rows, _ in batches]
-    totals, largest = Counter(), 0.0
-
+    batches = [
+        make_batch(
+            [i for i, group in enumerate(groups) if group % cfg.updates_per_step == part],
+            episodes, advantages, policy, codec, cfg, device,
+        )
+        for part in range(cfg.updates_per_step)
+    ]  # fmt: skip
+    for batch in batches:
+        # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
+        if cfg.updates_per_step * cfg.epochs_per_step > 1:
+            batch.old = logprobs(policy, batch.rows, cfg.temperature, device)
+        if reference:
+            batch.ref = logprobs(reference, batch.rows, cfg.temperature, device)
+    totals, gaps = Counter(), [0.0]
     for _ in range(cfg.epochs_per_step):
-        for (rows, advantage), old_logps, ref_logps in zip(batches, old, ref, strict=True):
-            gaps = []
-
-            def row_loss(
-                number, row, logp, entropy, advantage=advantage, old_logps=old_logps, ref_logps=ref_logps, gaps=gaps
-            ):
-                old_logp = old_logps[number].to(device) if old_logps else logp.detach()
-                ratio_of = row.sequence if cfg.ratio == "sequence" else None
-                per_token = advantage[row.episodes].to(device).index_select(0, row.sequence)  # [S]
-                loss, stats = policy_loss(
-                    logp, old_logp, per_token, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
-                )
-                if ref_logps:
-                    kl = kl_penalty(logp, ref_logps[number].to(device), cfg.kl_kind)
-                    loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
-                loss = loss - cfg.entropy_coef * entropy
-                weights, count = token_weights(row.sequence, cfg.loss_norm)
-                gap = mismatch(old_logp, row.sampler_logp)
-                gaps.append(float(gap["abs_max"]))
-                stats |= {"entropy": entropy.sum(), "gap": gap["abs_sum"], "gap_k3": gap["k3_sum"]}
-                return (loss * weights).sum(), count, stats
-
-            sums = update(policy, optimizer, rows, row_loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
+        for batch in batches:
+            loss = partial(row_loss, batch, cfg, gaps)
+            try:
+                sums = update(policy, optimizer, batch.rows, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
+            except NonFinite as error:
+                message, bad = error.args
+                named = [batch.names[i] for i in bad or range(len(batch.names))]
+                raise NonFinite(f"{message} in {', '.join(named[:8])}{' ...' if len(named) > 8 else ''}") from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
-            largest = max([largest, *gaps])
-    tokens, updates = max(totals["tokens"], 1.0), totals["updates"]
-    metrics = {
-        "loss": totals["loss"] / updates,
-        "grad_norm": totals["grad_norm"] / updates,
-        "entropy": totals["entropy"] / tokens,
-        "ratio": totals["ratio"] / tokens,
-        "clip_low": totals["clip_low"] / tokens,
-        "clip_high": totals["clip_high"] / tokens,
-        "approx_kl": totals["approx_kl"] / tokens,
+    per_token = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN if name in totals}
+    return {
+        "loss": totals["loss"] / totals["updates"],
+        "grad_norm": totals["grad_norm"] / totals["updates"],
         "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
-        "mismatch/mean": totals["gap"] / tokens,
-        "mismatch/max": all_max(largest, device),
-        "mismatch/k3": totals["gap_k3"] / tokens,
+        "mismatch/max": all_max(max(gaps), device),
+        **per_token,
     }
-    return metrics | ({"kl": totals["kl"] / tokens} if reference else {})
+
+
+PER_TOKEN = ("ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3")
+
+
+def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
+    """Pack the chosen episodes. Without KL and entropy bonus those with an advantage of 0 have a gradient of 0: they
+    count in the denominator, but are not run."""
+    idle = [i for i in chosen if advantages[i] == 0 and not (cfg.kl_coef or cfg.entropy_coef)]
+    active = [i for i in chosen if i not in set(idle)]
+    rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
+    uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
+    names = [f"{episodes[i].question_id} sample {episodes[i].sample}" for i in active]
+    return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
+
+
+def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row, logp, entropy):
+    """(loss, count, stats) of a row for `policy.update`: sums over its sampled tokens, logp and entropy [S]."""
+    old_logp = batch.old[number].to(logp.device) if batch.old else logp.detach()
+    advantages = batch.advantages[row.episodes].to(logp.device).index_select(0, row.sequence)  # [S]
+    ratio_of = row.sequence if cfg.ratio == "sequence" else None
+    loss, stats = policy_loss(
+        logp, old_logp, advantages, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
+    )
+    if batch.ref:
+        kl = kl_penalty(logp, batch.ref[number].to(logp.device), cfg.kl_kind)
+        loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
+    loss = loss - cfg.entropy_coef * entropy
+    weights, count = token_weights(row.sequence, cfg.loss_norm)
+    gap = mismatch(old_logp, row.sampler_logp)
+    gaps.append(float(gap["abs_max"]))
+    stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
+    return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
 
 
 def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
@@ -383,31 +404,23 @@ class Run:
         rolled_out = time.monotonic()
         penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
         scores = [score_episode(e, cfg, penalty) for e in episodes]
-        groups = [i // cfg.samples_per_prompt for i in range(len(episodes))]
+        groups = torch.arange(len(episodes)) // cfg.samples_per_prompt
         if step == self.first:
             self._first_look(episodes)
-        kept = [i for i, e in enumerate(episodes) if self._trains(e)]
-        advantage_inputs = [scores[i].reward for i in kept], [groups[i] for i in kept]
+        kept = [i for i, e in enumerate(episodes) if self._trains(e)]  # the others are not in the baseline either
+        rewards = torch.tensor([scores[i].reward for i in kept], dtype=torch.float64)
+        advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         try:
             learned = train_step(
-                self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], *advantage_inputs,
-                self.codec, cfg, self.device,
+                self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
+                groups[kept].tolist(), self.codec, cfg, self.device,
             )  # fmt: skip
         except NonFinite as error:
-            names = sorted({f"{e.question_id} (sample {e.sample})" for e in episodes})
-            sys.exit(
-                f"error: step {step}: {error}. The weights were not changed; the last checkpoint is as it was. "
-                f"Conversations of this rank: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-            )
+            sys.exit(f"error: step {step}: {error}. This update was not made; the last checkpoint is as it was.")
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
-        self._write_rollouts(
-            step,
-            episodes,
-            scores,
-            dict(zip(kept, group_advantages(*map(torch.tensor, advantage_inputs)).tolist(), strict=True)),
-        )
+        self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
         finished = time.monotonic()
         tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt

@@ -257,7 +257,7 @@ def test_embedding_sees_pixels_not_files():
     on_white = Image.new("RGB", (60, 60), "white")
     ImageDraw.Draw(on_white).ellipse((15, 15, 45, 45), fill="blue")
     assert np.array_equal(embed(encode(cut_out)), embed(encode(on_white)))
-    assert embed(encode(on_white)) @ embed(encode(on_white, "JPEG", quality=60)) > 0.99
+    assert embed(encode(on_white)) @ embed(encode(on_white, "JPEG", quality=60)) > 0.97
     assert embed(encode(on_white)) @ embed(encode(on_white.resize((300, 300)))) > 0.99
 
 

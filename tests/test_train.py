@@ -1,0 +1,284 @@
+"""The training loop: schedules, resuming to the bit, kills and signals, run directories, the whole command."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT, SHORT_WORLD, replace
+
+import config
+import train
+
+TIMING = ("seconds/", "tokens_per_second", "memory_gb")
+SHORT = [
+    "--prompts_per_step=3", "--samples_per_prompt=3", "--max_tokens_per_turn=12", "--val_limit=3", "--eval_every=2",
+    "--save_every=1", "--keep_last=2", "--threads=1", "--max_turns=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(world):
+    """The command line of a short run in the short world."""
+    place, cfg = world
+    return [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", *SHORT]
+
+
+def run_train(arguments, *more, kill_at=None):
+    """train.main in a process of its own; kill_at: SIGKILL at the n-th change of a file in the run directory.
+    Returns the exit code and the number of changes seen."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    counter = context.Value("i", 0)
+    process = context.Process(target=_child, args=([*arguments, *more], kill_at, counter))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode, counter.value
+
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "open", "os.link")
+
+
+def _child(arguments, kill_at, counter):
+    run_dir = next(a.split("=")[1] for a in arguments if a.startswith("--run_dir="))
+
+    def hook(event, args):
+        if event not in CHANGES or not str(args[0]).startswith(run_dir):
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        counter.value += 1
+        if counter.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    sys.argv = ["train.py", *arguments]
+    sys.stderr = sys.stdout = open(f"{run_dir}.log", "a")  # noqa: SIM115
+    config.run_main(train.main)
+
+
+def metrics(path):
+    """metrics.jsonl without what may differ from run to run."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(path / "final" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    for file in sorted((a / "rollouts").iterdir()):
+        assert file.read_text() == (b / "rollouts" / file.name).read_text(), file.name
+    assert sorted(p.name for p in a.glob("*/*")) == sorted(p.name for p in b.glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    """A run of four steps that nothing happened to, and how often it changed a file."""
+    path = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, changes = run_train(arguments, f"--run_dir={path}", "--steps=4")
+    assert code == 0, path.with_suffix(".log").read_text()
+    return path, changes
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    path, _ = undisturbed
+    assert {p.name for p in path.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts", "checkpoints", "final"}
+    lines = metrics(path)
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        ("eval", 0), ("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3), ("eval", 4),
+    ]  # fmt: skip
+    steps = [line for line in lines if line["phase"] == "train"]
+    assert all(line["mismatch/max"] < 1e-3 for line in steps)
+    assert all(sum(v for k, v in line.items() if k.startswith("stop/")) == 9 for line in steps)
+    rollouts = [json.loads(line) for line in (path / "rollouts" / "step-000000.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 9 and all(len(line) < 20_000 for line in map(json.dumps, rollouts))
+    by_question = Counter(r["question_id"] for r in rollouts)
+    assert set(by_question.values()) == {3}
+    for question in by_question:  # advantages of a group sum to zero
+        assert abs(sum(r["advantage"] for r in rollouts if r["question_id"] == question)) < 1e-4
+    assert rollouts[0]["turns"][0]["text"].count("<image>") == 1
+    log = path.with_suffix(".log").read_text()
+    assert "⟦" in log and "accuracy" in log  # the marked conversation, the table at the end
+
+
+def test_the_same_seed_gives_the_same_bits(undisturbed, arguments, tmp_path):
+    run_train(arguments, f"--run_dir={tmp_path / 'again'}", "--steps=4")
+    assert_same_run(undisturbed[0], tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(undisturbed, arguments, tmp_path):
+    run_train(arguments, f"--run_dir={tmp_path / 'other'}", "--steps=1", "--seed=1")
+    assert metrics(tmp_path / "other")[1] != metrics(undisturbed[0])[1]
+
+
+def test_killed_between_any_two_writes_and_resumed(undisturbed, arguments, tmp_path):
+    """The kills are spread over all changes of files that a run makes; every resumed run ends as the undisturbed one."""
+    reference, changes = undisturbed
+    assert changes > 60
+    spots = random.Random(0).sample(range(1, changes), 6) + [1, 4, changes - 1]
+    for spot in sorted(spots):
+        run_dir = tmp_path / f"kill-{spot}"
+        code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", kill_at=spot)
+        assert code == -signal.SIGKILL, spot
+        more = ("--resume=auto",) if (run_dir / "config.json").exists() else ()
+        code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", *(more or ("--resume=auto",)))
+        assert code == 0, (spot, run_dir.with_suffix(".log").read_text()[-2000:])
+        assert_same_run(reference, run_dir)
+
+
+def test_stopped_and_resumed(undisturbed, arguments, tmp_path):
+    """k steps, a polite signal, resume: the same as without. The signal comes while a step is under way."""
+    run_dir = tmp_path / "signal"
+    command = [sys.executable, "train.py", *arguments, f"--run_dir={run_dir}", "--steps=4"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "step-000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    run_train(arguments, f"--run_dir={run_dir}", "--steps=4", "--resume=auto")
+    assert_same_run(undisturbed[0], run_dir)
+
+
+def test_resume_from_a_path_into_another_directory(undisturbed, arguments, tmp_path):
+    checkpoint = sorted((undisturbed[0] / "checkpoints").iterdir())[-2]
+    code, _ = run_train(arguments, f"--run_dir={tmp_path / 'branch'}", "--steps=4", f"--resume={checkpoint}")
+    assert code == 0
+    assert metrics(tmp_path / "branch")[-2:] == metrics(undisturbed[0])[-2:]
+
+
+def test_checkpoints_are_pruned_but_for_the_best(undisturbed):
+    path, _ = undisturbed
+    kept = {int(p.name.split("-")[1]) for p in (path / "checkpoints").iterdir()}
+    evals = [(line["step"], line["greedy"]["all"]["accuracy"]) for line in metrics(path) if line["phase"] == "eval"]
+    best = max(evals, key=lambda e: (e[1], -e[0]))[0]
+    assert kept == {3, 4} | ({best} - {0})
+
+
+# ------------------------------------------------------------------------------------------------- parts of it
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
+def test_learning_rate(cfg, schedule):
+    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, sigmoid_width=45.0, min_lr_factor=0.05)
+    rates = [train.learning_rate(step, cfg) for step in range(101)]
+    if schedule == "constant":
+        assert set(rates) == {2.0}
+        return
+    assert rates[0] == pytest.approx(2.0, rel=1e-3) and rates == sorted(rates, reverse=True)
+    assert rates[100] == pytest.approx(0.1, rel=1e-3)
+    if schedule == "sigmoid":  # the script's formula: half-way at w
+        assert rates[45] == pytest.approx(2.0 * (0.95 / 2 + 0.05))
+
+
+def test_learning_rate_warm_up(cfg):
+    cfg = replace(cfg, lr=1.0, warmup_steps=4)
+    assert [train.learning_rate(step, cfg) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_questions_of_steps_are_permutations(cfg):
+    questions = list(range(10))
+    cfg = replace(cfg, prompts_per_step=3)
+    epochs = [[train.questions_of_step(questions, 3 * e + b, cfg) for b in range(3)] for e in range(20)]
+    for epoch in epochs:
+        assert len({q for batch in epoch for q in batch}) == 9  # nothing twice in an epoch
+    assert {q for epoch in epochs for batch in epoch for q in batch} == set(questions)
+    assert epochs[0] != epochs[1]
+    assert sorted(train.questions_of_step(questions, 5, replace(cfg, prompts_per_step=64))) == questions
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capfd, *arguments):
+    """The one line that train.py says before it exits with code 2."""
+    with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        config.run_main(train.main)
+    assert exit.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
+    used, _ = undisturbed
+    assert "--resume auto" in refused(capfd, *arguments, f"--run_dir={used}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert "holds no run" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'mine'}", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")
+    assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
+
+
+def test_bad_inputs(arguments, tmp_path, capfd):
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    assert "no such file" in refused(capfd, *arguments, run_dir, "--train_files", tmp_path / "none.parquet")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(capfd, *arguments, run_dir, f"--model={tmp_path / 'empty'}")
+    assert "is left" in refused(capfd, *arguments, run_dir, "--max_prompt_tokens=3")
+    assert "search index" in refused(capfd, *arguments, run_dir, f"--search_index={ROOT / 'README.md'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_threads_than_the_checkpoint(arguments, undisturbed, capfd):
+    line = refused(capfd, *arguments, f"--run_dir={undisturbed[0]}", "--resume=auto", "--threads=2")
+    assert "--threads 1" in line
+
+
+# ------------------------------------------------------------------------------------------------- the README
+
+
+def readme_commands():
+    return re.findall(r"^(?:torchrun|python) [^\n]*", (ROOT / "README.md").read_text(), re.M)
+
+
+def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
+    """`torchrun train.py`, shortened, on two ranks; then the real photos, on one."""
+    assert any(command.startswith("torchrun train.py") for command in readme_commands())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_dir = tmp_path / "two"
+    done = subprocess.run(
+        [*torchrun, "train.py", *arguments, f"--run_dir={run_dir}", "--steps=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(metrics(run_dir)) == 5 and "known name" in done.stdout
+    photos = ROOT.parent / "shared" / "data" / "mini_data.pq"
+    if not photos.exists():
+        pytest.skip("the five real photos are not at hand")
+    two_steps = ["train.py", *arguments, "--train_files", photos, "--val_files", photos, "--steps=2"]
+    done = subprocess.run(
+        [sys.executable, *map(str, two_steps), f"--run_dir={tmp_path / 'photos'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 training and 5 validation questions" in done.stderr
