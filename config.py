@@ -337,7 +337,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Help(argparse.HelpFormatter):
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=120)
+        super().__init__(prog, max_help_position=34, width=120)
 
 
 def _reading(kind):

@@ -12,19 +12,24 @@ second view, with one placeholder per image. Example, an image of 2 cells and a 
 """
 
 import enum
+import functools
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
+import re
 import string
 import sys
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from config import Config, InputError
 
@@ -141,6 +146,8 @@ class Episode:
         """Append what the model said: `reply.ids`, `reply.logprobs` (one each), `reply.version`."""
         if len(reply.ids) != len(reply.logprobs) or len(reply.ids) > self.room():
             raise ValueError(f"reply of {len(reply.ids)} ids, {len(reply.logprobs)} log-probs, room for {self.room()}")
+        if not self.codec.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
+            raise ValueError("reply with a vision token: the sampler must ban them")
         start = len(self.tokens)
         self.tokens += reply.ids
         self.sampled += [True] * len(reply.ids)
@@ -148,10 +155,10 @@ class Episode:
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
     def add_result(self, call: Call, result: Result) -> bool:
-        """Append what a tool returned as a user turn, ids and images together; False, unchanged, if there is no
-        room."""
-        self.calls.append((call, result))
+        """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
+        conversation stays as it was, and only `calls` has grown, because the call was made."""
         ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1])
+        self.calls.append((call, result))
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
         self._append(ids, images)
@@ -212,22 +219,22 @@ def load_questions(files, *, skip_bad_rows: bool = False, progress: bool = True)
     """Read parquet files in veRL layout (DESIGN's recipe lists the columns). Images stay encoded, but each is decoded
     once to see that it can be.
 
-    Raises InputError naming file, row and field; with skip_bad_rows bad rows are left out and their number printed.
+    Raises InputError naming file, row (from 0) and field; with skip_bad_rows bad rows are left out and
+    their number printed.
     """
     questions, bad = [], []
-    names = [Path(f).name for f in files]
+    names = [Path(file).name for file in files]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         for index, file in enumerate(files):
             label = names[index] if names.count(names[index]) == 1 else f"{index}/{names[index]}"
-            for row, outcome in _in_order(
-                pool, lambda row, label=label, file=file: _read_row(row, label, file), _rows(file)
-            ):
+            read = functools.partial(_read_row, label=label, folder=Path(file).parent)
+            for row, outcome in enumerate(_in_order(pool, read, enumerate(_rows(file)))):
                 if isinstance(outcome, Question):
                     questions.append(outcome)
                 elif skip_bad_rows:
-                    bad.append(outcome)
+                    bad.append(f"row {row} of {file}: {outcome}")
                 else:
-                    raise InputError(f"{outcome} (row {row} of {file}; --skip_bad_rows leaves such rows out)")
+                    raise InputError(f"row {row} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
     if bad and progress:
         print(f"left out {len(bad)} bad rows, the first: {bad[0]}", file=sys.stderr)
     return questions
@@ -239,48 +246,53 @@ def drop_overlong(questions: list[Question], codec: "Codec") -> tuple[list[Quest
     return kept, len(questions) - len(kept)
 
 
-def _in_order(pool, work, rows):
-    """work(row) for numbered rows, in order, with a bounded number of rows in flight (they hold images)."""
+def _in_order(pool, work, items):
+    """work(item) for each item, in order, with a bounded number of items in flight (they hold images)."""
     waiting = deque()
-    for row in rows:
-        waiting.append((row[0], pool.submit(work, row)))
+    for item in items:
+        waiting.append(pool.submit(work, item))
         if len(waiting) > 64:
-            number, future = waiting.popleft()
-            yield number, future.result()
-    for number, future in waiting:
-        yield number, future.result()
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
-def _rows(file) -> Iterator[tuple[int, dict]]:
+COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "data_id")  # the first two are needed
+
+
+def _rows(file) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not os.path.isfile(file):
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
     try:
-        table, number = pq.ParquetFile(file), 0
-        for batch in table.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        first_line = (str(error).splitlines() or ["?"])[0]
-        raise InputError(f"{file}: not a readable parquet file ({first_line})") from None
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            for column in COLUMNS[:2]:
+                if column not in names:
+                    raise InputError(f"{file}: no column {column!r}, only {', '.join(names) or 'an empty table'}")
+            for batch in table.iter_batches(batch_size=64, columns=[c for c in COLUMNS if c in names]):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
 
 
-def _read_row(numbered, label, file):
+def _first_line(error: Exception) -> str:
+    """What an exception says, for a message of one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _read_row(numbered, label, folder):
     """A Question, or a string that says what is wrong with the row."""
     number, row = numbered
+    data_id = row.get("data_id")
     try:
         system, text = _messages(row.get("prompt"))
-        images = tuple(_image_bytes(image, Path(file).parent) for image in row.get("images") or ())
-        holes = text.count("<image>")
-        if holes and holes != len(images):
-            return f"field prompt: {holes} <image> placeholders for {len(images)} images"
+        images = _images(row.get("images"), folder)
+        split_at_images(text, len(images))
         for image in images:
             decode_image(image)
-        urls = row.get("image_urls")
-        data_id = row.get("data_id")
         return Question(
             id=f"{label}:{number}",
             text=text,
@@ -288,7 +300,7 @@ def _read_row(numbered, label, file):
             answers=_answers(row.get("reward_model")),
             data_source=str(row.get("data_source") or "unknown"),
             data_id=None if data_id is None else str(data_id),
-            image_url=(urls[0] if urls else None) if isinstance(urls, list) else urls,
+            image_url=_url(row.get("image_urls")),
             system=system,
         )
     except InputError as error:
@@ -302,9 +314,26 @@ def _messages(prompt):
     user = [m.get("content") for m in prompt if m.get("role") == "user"]
     if len(user) != 1 or len(system) > 1 or len(user) + len(system) != len(prompt):
         raise InputError("field prompt: expected one user message and at most one system message")
-    if not isinstance(user[0], str) or not user[0].strip():
-        raise InputError("field prompt: the user message has no text")
+    for role, content in (("user", user), ("system", system)):
+        if content and not (isinstance(content[0], str) and content[0].strip()):
+            raise InputError(f"field prompt: the {role} message has no text")
     return (system[0] if system else None), user[0]
+
+
+def split_at_images(text: str, images: int) -> list[str]:
+    """The text of a prompt before, between and after its images: at each <image>; without any, the images go first."""
+    parts = text.split("<image>")
+    if len(parts) == 1:
+        return [""] * images + parts
+    if len(parts) - 1 != images:
+        raise InputError(f"field prompt: {len(parts) - 1} <image> placeholders for {images} images")
+    return parts
+
+
+def _images(images, folder):
+    if not isinstance(images, list | None):
+        raise InputError("field images: expected a list")
+    return tuple(_image_bytes(image, folder) for image in images or ())
 
 
 def _image_bytes(image, folder):
@@ -314,11 +343,19 @@ def _image_bytes(image, folder):
     if data is None and path:
         try:
             data = (folder / path).read_bytes()
-        except OSError as error:
-            raise InputError(f"field images: cannot read {path} ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
+            raise InputError(f"field images: cannot read {path!r} ({getattr(error, 'strerror', error)})") from None
     if not isinstance(data, bytes) or not data:
         raise InputError("field images: neither bytes nor a path")
     return data
+
+
+def _url(urls):
+    """The first of a list of URLs, or the only one; None if there is none."""
+    url = next(iter(urls), None) if isinstance(urls, list) else urls
+    if not isinstance(url, str | None):
+        raise InputError("field image_urls: expected text, or a list of it")
+    return url
 
 
 def _answers(reward_model):
@@ -327,18 +364,31 @@ def _answers(reward_model):
     candidates = reward_model.get("candidate_answers")
     if isinstance(candidates, str):
         try:
-            candidates = json.loads(candidates) if candidates.strip() else []
-        except json.JSONDecodeError:
+            candidates = json.loads(candidates) if candidates.strip() else None
+        except (ValueError, RecursionError):
             raise InputError("field reward_model.candidate_answers: a string that is not a JSON list") from None
-    truth = reward_model.get("ground_truth")
-    answers = [str(a) for a in [truth, *(candidates if isinstance(candidates, list) else [])] if a is not None]
-    blank = string.punctuation + string.whitespace
-    if not any(a.strip(blank).lower() not in ("", "a", "an", "the") for a in answers):
+    if not isinstance(candidates, list | None):
+        raise InputError("field reward_model.candidate_answers: not a list")
+    answers = [a for a in (reward_model.get("ground_truth"), *(candidates or ())) if a is not None]
+    if not all(isinstance(a, str | int | float) for a in answers):
+        raise InputError("field reward_model: an answer is not text")
+    answers = tuple(dict.fromkeys(map(str, answers)))
+    if not any(map(_usable, answers)):
         raise InputError("field reward_model: no usable answer")
-    return tuple(dict.fromkeys(answers))
+    return answers
+
+
+def _usable(answer):
+    """False for an answer that the reward normalises to nothing."""
+    words = answer.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    return not {"a", "an", "the"}.issuperset(words)
 
 
 # ------------------------------------------------------------------------------------------------------- images
+
+
+MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -347,19 +397,51 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise InputError(f"field images: {image.width} x {image.height} pixels: a decompression bomb?")
-        if max(image.size) > 200 * min(image.size):
-            raise InputError(f"field images: {image.width} x {image.height}: narrower than 1:200")
+            raise Image.DecompressionBombError
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise InputError(f"field images: {image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError("field images: too many pixels: a decompression bomb?") from None
+    except Exception as error:  # on broken files, Pillow's readers raise about anything
         raise InputError(f"field images: not a whole picture ({type(error).__name__})") from None
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip it to white
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image.info.pop("transparency", None)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def final_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
+    """(height, width) a picture is resized to: multiples of `factor`, of low to high pixels, no narrower than 1:200.
+
+    It is transformers' smart_resize, except where that leaves these bounds (it does, for narrow pictures and narrow
+    ranges): there it is the size inside them whose shape is closest. So resizing again changes nothing.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    def fits(h, w):
+        return h and w and low <= h * w <= high and max(h, w) <= MAX_ASPECT * min(h, w)
+
+    size = smart_resize(height, width, factor, min_pixels=low, max_pixels=high)
+    if fits(*size):
+        return size
+    most, sizes = high // factor**2, []
+    for rows in range(1, most + 1):
+        columns = min(max(round(rows * width / height), -(-low // (factor**2 * rows))), most // rows)
+        if fits(rows * factor, columns * factor):
+            sizes.append((rows * factor, columns * factor))
+    if not sizes:
+        raise InputError(f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
+    return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 
 # -------------------------------------------------------------------------------------------------------- codec
@@ -373,37 +455,36 @@ class Codec:
     """
 
     def __init__(self, folder: str | Path, cfg: Config):
-        from transformers import AutoTokenizer
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        self.cfg = cfg
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            first_line = (str(error).splitlines() or ["?"])[0]
-            raise InputError(f"{folder}: cannot load tokenizer and image processor ({first_line})") from None
-        special = {name: self.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
-        missing = [name for name, id in special.items() if id is None or id == self.tokenizer.unk_token_id != 0]
-        if missing or not self.tokenizer.chat_template:
-            what = f"the token <|{missing[0]}|>" if missing else "a chat template"
-            raise InputError(f"{folder}: the tokenizer lacks {what}; is this a Qwen2.5-VL model?")
-        self.image_pad = special["image_pad"]
-        self.im_end = special["im_end"]
-        self.stop_ids = (special["im_end"], special["endoftext"])
-        self.vision_ids = tuple(special[name] for name in SPECIAL[2:])
+        self.cfg, self.folder = cfg, folder
+        self.tokenizer, self.processor = _load_parts(folder)
+        self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self._check_tokenizer()
+        special = {name: self._special[f"<|{name}|>"] for name in SPECIAL}
+        self.image_pad, self.im_end = special["image_pad"], special["im_end"]
         self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
+        self.vision_ids = frozenset(special[name] for name in SPECIAL[2:])
+        self.stop_ids = (special["im_end"], special["endoftext"])
         self._frames = {}
+        self.frame()
         self._check_pixel_range()
         self._load_prompts()
-        self._pictures, self._pixels = OrderedDict(), OrderedDict()
+        self._sizes, self._pixels = OrderedDict(), OrderedDict()
+
+    def _check_tokenizer(self):
+        for name in SPECIAL:
+            if f"<|{name}|>" not in self._special:
+                raise InputError(f"{self.folder}: the tokenizer lacks the special token <|{name}|>: not a Qwen2.5-VL's")
+        text = "as text: <|im_end|> <|image_pad|>"  # an incomplete tokenizer encodes it to nothing
+        ids = self.encode(text)
+        if self._decode(ids) != text or not set(ids).isdisjoint(self._special.values()):
+            raise InputError(f"{self.folder}: the tokenizer cannot write this as plain text: {text}")
 
     def __len__(self):
         return len(self.tokenizer)
 
     def banned_ids(self, vocab_size: int) -> list[int]:
         """Ids the policy may not say: vision tokens, and rows of the embedding that no token has."""
-        return sorted({*self.vision_ids, *range(len(self.tokenizer), vocab_size)})
+        return sorted(self.vision_ids | set(range(vocab_size)).difference(self.tokenizer.get_vocab().values()))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer and image processor into a model's folder."""
@@ -414,57 +495,61 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, special tokens off."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair has no bytes
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def decode_reply(self, ids: list[int]) -> str:
-        if ids and ids[-1] in self.stop_ids:
-            ids = ids[:-1]
+    def _decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def decode_reply(self, ids: list[int]) -> str:
+        """What the model said in a turn, without the token that ended it."""
+        return self._decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
 
     def show(self, ids: list[int]) -> str:
         """Ids as text for reading, each image as <image>."""
-        pad = self.image_pad
-        ids = [t for i, t in enumerate(ids) if t not in self.vision_ids or (t == pad and ids[i - 1] != pad)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.replace("<|image_pad|>", "<image>")
+        return "".join(
+            "<image>" * list(run).count(self.vision_start) if vision else self._decode(list(run))
+            for vision, run in itertools.groupby(ids, key=self.vision_ids.__contains__)
+        )
 
-    def frame(self, system: str | None = None) -> tuple[list[int], list[int], list[int]]:
-        """The chat template's own ids (before the first user text, from user text to the model's turn, from the
-        model's turn, its end token included, to the next user text)."""
-        if system not in self._frames:
-            marks = ["\x00user\x00", "\x00model\x00", "\x00again\x00"]
-            messages = [
-                {"role": "user", "content": marks[0]},
-                {"role": "assistant", "content": marks[1]},
-                {"role": "user", "content": marks[2]},
-            ]
-            hole = "\x00system\x00"
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": hole})
+    def frame(self, system: str | None = None) -> tuple[list, list, list]:
+        """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
+        text, from there to the model's turn, and from the model's turn, its end token included, to the next user text.
+        """
+        if (system is None) not in self._frames:
+            self._frames[system is None] = self._read_frame(system)
+        head, to_model, to_user = self._frames[system is None]
+        return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
+
+    def _read_frame(self, system):
+        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
+        names = {"model": "assistant", "again": "user"}
+        messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
+        special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            head, rest = text.split(marks[0])
-            to_model, rest = rest.split(marks[1])
-            to_user, _ = rest.split(marks[2])
-            trusted = lambda part: self.tokenizer.encode(part, add_special_tokens=False)  # noqa: E731
-            if system is None:
-                head_ids = trusted(head)
-            else:  # the system text is a user's text: special tokens off
-                before, after = head.split(hole)
-                head_ids = trusted(before) + self.encode(system) + trusted(after)
-            self._frames[system] = (head_ids, trusted(to_model), trusted(to_user))
-        return self._frames[system]
+            parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
+            parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
+            head, to_model, to_user, _ = parts
+            if to_user[0] != self.im_end:
+                raise ValueError("the model's turn does not end in <|im_end|>")
+        except Exception as error:  # a template is a program: it can fail in any way
+            what = f"cannot use its chat template ({_first_line(error)}); is this a Qwen2.5-VL model?"
+            raise InputError(f"{self.folder}: {what}") from None
+        return head, to_model, to_user
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
         head, to_model, _ = self.frame(question.system)
-        text = (template or self._prompts["question"]).replace("{question}", question.text)
-        pictures = [self.picture(image) for image in question.images]
-        parts = text.split("<image>") if "<image>" in question.text else [""] * len(pictures) + [text]
-        segments = [parts[0]]
-        for picture, part in zip(pictures, parts[1:], strict=True):
-            segments += [picture, part]
-        ids, pictures = self._encode_segments(segments)
-        return head + ids + to_model, pictures
+        before, after = (template or self._prompts["question"]).split("{question}")
+        texts = split_at_images(question.text, len(question.images))
+        place = 0 if "<image>" in question.text else -1  # without placeholders the images go before everything
+        texts[place] = before + texts[place]
+        texts[-1] += after
+        segments = [*head, texts[0]]
+        for image, text in zip(question.images, texts[1:], strict=True):
+            segments += [self.picture(image), text]
+        return self._encode_segments([*segments, *to_model])
 
     def result_turn(self, call: Call, result: Result, question: Question, last: int) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) of the user turn that hands a result to the model; `last` is the token before it.
@@ -474,8 +559,7 @@ class Codec:
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
-        ids, pictures = self._encode_segments(self._result_segments(call, result, question))
-        return to_user + ids + to_model, pictures
+        return self._encode_segments([*to_user, *self._result_segments(call, result, question), *to_model])
 
     def _result_segments(self, call, result, question):
         if result.status != "ok":
@@ -487,23 +571,27 @@ class Codec:
         segments = [before.replace("{question}", asked)]
         for hit in result.hits:
             if hit.image is not None:
-                segments.append(self.picture(hit.image, thumbnail=True))
+                try:
+                    segments.append(self.picture(hit.image, thumbnail=True))
+                except InputError:
+                    pass  # a broken picture on the web is no reason to stop: its title is still worth reading
             body = f": {hit.text}" if hit.text else ""
             segments.append(f" {hit.title}{f' ({hit.url})' if hit.url else ''}{body}\n")
         return [*segments, after.replace("{question}", asked)]
 
     def _encode_segments(self, segments):
-        """Text and pictures to expanded ids; neighbouring texts are joined first, so that they tokenise as one."""
-        ids, pictures, text = [], [], ""
-        for segment in [*segments, None]:
-            if isinstance(segment, str):
-                text += segment
+        """Ids, texts and pictures to expanded ids; neighbouring texts are joined, so that they tokenise as one."""
+        ids, pictures = [], []
+        for is_text, run in itertools.groupby(segments, key=lambda segment: isinstance(segment, str)):
+            if is_text:
+                ids += self.encode("".join(run))
                 continue
-            ids += self.encode(text)
-            text = ""
-            if segment is not None:
-                ids += [self.vision_start, *[self.image_pad] * segment.tokens, self.vision_end]
-                pictures.append(segment)
+            for segment in run:
+                if isinstance(segment, Picture):
+                    ids += [self.vision_start, *[self.image_pad] * segment.tokens, self.vision_end]
+                    pictures.append(segment)
+                else:
+                    ids.append(segment)
         return ids, pictures
 
     def expand(self, ids: list[int], pictures: list[Picture]) -> list[int]:
@@ -518,43 +606,42 @@ class Codec:
     def picture(self, data: bytes, thumbnail: bool = False) -> Picture:
         """The record of an encoded image, at the pixel range of questions or of thumbnails."""
         key = hashlib.sha256(data).hexdigest()[:32] + ("t" if thumbnail else "q")
-
-        def make():
-            image = self._resized(data, thumbnail)
-            patch, merge = self.processor.patch_size, self.processor.merge_size
-            grid = (image.height // patch, image.width // patch)
-            return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
-
-        return _cached(self._pictures, key, make, 65536)
+        patch, merge = self.processor.patch_size, self.processor.merge_size
+        height, width = _cached(self._sizes, key, lambda: self._size(decode_image(data), thumbnail), 65536)
+        grid = (height // patch, width // patch)
+        return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
 
     def pixels(self, picture: Picture):
         """float32 [P, C*T*p*p]: the P patches of a picture, as the vision tower takes them."""
 
         def make():
-            image = self._resized(picture.data, picture.thumbnail)
-            batch = self.processor.preprocess([image], do_resize=False, return_tensors="pt")
+            batch = self.processor.preprocess([self.final_image(picture)], do_resize=False, return_tensors="pt")
             return batch["pixel_values"]
 
-        return _cached(self._pixels, picture.key, make, 1024)
+        memory = lambda cache: sum(pixels.nbytes for pixels in cache.values())  # noqa: E731
+        return _cached(self._pixels, picture.key, make, 2**28, memory)
 
     def final_image(self, picture: Picture) -> Image.Image:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
-        return self._resized(picture.data, picture.thumbnail)
-
-    def _resized(self, data, thumbnail):
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        image, cfg = decode_image(data), self.cfg
-        low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
-        factor = self.processor.patch_size * self.processor.merge_size
-        height, width = smart_resize(image.height, image.width, factor, min_pixels=low, max_pixels=high)
+        image = decode_image(picture.data)
+        height, width = self._size(image, picture.thumbnail)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
+    def _size(self, image, thumbnail):
+        cfg = self.cfg
+        low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
+        factor = self.processor.patch_size * self.processor.merge_size
+        return final_size(image.height, image.width, factor, low, high)
+
     def _check_pixel_range(self):
-        size, cfg = self.processor.size, self.cfg
-        low, high = size["shortest_edge"], size["longest_edge"]
+        cfg, size = self.cfg, dict(self.processor.size)
+        low, high = size.get("shortest_edge"), size.get("longest_edge")
+        if low is None or high is None:
+            raise InputError(f"{self.folder}: its image processor has no range of pixels: not a Qwen2.5-VL's")
         if min(cfg.min_pixels, cfg.thumb_min_pixels) < low or max(cfg.max_pixels, cfg.thumb_max_pixels) > high:
-            raise InputError(f"pixel ranges must lie within the image processor's own, {low} to {high} pixels")
+            raise InputError(f"{self.folder}: pixel ranges must lie within its image processor's, {low} to {high}")
+        for thumbnail in (False, True):
+            self._size(Image.new("RGB", (1, 1)), thumbnail)  # raises InputError if no size fits the range
 
     def _load_prompts(self):
         self._prompts = {}
@@ -563,9 +650,9 @@ class Codec:
             if not path.is_absolute() and not path.exists():
                 path = Path(__file__).parent / path
             try:
-                text = path.read_text().strip("\n")
-            except OSError as error:
-                raise InputError(f"{path}: cannot read this prompt ({error.strerror})") from None
+                text = path.read_text(encoding="utf-8").strip("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
             for hole in holes:
                 if text.count(hole) != 1:
                     raise InputError(f"{path}: expected {hole} exactly once")
@@ -573,6 +660,7 @@ class Codec:
 
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
 PROMPT_FILES = {
     "question": ["{question}"],
     "after_image_search": ["{results}", "{question}"],
@@ -581,11 +669,23 @@ PROMPT_FILES = {
 }
 
 
-def _cached(cache, key, make, size):
-    """cache[key], made on first use; the least recently used entry goes when there are more than `size`."""
+def _load_parts(folder):
+    """A model folder's tokenizer and image processor."""
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    try:
+        return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except Exception as error:  # on broken files, transformers raises about anything
+        what = f"cannot load tokenizer and image processor ({_first_line(error)})"
+        raise InputError(f"{folder}: {what}") from None
+
+
+def _cached(cache, key, make, limit, size=len):
+    """cache[key], made on first use; the least recently used entries go when size(cache) exceeds the limit."""
     if key not in cache:
         cache[key] = make()
-        if len(cache) > size:
+        while size(cache) > limit and len(cache) > 1:
             cache.popitem(last=False)
     cache.move_to_end(key)
     return cache[key]

@@ -28,7 +28,6 @@ from data import Call, Codec, Episode, Picture, Question, Result, Stop
 from policy import compute_dtype, empty_model, prepare, rope_positions
 from tools import has_answer, parse_call
 
-
 FEATURE_CELLS = 65536  # TorchEngine keeps features of so many image cells, and of what it needs, for later turns
 
 

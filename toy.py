@@ -275,7 +275,8 @@ def save_tokenizer(path: Path) -> None:
     words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
     words += ["user", "assistant", "system", "unknown", "say", "think", "or", "answer"]
     words += ["the", "search", "failed", "found", "nothing"]
-    corpus = [f" {s}" for s in SYLLABLES] + SYLLABLES + [f" {w}" for w in words] + words
+    corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
+    corpus += [f" {w}" for w in words] + words
     specials = [f"<|{name}|>" for name in SPECIAL]
     trainer = trainers.BpeTrainer(
         vocab_size=1000, min_frequency=1, special_tokens=specials, show_progress=False,

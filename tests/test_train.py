@@ -133,7 +133,7 @@ def test_another_seed_gives_another_run(undisturbed, arguments, tmp_path):
 
 
 def test_killed_between_any_two_writes_and_resumed(undisturbed, arguments, tmp_path):
-    """The kills are spread over all changes of files that a run makes; every resumed run ends as the undisturbed one."""
+    """Kills spread over all changes of files that a run makes; every resumed run ends as the undisturbed one."""
     reference, changes = undisturbed
     assert changes > 60
     spots = random.Random(0).sample(range(1, changes), 6) + [1, 4, changes - 1]
