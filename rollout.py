@@ -28,7 +28,9 @@ from data import Call, Codec, Episode, Picture, Question, Result, Stop
 from policy import compute_dtype, empty_model, prepare, rope_positions
 from tools import has_answer, parse_call
 
-FEATURE_CELLS = 65536  # TorchEngine keeps features of so many image cells, and of what it needs, for later turns
+# bounds on TorchEngine's memory
+PREFILL_TOKENS = 16384  # prompts run together, padding included
+FEATURE_CELLS = 65536  # image features kept for other conversations and later turns, beyond what a batch needs
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ class TorchEngine:
             self.slots.append(slot)  # least recently used first
             request.start(slot, positions)
             width = max(width, len(request.prompt) - slot.length)
-            if batches[-1] and width * (len(batches[-1]) + 1) > 16384:
+            if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
                 width = len(request.prompt) - slot.length
             batches[-1].append(request)

@@ -213,7 +213,7 @@ class RunDir:
         return found[-1] if found else None
 
     def _prepare(self):
-        used = self.path.is_dir() and any(self.path.iterdir())
+        used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
         if used and not (self.cfg.resume or self.cfg.overwrite):
             raise InputError(
                 f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
@@ -222,10 +222,14 @@ class RunDir:
             raise InputError(f"{self.path} is not empty and holds no run of this program; give another --run_dir")
         try:
             if used and self.cfg.overwrite:
-                shutil.rmtree(self.path)
-            for folder in (self.rollouts, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+                old = Path(f"{self.path}.old")  # a removal that is killed half-way must not leave half a run
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, old)
+                shutil.rmtree(old)
+            self.path.mkdir(parents=True, exist_ok=True)
             config.save(self.cfg, self.path / "config.json")
+            self.rollouts.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             self.metrics.touch()
         except OSError as error:
             raise InputError(f"{self.path}: cannot write ({error.strerror})") from None

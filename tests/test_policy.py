@@ -1,0 +1,913 @@
+"""The trainer against transformers' own model: packing, positions, log-probs, gradients; steps that depend neither on
+packing nor on the number of ranks; checkpoints and exports.
+
+Run as a script, this file is one of the ranks of the tests with two processes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import picture, question, replace
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import config
+import policy
+import toy
+from config import InputError
+from data import Call, Codec, Episode, Hit, Question, Result, decode_image
+from grpo import token_weights
+from rollout import Reply
+
+# --------------------------------------------------------------------------------------------- something to compare with
+
+
+def save_sharp_model(folder, path):
+    """A model that forgives nothing: grouped heads, its own head, no norm at 1 and no bias at 0, far from uniform."""
+    shutil.copytree(folder, path)
+    shape = policy.read_model(folder, empty=True).config
+    shape.text_config.num_key_value_heads = 2
+    shape.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model = Qwen2_5_VLForConditionalGeneration(shape)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.5)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharp(folder, tmp_path_factory):
+    return save_sharp_model(folder, tmp_path_factory.mktemp("sharp") / "model")
+
+
+class Plain:
+    """transformers' own forward, one conversation at a time: its own image processing, positions and attention."""
+
+    def __init__(self, folder, cfg, dtype=torch.float32):
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        self.tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        self.processors = {
+            thumbnail: Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=low, max_pixels=high)
+            for thumbnail, low, high in (
+                (False, cfg.min_pixels, cfg.max_pixels),
+                (True, cfg.thumb_min_pixels, cfg.thumb_max_pixels),
+            )
+        }
+        names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+        self.banned = [self.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
+        self.banned += range(len(self.tokenizer), self.model.config.text_config.vocab_size)
+
+    def logits(self, episode):
+        """[T, V]"""
+        images = [self.processors[p.thumbnail]([decode_image(p.data)], return_tensors="pt") for p in episode.images]
+        ids = torch.tensor([episode.tokens])
+        pictures = {key: torch.cat([image[key] for image in images]) for key in (images[0] if images else ())}
+        is_image = (ids == self.model.config.image_token_id).int()
+        return self.model(ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=is_image, **pictures).logits[0]
+
+    def logp(self, episode, temperature=1.0):
+        """[sampled, V]: log of the distribution that each sampled token was drawn from."""
+        where = torch.tensor(episode.sampled).nonzero()[:, 0]
+        logits = self.logits(episode)[where - 1].float() / temperature
+        logits[:, self.banned] = -torch.inf
+        return logits.log_softmax(-1)
+
+    def sampled_logp(self, episode, temperature=1.0):
+        return self.logp(episode, temperature).gather(1, sampled_tokens(episode)[:, None])[:, 0]
+
+
+def sampled_tokens(episode):
+    return torch.tensor([t for t, s in zip(episode.tokens, episode.sampled, strict=True) if s])
+
+
+# Pictures of several sizes. The two questions' pictures have equally many cells in different grids.
+SIZES = {"wide": (112, 56), "high": (56, 112), "small": (30, 30), "large": (120, 90)}
+PICTURES = {name: picture(10 + i, *size) for i, (name, size) in enumerate(SIZES.items())}
+
+
+def wide_range(cfg):
+    """Pictures and thumbnails of various grids; room for them."""
+    pixels = dict(min_pixels=28 * 28, max_pixels=112 * 112, thumb_min_pixels=28 * 28, thumb_max_pixels=56 * 84)
+    return replace(cfg, **pixels, max_tokens=400, max_tokens_per_batch=1000)
+
+
+def conversation(codec, number, images=("wide",), turns=((5, ("small",)), (3, ()))):
+    """An episode about `images`; turns: (how many random tokens the policy says, thumbnails of the result after it). A
+    turn without thumbnails is the last, or its result is text."""
+    draw = torch.Generator().manual_seed(number)
+    about = Question(f"q{number}", "what is it called?", tuple(PICTURES[name] for name in images), ("bako",))
+    episode = Episode.start(about, codec)
+    for index, (length, thumbnails) in enumerate(turns):
+        ids = torch.randint(300, 500, (length - 1,), generator=draw).tolist() + [codec.im_end]
+        logprobs = (-torch.rand(length, generator=draw)).tolist()
+        episode.add_reply(Reply("", ids, logprobs, "stop", 0))
+        if index + 1 < len(turns):
+            hits = tuple(Hit(f"page {n}", image=PICTURES[name]) for n, name in enumerate(thumbnails))
+            assert episode.add_result(Call("image"), Result("ok", hits or (Hit("a page", text="about it"),)))
+    return episode
+
+
+def some_episodes(codec):
+    """Six conversations: two about one picture, several grids, text only, several pictures, one without a sampled
+    token."""
+    return [
+        conversation(codec, 0),
+        conversation(codec, 1, turns=((2, ("large", "small", "wide")), (4, ()), (3, ()))),
+        conversation(codec, 2, images=(), turns=((7, ()),)),
+        conversation(codec, 3, images=("high", "small"), turns=((1, ("high", "large")), (2, ()))),
+        conversation(codec, 4, images=("large",), turns=((9, ()), (2, ()))),
+        conversation(codec, 5, images=("small",), turns=()),
+    ]
+
+
+ADVANTAGES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7]
+
+
+def row_loss_of(kind, packed=range(6)):
+    """The loss of a REINFORCE step. packed: the numbers of the episodes that were packed, in order."""
+
+    def row_loss(number, row, logp, entropy):
+        advantage = torch.tensor([ADVANTAGES[packed[i]] for i in row.episodes])
+        weights, count = token_weights(row.sequence, kind)
+        return -(logp * advantage[row.sequence] * weights).sum(), count, {"tokens": logp.numel()}
+
+    return row_loss
+
+
+def gradients(model):
+    full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g.clone()  # noqa: E731
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(new, old, rel=1e-5):
+    """Named tensors are equal, relative to the largest number of each."""
+    assert set(new) == set(old)
+    gaps = {name: float((new[name] - old[name]).abs().max() / old[name].abs().max().clamp(min=1e-30)) for name in old}
+    worst = max(gaps, key=gaps.get)
+    assert gaps[worst] < rel, (worst, gaps[worst])
+
+
+def step(model, episodes, codec, cfg, device, kind="tokens", packed=range(6), lr=1.0):
+    """One SGD step; (what update returned, gradients)."""
+    rows = policy.pack(episodes, codec, model, cfg.max_tokens_per_batch)
+    rows = policy.even_rows(rows, codec, device)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    return policy.update(model, optimizer, rows, row_loss_of(kind, packed), cfg, device), gradients(model)
+
+
+@pytest.fixture
+def wide(cfg):
+    return wide_range(cfg)
+
+
+@pytest.fixture
+def sharp_codec(sharp, wide):
+    return Codec(sharp, wide)
+
+
+@pytest.fixture
+def sharp_model(sharp, sharp_codec, wide, device):
+    return policy.load_policy(sharp, sharp_codec, wide, device)
+
+
+@pytest.fixture
+def plain(sharp, wide):
+    return Plain(sharp, wide)
+
+
+@pytest.fixture
+def episodes(sharp_codec):
+    return some_episodes(sharp_codec)
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+
+
+def test_the_example_at_the_top_of_the_file(model, codec):
+    thumbnail = codec.picture(PICTURES["small"], thumbnail=True)
+    u, i, x = 300, codec.image_pad, 400
+    first = Episode(question(0), codec, 0, [u, i, x, x + 1], [False, False, True, True], [0, 0, -1, -2], [thumbnail])
+    second = Episode(question(0), codec, 1, [u, i, x + 2], [False, False, True], [0, 0, -3], [thumbnail])
+    (row,) = policy.pack([first, second], codec, model, 7)
+    assert row.ids.tolist() == [u, i, x, x + 1, u, i, x + 2]
+    assert row.cu_seqlens.tolist() == [0, 4, 7] and row.longest == 4
+    assert row.predict.tolist() == [1, 2, 5]
+    assert row.target.tolist() == [x, x + 1, x + 2]
+    assert row.sequence.tolist() == [0, 0, 1]
+    assert row.sampler_logp.tolist() == [-1, -2, -3]
+    assert row.pixels.shape[0] == 4 and row.grids.tolist() == [[1, 2, 2]]
+    assert row.cells.tolist() == [0, 0] and row.cell_positions.tolist() == [1, 5]
+    assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("budget", [130, 200, 100000])
+def test_packing_loses_and_pads_nothing(sharp_model, sharp_codec, episodes, budget):
+    rows = policy.pack(episodes, sharp_codec, sharp_model, budget)
+    assert [i for row in rows for i in row.episodes] == list(range(len(episodes)))
+    assert len(rows) == {130: 4, 200: 2, 100000: 1}[budget]
+    for row in rows:
+        mine = [episodes[i] for i in row.episodes]
+        assert len(row.ids) <= budget
+        assert row.ids.tolist() == [t for e in mine for t in e.tokens]
+        assert row.cu_seqlens.diff().tolist() == [len(e.tokens) for e in mine]
+        assert row.target.tolist() == [t for e in mine for t in sampled_tokens(e).tolist()]
+        assert row.ids[row.predict + 1].tolist() == row.target.tolist()
+        sampled = torch.zeros(len(row.ids), dtype=torch.bool).index_fill(0, row.predict + 1, True)
+        assert sampled.tolist() == [s for e in mine for s in e.sampled]
+        assert row.sampler_logp.tolist() == pytest.approx(
+            [p for e in mine for p, s in zip(e.logprobs, e.sampled, strict=True) if s]
+        )
+        assert row.sequence.tolist() == [n for n, e in enumerate(mine) for _ in range(sum(e.sampled))]
+        cells = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
+        assert sum(cells) == len(row.cells) == (row.ids == sharp_codec.image_pad).sum()
+        assert row.cell_positions.tolist() == (row.ids == sharp_codec.image_pad).nonzero()[:, 0].tolist()
+
+
+def test_an_episode_longer_than_a_row_is_refused(model, codec, cfg):
+    episode = conversation(codec, 0)
+    assert len(policy.pack([episode], codec, model, len(episode.tokens))) == 1
+    with pytest.raises(ValueError, match="does not fit"):
+        policy.pack([episode], codec, model, len(episode.tokens) - 1)
+
+
+def test_placeholders_that_do_not_match_the_pictures_are_refused(model, codec):
+    episode = conversation(codec, 0)
+    episode.images.pop()
+    with pytest.raises(ValueError, match="placeholders"):
+        policy.pack([episode], codec, model, 1000)
+
+
+def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_codec, episodes, plain):
+    longest = max(len(e.tokens) for e in episodes)
+    ids = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in episodes])
+    mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in episodes])
+    grids = torch.tensor([[1, *p.grid] for e in episodes for p in e.images])
+    is_image = (ids == sharp_codec.image_pad).int()
+    batch, _ = plain.model.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    bounds = row.cu_seqlens.tolist()
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        assert torch.equal(row.positions[:, start:end], batch[:, n, : end - start])
+    assert not torch.equal(row.positions[1], row.positions[2])  # the pictures are not of one column
+
+
+# ------------------------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("budget", [130, 100000])
+def test_packed_logprobs_are_those_of_separate_plain_forwards(
+    sharp_model, sharp_codec, episodes, plain, device, budget, temperature
+):
+    rows = policy.pack(episodes, sharp_codec, sharp_model, budget)
+    packed = torch.cat(policy.logprobs(sharp_model, rows, temperature, device))
+    with torch.no_grad():
+        separate = torch.cat([plain.sampled_logp(e, temperature) for e in episodes])
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_codec, episodes, plain, wide, device):
+    wide = replace(wide, temperature=0.7, max_grad_norm=1e9)
+    sums, new = step(sharp_model, episodes, sharp_codec, wide, device)
+    count, loss = sum(len(sampled_tokens(e)) for e in episodes), 0.0
+    for episode, advantage in zip(episodes, ADVANTAGES, strict=True):
+        part = -(plain.sampled_logp(episode, 0.7) * advantage).sum()
+        (part / count).backward()
+        loss += part.item()
+    assert sums["count"] == count and sums["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_same(new, gradients(plain.model))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_codec, episodes, plain, temperature):
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    entropy = sharp_model.row_logprobs(row, temperature, True)[1]
+    expected = []
+    for episode in episodes:
+        p = plain.logp(episode, temperature).double().softmax(-1)
+        expected.append(-(p * p.clamp(min=1e-300).log()).sum(-1).float())
+    torch.testing.assert_close(entropy, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    weights = torch.randn(len(entropy), generator=torch.Generator().manual_seed(0))
+    (entropy * weights).sum().backward()
+    (torch.cat(expected) * weights).sum().backward()
+    assert_same(gradients(sharp_model), gradients(plain.model), 1e-4)
+    assert not sharp_model.row_logprobs(row, temperature)[1].requires_grad
+
+
+def test_banned_ids_are_outside_of_the_distribution(sharp_model, sharp_codec, episodes, plain, device):
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+    with torch.no_grad():
+        sharp_model.lm_head.weight[plain.banned] = 100.0
+    assert torch.equal(policy.logprobs(sharp_model, [row], 1.0, device)[0], before)
+
+
+def test_a_change_in_one_episode_does_not_reach_another(sharp_model, sharp_codec, episodes, device):
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+    for number, episode in enumerate(episodes[:5]):
+        token = episode.tokens.index(sharp_codec.im_end) - 1  # of the prompt: everything of this episode depends on it
+        old, episode.tokens[token] = episode.tokens[token], 333
+        (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+        changed = (policy.logprobs(sharp_model, [row], 1.0, device)[0] - before).abs() > 2e-6
+        assert torch.equal(changed, row.sequence == number)
+        episode.tokens[token] = old
+
+
+def test_a_change_in_one_picture_does_not_reach_another(sharp_model, sharp_codec, episodes, device):
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+    keys = list(dict.fromkeys(p.key for e in episodes for p in e.images))
+    ends = (row.grids[:, 1] * row.grids[:, 2]).cumsum(0).tolist()
+    for key, start, end in zip(keys, [0, *ends], ends, strict=False):
+        pixels = row.pixels.clone()
+        row.pixels[start:end] += 1.0
+        changed = (policy.logprobs(sharp_model, [row], 1.0, device)[0] - before).abs() > 2e-6
+        shows = torch.tensor([any(p.key == key for p in e.images) for e in episodes])[row.sequence]
+        assert not (changed & ~shows).any() and bool(changed.any()) == bool(shows.any())
+        row.pixels = pixels
+
+
+def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, device, monkeypatch):
+    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+    results = []
+    for chunk in (1024, 3):
+        monkeypatch.setattr(policy, "HEAD_CHUNK", chunk)
+        largest = []
+        hook = sharp_model.lm_head.register_forward_hook(lambda _, __, out, sizes=largest: sizes.append(out.shape[0]))
+        sharp_model.zero_grad()
+        logp, entropy, _ = sharp_model.row_logprobs(row, 0.8, True)
+        (logp.sum() + 0.1 * entropy.sum()).backward()
+        hook.remove()
+        results.append((logp, entropy, gradients(sharp_model), max(largest)))
+    (logp, entropy, grads, largest), (logp3, entropy3, grads3, largest3) = results
+    torch.testing.assert_close(logp3, logp, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy3, entropy, atol=1e-6, rtol=1e-6)
+    assert_same(grads3, grads)
+    assert largest == len(row.target) and largest3 == 3
+
+
+def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp_codec, episodes):
+    patches = []
+    sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
+    twice = [*episodes, *episodes]
+    (row,) = policy.pack(twice, sharp_codec, sharp_model, 100000)
+    sharp_model.row_logprobs(row, 1.0)
+    distinct = {p.key: p.grid[0] * p.grid[1] for e in twice for p in e.images}
+    assert patches == [sum(distinct.values())]
+    assert sum(p.grid[0] * p.grid[1] for e in twice for p in e.images) > 2 * sum(distinct.values())
+
+
+@pytest.mark.parametrize("of", ["text only", "empty"])
+def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_codec, episodes, of):
+    """With FSDP, a rank that leaves a module out makes the others wait for ever."""
+    row = (
+        policy.empty_row(sharp_codec) if of == "empty" else policy.pack([episodes[2]], sharp_codec, sharp_model, 99)[0]
+    )
+    patches = []
+    sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
+    logp, entropy, zero = sharp_model.row_logprobs(row, 1.0)
+    assert patches == [4]
+    assert float(zero) == 0 and len(logp) == len(entropy) == len(row.target)
+    (logp.sum() + zero).backward()
+    assert all(p.grad is not None for p in sharp_model.parameters())
+    assert all(not p.grad.any() for p in sharp_model.model.visual.parameters())
+    assert of != "empty" or all(not p.grad.any() for p in sharp_model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [4, 1, 7, 4, 1, 2]])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
+    torch.manual_seed(0)
+    total = sum(lengths)
+    query = torch.randn(1, 4, total, 8)
+    key, value = torch.randn(2, 1, kv_heads, total, 8).unbind(0)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = segment[:, None] == segment
+    if causal:
+        mask = mask.tril()
+    many = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, *many, mask, scale=0.3)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    out, _ = policy.packed_attention(
+        torch.nn.Module(), query, key, value, scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds,
+        max_length_q=max(lengths),
+    )  # fmt: skip
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_fast_kernel_is_the_slow_one(causal):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, 40, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+    bounds = torch.tensor([0, 13, 14, 40], dtype=torch.int32, device="cuda")
+    outs = [
+        policy.packed_attention(
+            torch.nn.Module(), query, key, value, kind=kind, scaling=0.2, is_causal=causal, cu_seq_lens_q=bounds,
+            max_length_q=26,
+        )[0]
+        for kind in ("auto", "segments")
+    ]  # fmt: skip
+    torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sequence"])
+def test_a_step_does_not_depend_on_packing(sharp, sharp_codec, episodes, wide, device, kind):
+    wide = replace(wide, max_grad_norm=0.5)  # clipping must see the whole gradient
+    alone = None
+    for budget, order in [(100000, range(6)), (130, range(6)), (200, [4, 2, 0, 5, 1, 3])]:
+        model = policy.load_policy(sharp, sharp_codec, wide, device)
+        cfg = replace(wide, max_tokens=100, max_prompt_tokens=90, max_tokens_per_batch=budget)
+        sums, grads = step(model, [episodes[i] for i in order], sharp_codec, cfg, device, kind, order)
+        weights = dict(policy.full_weights(model))
+        assert sums["tokens"] == sum(sum(e.sampled) for e in episodes)
+        assert sums["count"] == {"tokens": sums["tokens"], "sequence": 5}[kind]  # one has nothing sampled
+        if alone is None:
+            alone = sums, grads, weights
+        assert sums["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5) and sums["grad_norm"] > 0.5
+        assert_same(grads, alone[1])
+        assert_same(weights, alone[2])
+
+
+def test_masked_tokens_cannot_move_the_loss(sharp_model, sharp_codec, wide, device):
+    """A tool's turn is no target, and behind the last sampled token nothing is a cause either."""
+    episode = conversation(sharp_codec, 1, turns=((4, ("small",)), (3, ())))
+    assert episode.add_result(Call("text"), Result("ok", (Hit("a page", text="about it"),)))
+    sums, grads = step(sharp_model, [episode], sharp_codec, wide, device, lr=0.0)
+    for offset, sampled in enumerate(episode.sampled):
+        if not sampled:
+            episode.logprobs[offset] = float("nan")
+            if offset > episode.turns[-1].end:
+                episode.tokens[offset] = 300 + offset
+    again, grads_again = step(sharp_model, [episode], sharp_codec, wide, device, lr=0.0)
+    assert again == pytest.approx(sums, rel=1e-6) and sums["tokens"] == 7
+    assert_same(grads_again, grads)
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(sharp, sharp_codec, sharp_model, episodes, wide, device):
+    frozen = policy.load_policy(sharp, sharp_codec, replace(wide, freeze_vision=True), device)
+    before = {name: value.clone() for name, value in policy.full_weights(frozen)}
+    wide = replace(wide, max_grad_norm=1e9)
+    _, grads = step(frozen, episodes, sharp_codec, wide, device)
+    _, all_grads = step(sharp_model, episodes, sharp_codec, wide, device)
+    after = dict(policy.full_weights(frozen))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(grads) == {name for name in before if "visual" not in name}
+    assert_same(grads, {name: all_grads[name] for name in grads})
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(sharp, sharp_codec, sharp_model, episodes, wide, device):
+    saving = policy.load_policy(sharp, sharp_codec, replace(wide, gradient_checkpointing=True), device)
+    runs = []
+    saving.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append("text"))
+    saving.model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append("vision"))
+    _, grads = step(saving, episodes[:2], sharp_codec, wide, device)
+    assert sorted(runs) == ["text", "text", "vision", "vision"]  # once forward, once again in backward
+    assert_same(grads, step(sharp_model, episodes[:2], sharp_codec, wide, device)[1])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_step(sharp_model, sharp_codec, episodes, wide, device, what):
+    optimizer = torch.optim.AdamW(sharp_model.parameters(), 1e-3)
+    rows = policy.pack(episodes, sharp_codec, sharp_model, 130)
+    good = row_loss_of("tokens")
+    policy.update(sharp_model, optimizer, rows, good, wide, device)
+    before = [p.clone() for p in sharp_model.parameters()]
+    state = [value.clone() for s in optimizer.state.values() for value in s.values()]
+
+    def broken(number, row, logp, entropy):
+        loss, count, stats = good(number, row, logp, entropy)
+        if number == 1:  # a gradient of 0 * inf
+            loss = loss * float("nan") if what == "loss" else loss + (logp - logp.detach()).abs().sqrt().sum()
+        return loss, count, stats
+
+    with pytest.raises(policy.NonFinite, match="gradient norm nan") as caught:
+        policy.update(sharp_model, optimizer, rows, broken, wide, device)
+    assert caught.value.episodes == (rows[1].episodes if what == "loss" else [])
+    assert what != "loss" or str(caught.value).endswith(
+        f"episodes {', '.join(map(str, rows[1].episodes))} of this rank"
+    )
+    assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
+    assert all(map(torch.equal, [v for s in optimizer.state.values() for v in s.values()], state))
+    assert all(p.grad is None for p in sharp_model.parameters())
+
+
+def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_codec, episodes, wide, device):
+    """All were aborted: even the momentum of earlier steps must not move the weights."""
+    optimizer = torch.optim.AdamW(sharp_model.parameters(), 1e-2)
+    rows = policy.pack(episodes, sharp_codec, sharp_model, 1000)
+    policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
+    before = [p.clone() for p in sharp_model.parameters()]
+    rows = policy.even_rows(policy.pack([], sharp_codec, sharp_model, 1000), sharp_codec, device)
+    assert len(rows) == 1
+    sums = policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
+    assert sums == {"loss": 0.0, "count": 0.0, "tokens": 0.0, "grad_norm": 0.0}
+    assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
+
+
+def test_bf16_with_fp32_masters(sharp, sharp_codec, sharp_model, episodes, wide, device):
+    half = policy.load_policy(sharp, sharp_codec, replace(wide, dtype="bf16"), device)
+    cosines = []
+    half.model.visual.blocks[0].attn.register_forward_pre_hook(
+        lambda _, __, kwargs: cosines.append(kwargs["position_embeddings"][0].dtype), with_kwargs=True
+    )
+    rows = policy.pack(episodes, sharp_codec, half, 130)
+    logps = policy.logprobs(half, rows, 1.0, device)
+    assert set(cosines) == {torch.float32}
+    # between forward and backward, FSDP lets parameters() show bf16 copies: what is handed on must be the masters
+    masters = {name: value.clone() for name, value in policy.full_weights(half)}
+    assert_same(masters, dict(sharp_model.named_parameters()), 1e-12)
+    exact = policy.logprobs(sharp_model, rows, 1.0, device)
+    gap = (torch.cat(logps) - torch.cat(exact)).abs()
+    assert 1e-4 < gap.mean() < 0.1 and all(logp.dtype == torch.float32 for logp in logps)
+    sums, grads = step(half, episodes, sharp_codec, wide, device, lr=1e-6)  # steps that bf16 would swallow
+    after = dict(policy.full_weights(half))
+    assert {g.dtype for g in grads.values()} == {v.dtype for v in after.values()} == {torch.float32}
+    moved = [n for n in after if not torch.equal(after[n], masters[n])]
+    assert len(moved) > len(after) // 2
+    assert sums["grad_norm"] == pytest.approx(
+        step(sharp_model, episodes, sharp_codec, wide, device)[0]["grad_norm"], rel=0.1
+    )
+
+
+def test_rows_are_evened_out(codec, device, monkeypatch):
+    monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
+    row = policy.empty_row(codec)
+    rows = policy.even_rows([row], codec, device)
+    assert len(rows) == 3 and rows[0] is row and all(len(r.target) == 0 and r.episodes == [] for r in rows[1:])
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def train_once(model, optimizer, codec, cfg, device):
+    rows = policy.pack(some_episodes(codec), codec, model, cfg.max_tokens_per_batch)
+    policy.update(model, optimizer, rows, row_loss_of("tokens"), cfg, device)
+
+
+def everything(model, optimizer):
+    return [p.detach().clone() for p in model.parameters()] + [
+        v.clone() for p in model.parameters() if p in optimizer.state for _, v in sorted(optimizer.state[p].items())
+    ]
+
+
+def same_bits(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_vision": True}, {"dtype": "bf16"}], ids=str)
+def test_a_checkpoint_goes_on_to_the_bit(folder, wide, device, tmp_path, changes):
+    wide = replace(wide, **changes)
+    codec = Codec(folder, wide)
+    runs = []
+    for resumed in (False, True):
+        model = policy.load_policy(folder, codec, wide, device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.1)
+        if resumed:
+            torch.manual_seed(99)
+            state = policy.load_state(tmp_path / "step-000001", model, optimizer)
+            assert state["step"] == 1 and state["best"] == {"accuracy": 0.5}
+        else:
+            train_once(model, optimizer, codec, wide, device)
+            torch.manual_seed(7)
+            policy.save_state(tmp_path / "step-000001", model, optimizer, {"step": 1, "best": {"accuracy": 0.5}})
+        noise = torch.rand(5)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3
+        train_once(model, optimizer, codec, wide, device)
+        runs.append([*everything(model, optimizer), noise])
+    assert same_bits(*runs)
+    assert len(runs[0]) > 2 * len(list(model.parameters()))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.fixture
+def saved(model, codec, cfg, device, tmp_path):
+    """(model, its optimiser, the path of a checkpoint of them)"""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    train_once(model, optimizer, codec, replace(cfg, max_tokens_per_batch=1000), device)
+    policy.save_state(tmp_path / "saved", model, optimizer, {"step": 1})
+    return model, optimizer, tmp_path / "saved"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "over an old one"])
+@pytest.mark.parametrize("moment", ["save", "dumps", "replace", "second replace", "rmtree"])
+def test_a_kill_leaves_no_half_checkpoint(saved, tmp_path, monkeypatch, moment, old):
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer, path = saved
+    path = path if old else tmp_path / "new"
+    calls = []
+
+    def kill(*args, **_):
+        calls.append(args)
+        if moment == "second replace" and len(calls) == 1:
+            return os.rename(*args)
+        if moment == "rmtree":  # in the middle of it
+            if not Path(args[0]).exists():
+                return
+            (Path(args[0]) / "__0_0.distcp").unlink()
+        raise Killed
+
+    where = {"save": dcp, "dumps": json, "rmtree": shutil}.get(moment, os)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, moment.split()[-1], kill)
+        try:
+            policy.save_state(path, model, optimizer, {"step": 2})
+        except Killed:
+            pass
+    assert calls
+    if path.exists():
+        assert policy.load_state(path, model, optimizer)["step"] in ((1, 2) if old else (2,))
+    policy.save_state(path, model, optimizer, {"step": 3})  # what was left behind is in nobody's way
+    assert policy.load_state(path, model, optimizer)["step"] == 3
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "saved") == ([] if old else ["new"])
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '"x"', '{"step": 1}', b"\xff"], ids=repr)
+def test_what_is_no_checkpoint_is_refused(model, tmp_path, content):
+    path = tmp_path / "step-000001"
+    path.mkdir()
+    if content is not None:
+        (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match="not a checkpoint") as error:
+        policy.load_state(path, model, torch.optim.AdamW(model.parameters()))
+    assert str(path) in str(error.value) and one_line(error)
+
+
+@pytest.mark.parametrize("damage", ["metadata", "shard", "cut"])
+def test_a_damaged_checkpoint_is_refused(saved, damage):
+    model, optimizer, path = saved
+    shard = path / "__0_0.distcp"
+    if damage == "cut":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        {"shard": shard, "metadata": path / ".metadata"}[damage].unlink()
+    with pytest.raises(InputError, match="not a whole checkpoint") as error:
+        policy.load_state(path, model, optimizer)
+    assert str(path) in str(error.value) and one_line(error)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, sharp_model):
+    with pytest.raises(InputError, match="another model") as error:
+        policy.load_state(saved[2], sharp_model, torch.optim.AdamW(sharp_model.parameters()))
+    assert one_line(error)
+
+
+# ----------------------------------------------------------------------------------------------- folders, of all kinds
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, tied):
+    """Hub names, no trace of this code, and the same log-probs in transformers."""
+    folder = folder if tied else request.getfixturevalue("sharp")
+    codec = Codec(folder, wide)
+    model = policy.load_policy(folder, codec, wide, device)
+    episodes = some_episodes(codec)
+    step(model, episodes, codec, wide, device, lr=0.1)
+    for _ in range(2):  # over an earlier one too
+        policy.export_hf(tmp_path / "best", model, codec)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+    from safetensors.torch import load_file
+
+    keys = set(load_file(tmp_path / "best" / "model.safetensors"))
+    assert keys == set(load_file(folder / "model.safetensors"))
+    assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= keys
+    assert tied == ("lm_head.weight" not in keys)
+    texts = [(tmp_path / "best" / name).read_text() for name in ("config.json", "generation_config.json")]
+    assert not any(word in text for text in texts for word in (policy.ATTENTION, "flash", "attn_implementation"))
+    assert json.loads(texts[0])["use_cache"] and json.loads(texts[0])["model_type"] == "qwen2_5_vl"
+
+    exported, again = Plain(tmp_path / "best", wide), Codec(tmp_path / "best", wide)
+    assert again.tokenizer.get_vocab() == codec.tokenizer.get_vocab()
+    assert some_episodes(again)[3].tokens == episodes[3].tokens
+    rows = policy.pack(episodes, codec, model, 100000)
+    with torch.no_grad():
+        separate = torch.cat([exported.sampled_logp(e) for e in episodes])
+    torch.testing.assert_close(policy.logprobs(model, rows, 1.0, device)[0], separate, atol=1e-5, rtol=1e-5)
+
+
+def test_an_export_in_bf16_says_so(model, codec, tmp_path):
+    policy.export_hf(tmp_path / "half", model, codec, dtype=torch.bfloat16)
+    half = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def broken_folder(path, kind):
+    if kind == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    elif kind == "absent":
+        shutil.rmtree(path)
+    elif kind == "llama":
+        (path / "config.json").write_text('{"model_type": "llama"}')
+    elif kind == "not json":
+        (path / "config.json").write_text("{")
+    elif kind == "wrong type":
+        config = json.loads((path / "config.json").read_text())
+        config["text_config"]["hidden_size"] = "many"
+        (path / "config.json").write_text(json.dumps(config))
+    elif kind == "broken":
+        (path / "model.safetensors").write_bytes(b"x" * 1000)
+    elif kind == "cut":
+        os.truncate(path / "model.safetensors", 200000)
+    elif kind == "no weights":
+        (path / "model.safetensors").unlink()
+    else:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(path / "model.safetensors")
+        if kind == "one missing":
+            del weights["visual.patch_embed.proj.weight"]
+        else:
+            weights["visual.merger.mlp.2.bias"] = torch.zeros(3)
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,one of another shape".split(","),
+)
+def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    broken_folder(path, kind)
+    with pytest.raises(InputError) as error:
+        policy.read_model(path)
+    assert str(path) in str(error.value) and one_line(error)
+    assert kind != "llama" or "unsupported architecture 'llama'" in str(error.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder, codec, cfg):
+    model = policy.read_model(folder)
+    model.config.text_config.vocab_size = len(codec) - 1
+    with pytest.raises(InputError, match="tokenizer has"):
+        policy.prepare(model, codec, cfg)
+
+
+def test_flash_attention_that_is_not_there_is_refused(folder, codec, cfg, monkeypatch):
+    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="flash-attn is not installed"):
+        policy.prepare(policy.read_model(folder, empty=True), codec, replace(cfg, attention="flash"))
+
+
+@pytest.mark.parametrize(
+    "version, good",
+    [("5.2.9", True), ("5.3.0", False), ("5.4.1", False), ("5.5.3", False), ("5.5.4", True), ("5.19.0", True)],
+)
+def test_versions_with_wrong_positions_are_refused(folder, monkeypatch, version, good):
+    monkeypatch.setattr("transformers.__version__", version)
+    if good:
+        return policy.check_versions()
+    with pytest.raises(InputError, match="M-RoPE"):
+        policy.read_model(folder)
+
+
+# --------------------------------------------------------------------------------------------------- two processes
+
+# (name, settings, the numbers of the episodes of each rank)
+SCENARIOS = [
+    ("sharded", {}, ([0, 1, 2, 4, 5], [3])),
+    ("one idle", {"loss_norm": "sequence"}, ([0, 1, 2, 3, 4, 5], [])),
+    ("hsdp", {"shard_size": 1}, ([1, 2], [0, 3, 4, 5])),
+    ("frozen", {"freeze_vision": True, "gradient_checkpointing": True}, ([2], [0, 1, 3, 4, 5])),
+]
+
+
+def world_cfg(**changes):
+    """max_tokens_per_batch: so small that the ranks have unequal numbers of rows."""
+    cfg = wide_range(config.Config(threads=1, max_grad_norm=0.5))
+    return replace(cfg, max_tokens=130, max_tokens_per_batch=130, dist_timeout=1.0, **changes)
+
+
+def run_scenario(folder, settings, mine, device):
+    """One update with this rank's episodes: all that must not depend on the number of ranks."""
+    cfg = world_cfg(**settings)
+    codec = Codec(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
+    model = policy.load_policy(folder, codec, cfg, device)
+    chosen = [some_episodes(codec)[i] for i in mine]
+    sums, grads = step(model, chosen, codec, cfg, device, cfg.loss_norm, mine)
+    rows = policy.even_rows(policy.pack(chosen, codec, model, 130), codec, device)
+    policy.logprobs(model, rows, 1.0, device)  # leaves nothing behind that full_weights would trip over
+    return {"sums": sums, "grads": grads, "weights": dict(policy.full_weights(model))}
+
+
+def worker(folder, out):
+    """One rank: the scenarios, a step with a NaN on rank 1, and a checkpoint."""
+    rank = int(os.environ["RANK"])
+    device = policy.init_distributed(config.Config(threads=1, dist_timeout=1.0))
+    results = {name: run_scenario(folder, settings, ranks[rank], device) for name, settings, ranks in SCENARIOS}
+
+    cfg = replace(world_cfg(), max_tokens=400, max_tokens_per_batch=1000)
+    codec = Codec(folder, cfg)
+    model = policy.load_policy(folder, codec, cfg, device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    rows = policy.pack(some_episodes(codec)[rank::2], codec, model, 1000)
+    good = row_loss_of("tokens", range(rank, 6, 2))
+    policy.update(model, optimizer, rows, good, cfg, device)
+
+    def broken(number, row, logp, entropy):
+        loss, count, stats = good(number, row, logp, entropy)
+        return loss * (float("nan") if rank else 1.0), count, stats
+
+    try:
+        policy.update(model, optimizer, rows, broken, cfg, device)
+    except policy.NonFinite as error:
+        results["nan"] = [None, None]
+        dist.all_gather_object(results["nan"], error.episodes)
+    policy.save_state(out / "checkpoint", model, optimizer, {"step": 1})
+    policy.export_hf(out / "export", model, codec)
+    results["final"] = dict(policy.full_weights(model))
+    results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+    if rank == 0:
+        torch.save(results, out / "results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder, tmp_path_factory):
+    """What two processes made of it; see `worker`."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(out)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    return torch.load(out / "results.pt"), out
+
+
+@pytest.mark.parametrize("name, settings, ranks", SCENARIOS, ids=[s[0] for s in SCENARIOS])
+def test_two_ranks_are_one(two_ranks, folder, device, name, settings, ranks):
+    alone = run_scenario(folder, {**settings, "shard_size": 0}, [i for mine in ranks for i in mine], device)
+    together = two_ranks[0][name]
+    assert together["sums"] == pytest.approx(alone["sums"], rel=1e-5) and alone["sums"]["grad_norm"] > 0.5
+    assert_same(together["grads"], alone["grads"])
+    assert_same(together["weights"], alone["weights"])
+
+
+def test_a_nan_on_one_rank_stops_all(two_ranks):
+    assert two_ranks[0]["nan"] == [[], [0, 1, 2]]
+
+
+def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
+    results, out = two_ranks
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    assert policy.load_state(out / "checkpoint", model, optimizer)["step"] == 1
+    assert all(torch.equal(value, results["final"][name]) for name, value in policy.full_weights(model))
+    assert same_bits([optimizer.state[p]["exp_avg"] for p in model.parameters()], results["moments"])
+    exported = policy.read_model(out / "export")
+    assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), Path(sys.argv[2]))
