@@ -242,7 +242,7 @@ class RunDir:
         """Forget what came after the checkpoint: it will happen again."""
         os.truncate(self.metrics, min(state["metrics_bytes"], self.metrics.stat().st_size))
         for file in self.rollouts.iterdir():
-            if int(file.stem.split("-")[-1]) >= state["step"] or file.suffix == ".tmp":
+            if int(file.name.split(".")[0].split("-")[1]) >= state["step"] or file.suffix == ".tmp":
                 file.unlink()
         for folder in self.saved():
             if int(folder.name.split("-")[1]) > state["step"] and self.resume_from:

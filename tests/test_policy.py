@@ -19,19 +19,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import picture, question, replace
-from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import config
 import policy
-import toy
 from config import InputError
 from data import Call, Codec, Episode, Hit, Question, Result, decode_image
 from grpo import token_weights
 from rollout import Reply
 
-# --------------------------------------------------------------------------------------------- something to compare with
+# ------------------------------------------------------------------------------------------ what to compare with
 
 
 def save_sharp_model(folder, path):
@@ -385,7 +383,7 @@ def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, 
     sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
     logp, entropy, zero = sharp_model.row_logprobs(row, 1.0)
     assert patches == [4]
-    assert float(zero) == 0 and len(logp) == len(entropy) == len(row.target)
+    assert zero.item() == 0 and len(logp) == len(entropy) == len(row.target)
     (logp.sum() + zero).backward()
     assert all(p.grad is not None for p in sharp_model.parameters())
     assert all(not p.grad.any() for p in sharp_model.model.visual.parameters())

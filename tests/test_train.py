@@ -268,7 +268,7 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(metrics(run_dir)) == 5 and "known name" in done.stdout
+    assert len(metrics(run_dir)) == 4 and "known name" in done.stdout
     photos = ROOT.parent / "shared" / "data" / "mini_data.pq"
     if not photos.exists():
         pytest.skip("the five real photos are not at hand")
@@ -280,4 +280,4 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "5 training and 5 validation questions" in done.stderr
+    assert "5 training and 3 validation questions" in done.stderr
