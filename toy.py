@@ -51,7 +51,7 @@ COLORS = {
 PATTERNS = ("plain", "stripes", "grid", "half")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 FACTS = ("founder", "city", "river")
-KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 48, 950, 150
+KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 32, 966, 150
 WORDINGS = {
     "name": ("what is it called?", "what is its name?"),
     "founder": ("who founded it?", "who is its founder?"),
@@ -367,8 +367,8 @@ class Lessons:
         """Names and facts of known things; `unknown` for the unknown ones of training."""
         lessons = []
         for i in range(n):
-            pool = self.things[:KNOWN] if i % 2 else self.things[KNOWN : KNOWN + TRAIN_UNKNOWN]
-            thing, what = self.rng.choice(pool), self.rng.choice(["name", "name", "name", *FACTS])
+            pool = self.things[KNOWN : KNOWN + TRAIN_UNKNOWN] if i % 3 == 0 else self.things[:KNOWN]
+            thing, what = self.rng.choice(pool), self.rng.choice(["name", "name", *FACTS])
             reply = getattr(thing, what) if thing.known else "unknown"
             lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), reply, draw(look_of(thing), self.rng)))
         return lessons
@@ -495,7 +495,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search, codec, cfg, ordered=True)
-        episodes += lessons.knowing(32) + lessons.seeing(8) + lessons.copying(8)
+        episodes += lessons.knowing(48) + lessons.seeing(8) + lessons.copying(8)
         bar.set_postfix(loss=f"{imitate(model, optimizer, episodes, codec, cfg, device):.3f}")
     export_hf(path / "export", model, codec)
     for file in (path / "export").iterdir():

@@ -1,0 +1,43 @@
+"""What only a GPU can show. `bash benchmarks/gpu.sh` runs these; elsewhere they are skipped."""
+
+import pytest
+import torch
+from conftest import question, replace
+
+import policy
+from data import Codec
+from rollout import TorchEngine, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class NoSearch:
+    def search(self, call, question):
+        raise AssertionError("a random model asks for nothing")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["varlen", "flash"])
+def test_fast_attention_is_segment_attention(kind, causal):
+    if kind == "flash":
+        pytest.importorskip("flash_attn")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 64, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2))
+    bounds = torch.tensor([0, 100, 117, 300], dtype=torch.int32, device="cuda")
+    options = dict(scaling=0.125, is_causal=causal, cu_seq_lens_q=bounds, max_length_q=183)
+    fast, _ = policy.packed_attention(None, q, k, v, kind=kind, **options)
+    slow, _ = policy.packed_attention(None, q.float(), k.float(), v.float(), kind="segments", **options)
+    assert (fast.float() - slow).abs().max() < 0.03
+
+
+def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
+    cfg = replace(cfg, device="cuda", dtype="bf16")
+    device = policy.init_distributed(cfg)
+    codec = Codec(folder, cfg)
+    trainer = policy.load_policy(folder, codec, cfg, device)
+    engine = TorchEngine(policy.plain_config(trainer), codec, cfg, device)
+    engine.load_weights(policy.full_weights(trainer), version=0)
+    episodes = run([question(i) for i in range(4)], engine, NoSearch(), codec, cfg, samples=2)
+    rows = policy.pack(episodes, codec, trainer, cfg.max_tokens_per_batch)
+    for row, logp in zip(rows, policy.logprobs(trainer, rows, 1.0, device), strict=True):
+        assert (logp - row.sampler_logp).abs().mean() < 0.05
