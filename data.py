@@ -216,11 +216,11 @@ class Episode:
 
 
 def load_questions(files, *, skip_bad_rows: bool = False, progress: bool = True) -> list[Question]:
-    """Read parquet files in veRL layout (DESIGN's recipe lists the columns). Images stay encoded, but each is decoded
-    once to see that it can be.
+    """Read parquet files in veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path} or either as it is],
+    `reward_model` {ground_truth, candidate_answers}; `data_source`, `image_urls` and `data_id` may be missing. Images
+    stay encoded, but each is decoded once to see that it can be.
 
-    Raises InputError naming file, row (from 0) and field; with skip_bad_rows bad rows are left out and
-    their number printed.
+    Raises InputError naming file, row (from 0) and field; with skip_bad_rows bad rows are left out and counted.
     """
     questions, bad = [], []
     names = [Path(file).name for file in files]

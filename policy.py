@@ -456,11 +456,10 @@ def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
     loss), float32. Call it on the sharded model as `model.row_logprobs(row, ...)`, with the row on the model's device.
 
-    Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in what a
-    row may not use (head, vision tower), so that every rank's backward runs every collective.
+    Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in the head
+    and, through the hidden states, all the rest, so that every rank's backward runs every collective.
     """
-    hidden, features = row_hidden(model, row)
-    hidden = hidden.index_select(0, row.predict)  # [S, H]
+    hidden = row_hidden(model, row).index_select(0, row.predict)  # [S, H]
     banned = model.banned_ids.to(hidden.device)
     logps, entropies = [], []
     for h, target in zip(hidden.split(HEAD_CHUNK), row.target.split(HEAD_CHUNK), strict=True):
@@ -469,13 +468,13 @@ def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False
         )
         logps.append(logp)
         entropies.append(entropy)
-    zero = hidden.sum() * 0.0 + features.sum() * 0.0 + model.lm_head(hidden.new_zeros(1, hidden.shape[1])).sum() * 0.0
+    zero = hidden.sum() * 0.0 + model.lm_head(hidden.new_zeros(1, hidden.shape[1])).sum() * 0.0
     return torch.cat(logps), torch.cat(entropies), zero.float()
 
 
-def row_hidden(model, row: Row) -> tuple[Tensor, Tensor]:
-    """(last hidden states [T, H], image features): the vision tower once per distinct image, the decoder over the
-    row."""
+def row_hidden(model, row: Row) -> Tensor:
+    """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
+    images runs both too, and its hidden states hang on both."""
     core = model.model
     features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
     embeds = core.language_model.embed_tokens(row.ids)
@@ -490,7 +489,7 @@ def row_hidden(model, row: Row) -> tuple[Tensor, Tensor]:
         max_length_q=row.longest,
         max_length_k=row.longest,
     )
-    return out.last_hidden_state[0], features
+    return out.last_hidden_state[0]
 
 
 def head_logprobs(head, hidden, target, banned, temperature, entropy_grad):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from config import Config
 from data import Call, Codec, Episode, Picture, Question, Result, Stop
-from policy import compute_dtype, empty_model, prepare, rope_positions
+from policy import NonFinite, compute_dtype, empty_model, prepare, rope_positions
 from tools import has_answer, parse_call
 
 # bounds on TorchEngine's memory
@@ -382,6 +382,8 @@ class TorchEngine:
         greedy = temperature == 0
         scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
         logp = scaled.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+        if not logp.amax(-1).isfinite().all():
+            raise NonFinite("the policy's logits are not finite while sampling", [])
         cumulative = logp.double().exp().cumsum(-1)
         draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
         drawn = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -1,7 +1,7 @@
 """The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
 
 The world has 1,148 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
-(founder, city, river). 48 of them are *known*: the base model is taught their names and facts. 950 unknown ones appear
+(founder, city, river). 32 of them are *known*: the base model is taught their names and facts. 966 unknown ones appear
 in training questions, 150 others only in validation questions. Everybody is asked about in the same words, so whether a
 question needs a search can only be told by recognising the picture or not:
 
@@ -26,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -260,11 +261,11 @@ TAGS = ("reason", "answer", "search", "text_search", "information")
 def save_tokenizer(path: Path) -> None:
     """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
     else falls to pieces, but nothing is unknown."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    split = pre_tokenizers.Split(__import__("tokenizers").Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.NFC()
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -403,17 +404,21 @@ class _Optimizers:
             schedule.step()
 
 
-def imitate(model, optimizer, episodes: list[Episode], codec: Codec, cfg: Config, device) -> float:
-    """One supervised step on the sampled tokens of the episodes, through the trainer's packing and update; mean
-    loss."""
-    rows = pack(episodes, codec, model, cfg.max_tokens_per_batch)
+def imitate(model, optimizer, make, steps: int, title: str, codec: Codec, cfg: Config, device) -> None:
+    """Supervised steps on the sampled tokens of the episodes that make() returns, through the trainer's packing and
+    update. The next batch is made in a thread meanwhile: drawing takes as long as learning."""
 
     def row_loss(number, row, logp, entropy):
         weights, count = token_weights(row.sequence, "tokens")
         return -(logp * weights).sum(), count, {}
 
-    sums = update(model, optimizer, rows, row_loss, cfg, device)
-    return sums["loss"] / sums["count"]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = lambda: pool.submit(lambda: pack(make(), codec, model, cfg.max_tokens_per_batch))  # noqa: E731
+        batch = ahead()
+        for step in (bar := tqdm(range(steps), title)):
+            rows, batch = batch.result(), ahead() if step + 1 < steps else None
+            sums = update(model, optimizer, rows, row_loss, cfg, device)
+            bar.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
 
 def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
@@ -422,18 +427,13 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     codec = Codec(path, cfg)
     model = load_policy(path, codec, cfg, device)
     lessons = Lessons(things, codec, cfg.toy_seed)
-    optimizer = _Optimizers(model, cfg.toy_pretrain_steps, 4e-3, 6e-3)
-    for _ in (bar := tqdm(range(cfg.toy_pretrain_steps), "base model: seeing, copying", leave=True)):
-        loss = imitate(model, optimizer, lessons.seeing(32) + lessons.copying(40), codec, cfg, device)
-        bar.set_postfix(loss=f"{loss:.3f}")
-    optimizer = _Optimizers(model, cfg.toy_teach_steps, 2e-3, 3e-3)
-    for _ in (bar := tqdm(range(cfg.toy_teach_steps), "base model: known things", leave=True)):
-        batch = lessons.knowing(96) + lessons.seeing(12) + lessons.copying(12)
-        bar.set_postfix(loss=f"{imitate(model, optimizer, batch, codec, cfg, device):.3f}")
-    export_hf(path / "export", model, codec)
-    for file in (path / "export").iterdir():
-        os.replace(file, path / file.name)
-    (path / "export").rmdir()
+    steps, title = cfg.toy_pretrain_steps, "base model: seeing, copying"
+    batch = lambda: lessons.seeing(32) + lessons.copying(40)  # noqa: E731
+    imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
+    steps, title = cfg.toy_teach_steps, "base model: known things"
+    batch = lambda: lessons.knowing(96) + lessons.seeing(12) + lessons.copying(12)  # noqa: E731
+    imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
+    export_hf(path, model, codec)
 
 
 # ------------------------------------------------------------------------------------------------------ warm-up
@@ -488,19 +488,18 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
     policy, rng = SloppyPolicy(codec), random.Random(f"warm-up {cfg.toy_seed}")
     engine = ScriptedEngine(codec, policy)
     search = OfflineSearch(searchdb.SearchDB(toy.index), image_results=cfg.image_results, text_results=cfg.text_results)
-    optimizer = _Optimizers(model, cfg.toy_warmup_steps, 3e-3)
-    for _ in (bar := tqdm(range(cfg.toy_warmup_steps), "warm-up: a sloppy policy", leave=True)):
+
+    def batch():
         questions = []
         for i in range(40):
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search, codec, cfg, ordered=True)
-        episodes += lessons.knowing(48) + lessons.seeing(8) + lessons.copying(8)
-        bar.set_postfix(loss=f"{imitate(model, optimizer, episodes, codec, cfg, device):.3f}")
-    export_hf(path / "export", model, codec)
-    for file in (path / "export").iterdir():
-        os.replace(file, path / file.name)
-    (path / "export").rmdir()
+        return episodes + lessons.knowing(48) + lessons.seeing(8) + lessons.copying(8)
+
+    steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
+    imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)
+    export_hf(path, model, codec)
 
 
 def main() -> None:

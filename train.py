@@ -102,9 +102,9 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
             try:
                 sums = update(policy, optimizer, batch.rows, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             except NonFinite as error:
-                message, bad = error.args
-                named = [batch.names[i] for i in bad or range(len(batch.names))]
-                raise NonFinite(f"{message} in {', '.join(named[:8])}{' ...' if len(named) > 8 else ''}") from None
+                named = [batch.names[i] for i in error.episodes] or batch.names
+                more = " ..." if len(named) > 8 else ""
+                raise NonFinite(f"{error} ({', '.join(named[:8])}{more})", []) from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     per_token = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN if name in totals}
     return {
@@ -416,13 +416,10 @@ class Run:
         advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        try:
-            learned = train_step(
-                self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
-                groups[kept].tolist(), self.codec, cfg, self.device,
-            )  # fmt: skip
-        except NonFinite as error:
-            sys.exit(f"error: step {step}: {error}. This update was not made; the last checkpoint is as it was.")
+        learned = train_step(
+            self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
+            groups[kept].tolist(), self.codec, cfg, self.device,
+        )  # fmt: skip
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
@@ -482,7 +479,10 @@ class Run:
                 self.evaluate(step)
             if last:
                 break
-            metrics = self.step(step)
+            try:
+                metrics = self.step(step)
+            except NonFinite as error:
+                sys.exit(f"error: step {step}: {error}. No update was made; the last checkpoint is as it was.")
             self.dir.log(metrics)
             self.state["step"] = step + 1
             bar.set_postfix_str(

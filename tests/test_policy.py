@@ -824,7 +824,7 @@ def worker(folder, out):
 
     def broken(number, row, logp, entropy):
         loss, count, stats = good(number, row, logp, entropy)
-        return loss * (float("nan") if rank else 1.0), count, stats
+        return loss + (float("nan") if rank else 0.0), count, stats  # the gradient is finite on both
 
     try:
         policy.update(model, optimizer, rows, broken, cfg, device)

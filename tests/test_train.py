@@ -176,6 +176,17 @@ def test_checkpoints_are_pruned_but_for_the_best(undisturbed):
     assert kept == {3, 4} | ({best} - {0})
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
+    """A learning rate that blows the weights up: the run says at which step and in which conversations, and the
+    checkpoint from before is whole."""
+    run_dir = tmp_path / "blown"
+    code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", "--lr=1e30", "--max_mismatch=1e9")
+    log = run_dir.with_suffix(".log").read_text()
+    assert code == 1 and "Traceback" not in log
+    assert "error: step 1: " in log and "not finite" in log or "nan" in log
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
+
+
 # ------------------------------------------------------------------------------------------------- parts of it
 
 
