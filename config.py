@@ -40,7 +40,7 @@ class Config:
     overwrite: bool = _knob(False, "delete what is in run_dir and start anew")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool | None = _knob(None, "same seed, same bits; calls answered in order (default: on a CPU, yes)")
-    threads: int = _knob(0, "CPU threads a process (0: cores / processes on this machine)")
+    threads: int = _knob(1, "CPU threads a process; more help larger models only (0: cores / processes)")
     dist_timeout: float = _knob(30.0, "minutes a rank waits for the others before it gives up")
     shard_size: int = _knob(0, "ranks that share one copy of the weights, HSDP across them (0: all ranks)")
 
@@ -172,6 +172,7 @@ _QWEN = dict(
     max_prompt_tokens=4096,
     max_tokens_per_turn=2048,
     max_tokens=8192,
+    concurrency=32,
     max_tokens_per_batch=16384,
     prompts_per_step=32,
     samples_per_prompt=4,

@@ -431,7 +431,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     batch = lambda: lessons.seeing(32) + lessons.copying(40)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
     steps, title = cfg.toy_teach_steps, "base model: known things"
-    batch = lambda: lessons.knowing(96) + lessons.seeing(12) + lessons.copying(12)  # noqa: E731
+    batch = lambda: lessons.knowing(80) + lessons.seeing(10) + lessons.copying(10)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
     export_hf(path, model, codec)
 
@@ -491,11 +491,11 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
 
     def batch():
         questions = []
-        for i in range(40):
+        for i in range(28):
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search, codec, cfg, ordered=True)
-        return episodes + lessons.knowing(48) + lessons.seeing(8) + lessons.copying(8)
+        return episodes + lessons.knowing(36) + lessons.seeing(6) + lessons.copying(6)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
     imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)
