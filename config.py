@@ -35,7 +35,7 @@ class Config:
     preset: str = _knob("toy", "named set of values, applied before the rest of the command line")
     run_dir: str = _knob("runs/toy", "folder for config, metrics, rollouts, checkpoints and exports")
     seed: int = _knob(0, "seed of everything random in the run")
-    steps: int = _knob(60, "GRPO steps")
+    steps: int = _knob(40, "GRPO steps")
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
     overwrite: bool = _knob(False, "delete what is in run_dir and start anew")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -134,9 +134,9 @@ class Config:
     # -- toy world
     toy_dir: str = _knob("runs/toy-world", "where the toy world is built and kept")
     toy_seed: int = _knob(0, "seed of the toy world: its names, facts, pictures and which of them are known")
-    toy_pretrain_steps: int = _knob(480, "steps that teach the toy model to see and to copy")
-    toy_teach_steps: int = _knob(160, "steps that teach it the known entities")
-    toy_warmup_steps: int = _knob(230, "steps of supervised warm-up on scripted conversations")
+    toy_pretrain_steps: int = _knob(360, "steps that teach the toy model to see and to copy")
+    toy_teach_steps: int = _knob(120, "steps that teach it the known entities")
+    toy_warmup_steps: int = _knob(110, "steps of supervised warm-up on scripted conversations")
 
     def __post_init__(self):
         _check_types(self)

@@ -384,9 +384,11 @@ class TorchEngine:
         logp = scaled.masked_fill(self.banned, -torch.inf).log_softmax(-1)
         if not logp.amax(-1).isfinite().all():
             raise NonFinite("the policy's logits are not finite while sampling", [])
-        cumulative = logp.double().exp().cumsum(-1)
+        # Weights are whole numbers: their cumulative sum is exact, and the same on every device and in every run.
+        cumulative = (logp.double().exp() * 2**50).long().cumsum(-1)
         draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
-        drawn = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+        aims = (draws * cumulative[:, -1]).long()[:, None]
+        drawn = torch.searchsorted(cumulative, aims, right=True)[:, 0]
         tokens = torch.where(greedy, logp.argmax(-1), drawn)
         return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
 

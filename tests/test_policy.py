@@ -797,7 +797,7 @@ SCENARIOS = [
 def world_cfg(**changes):
     """max_tokens_per_batch: so small that the ranks have unequal numbers of rows."""
     cfg = wide_range(config.Config(threads=1, max_grad_norm=0.5))
-    return replace(cfg, max_tokens=130, max_tokens_per_batch=130, dist_timeout=1.0, **changes)
+    return replace(cfg, max_tokens=130, max_tokens_per_batch=130, **changes)
 
 
 def run_scenario(folder, settings, mine, device):
@@ -815,7 +815,7 @@ def run_scenario(folder, settings, mine, device):
 def worker(folder, out):
     """One rank: the scenarios, a step with a NaN on rank 1, and a checkpoint."""
     rank = int(os.environ["RANK"])
-    device = policy.init_distributed(config.Config(threads=1, dist_timeout=1.0))
+    device = policy.init_distributed(config.Config(threads=1, dist_timeout=3.0))
     results = {name: run_scenario(folder, settings, ranks[rank], device) for name, settings, ranks in SCENARIOS}
 
     cfg = replace(world_cfg(), max_tokens=400, max_tokens_per_batch=1000)
@@ -861,7 +861,7 @@ def two_ranks(folder, tmp_path_factory):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
