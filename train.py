@@ -218,6 +218,9 @@ class RunDir:
             raise InputError(
                 f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
             )
+        from_elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
+        if used and from_elsewhere:
+            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
         if used and not (self.path / "config.json").exists():
             raise InputError(f"{self.path} is not empty and holds no run of this program; give another --run_dir")
         try:
@@ -234,18 +237,16 @@ class RunDir:
         except OSError as error:
             raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
         state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
-        if self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve():
-            state["metrics_bytes"] = 0  # another run's checkpoint: this run's metrics begin here
         self._cut_back(state)
 
     def _cut_back(self, state):
-        """Forget what came after the checkpoint: it will happen again."""
+        """Forget what came after the checkpoint: it will happen again. (Another run's checkpoint: there is nothing.)"""
         os.truncate(self.metrics, min(state["metrics_bytes"], self.metrics.stat().st_size))
         for file in self.rollouts.iterdir():
             if int(file.name.split(".")[0].split("-")[1]) >= state["step"] or file.suffix == ".tmp":
                 file.unlink()
         for folder in self.saved():
-            if int(folder.name.split("-")[1]) > state["step"] and self.resume_from:
+            if int(folder.name.split("-")[1]) > state["step"]:
                 shutil.rmtree(folder)
 
     def saved(self) -> list[Path]:

@@ -788,6 +788,14 @@ def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, monkeypatch):
     assert sizes[0] == len(Episode.start(about, engine.codec).tokens)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_has_become_nan_is_an_error(engine, temperature):
+    engine.model.lm_head.register_forward_hook(lambda _, __, logits: logits * float("nan"))
+    with pytest.raises(policy.NonFinite, match="sampling"):
+        rolled(engine, temperature=temperature)
+    assert not engine.running and not engine.queue
+
+
 def test_stop_and_length(engine):
     prompt = engine.codec.prompt(pictured([0])[0])[0]
     engine.codec.stop_ids = ()

@@ -242,6 +242,10 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     assert (tmp_path / "mine" / "thesis.txt").exists()
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")
+    checkpoint = next((used / "checkpoints").iterdir())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert "another run's" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'other'}", f"--resume={checkpoint}")
     assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
 
 
