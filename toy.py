@@ -365,13 +365,14 @@ class Lessons:
         return lessons
 
     def knowing(self, n: int) -> list[Episode]:
-        """Names and facts of known things; `unknown` for the unknown ones of training."""
+        """The name and a fact of n known things, new pictures; `unknown` for half as many unknown ones of training."""
         lessons = []
-        for i in range(n):
-            pool = self.things[KNOWN : KNOWN + TRAIN_UNKNOWN] if i % 3 == 0 else self.things[:KNOWN]
-            thing, what = self.rng.choice(pool), self.rng.choice(["name", "name", *FACTS])
-            reply = getattr(thing, what) if thing.known else "unknown"
-            lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), reply, draw(look_of(thing), self.rng)))
+        known, unknown = self.things[:KNOWN], self.things[KNOWN : KNOWN + TRAIN_UNKNOWN]
+        for thing in self.rng.choices(known, k=n) + self.rng.choices(unknown, k=n // 2):
+            image = draw(look_of(thing), self.rng)
+            for what in ("name", self.rng.choice(FACTS)):
+                reply = getattr(thing, what) if thing.known else "unknown"
+                lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), reply, image))
         return lessons
 
 
@@ -431,7 +432,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     batch = lambda: lessons.seeing(32) + lessons.copying(40)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
     steps, title = cfg.toy_teach_steps, "base model: known things"
-    batch = lambda: lessons.knowing(80) + lessons.seeing(10) + lessons.copying(10)  # noqa: E731
+    batch = lambda: lessons.knowing(40) + lessons.seeing(8) + lessons.copying(8)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
     export_hf(path, model, codec)
 
@@ -495,7 +496,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search, codec, cfg, ordered=True)
-        return episodes + lessons.knowing(36) + lessons.seeing(6) + lessons.copying(6)
+        return episodes + lessons.knowing(12) + lessons.seeing(6) + lessons.copying(6)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
     imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)

@@ -674,15 +674,18 @@ def test_a_prefix_is_run_once(engine, sharp, wide, device):
 
 
 def test_the_longest_prefix_is_taken(engine):
-    """Two conversations share their first turn: each goes on from its own end, the same prompt again from its own."""
-    episode, known = two_turns(engine)
-    prompt = episode.engine_prompt()
-    longer = ask(engine, prompt, episode.images, max_tokens=2)
+    """Two samples of one question leave their slots; a third conversation goes on from the one that said more."""
+    about = pictured([0])[0]
+    prompt, images = Episode.start(about, engine.codec).engine_prompt(), engine.codec.prompt(about)[1]
+    engine.codec.stop_ids = ()
+    for name, length in (("short", 1), ("long", 4)):
+        engine.submit(name, prompt, images, Sampling(1.0, length, 3))
+    longer = prompt + drain(engine)["long"].ids
     sizes = forwards(engine)
-    ask(engine, prompt + longer.ids + [engine.codec.im_end], episode.images, max_tokens=1)
+    ask(engine, [*longer, engine.codec.im_end], images, max_tokens=1)
     assert sizes == [2]  # the token that was drawn last, and the one after it
-    ask(engine, prompt, episode.images, max_tokens=1)
-    assert len(sizes) == 2 and sizes[1] > 1
+    ask(engine, longer[:-2] + [engine.codec.im_end] * 2, images, max_tokens=1)
+    assert sizes == [2, 4]  # the slot of the long one has gone on: from the short one's prompt
 
 
 @pytest.mark.parametrize("other", ["another", "turned"])
@@ -722,9 +725,12 @@ def test_new_weights_make_a_used_engine_a_new_one(engine, sharp, wide, device, m
     used, new = (make_engine(sharp, wide, device, 60) for _ in range(2))
     rolled(used, cfg=wide, ordered=True)
     used.load_weights(policy.read_model(sharp).named_parameters(), 0)
+    begin, batches = rollout._KVCache.begin, []
+    monkeypatch.setattr(rollout._KVCache, "begin", lambda *args: batches.append(args[1]) or begin(*args))
     one, other = (rolled(e, cfg=wide, ordered=True, step=1) for e in (used, new))
     assert [e.tokens for e in one] == [e.tokens for e in other]
     assert [e.logprobs for e in one] == [e.logprobs for e in other]
+    assert len(batches) > 20 and batches[: len(batches) // 2] == batches[len(batches) // 2 :]
 
 
 # --- the rest of the interface
