@@ -112,7 +112,7 @@ class Config:
     max_grad_norm: float = _knob(1.0, "gradients are clipped to this norm")
     schedule: str = _knob("constant", "learning rate over the steps", ("constant", "cosine", "sigmoid"))
     warmup_steps: int = _knob(0, "steps of linear learning-rate warm-up")
-    sigmoid_width: float = _knob(45.0, "w of the sigmoid schedule: the step at which the rate has fallen half-way")
+    sigmoid_midpoint: float = _knob(45.0, "w of the sigmoid schedule: the step at which the rate has fallen half-way")
     min_lr_factor: float = _knob(0.05, "floor of the cosine and sigmoid schedules, as a share of lr")
     max_tokens_per_batch: int = _knob(8192, "tokens of a packed row: one forward and backward pass")
     offload_optimizer: bool = _knob(False, "keep masters and optimiser state in CPU memory")
@@ -238,15 +238,16 @@ def _check_ranges(cfg):
         value, choices = getattr(cfg, f.name), _choices(f)
         _need(not choices or value in choices, f"{f.name}={value!r}: choose one of {', '.join(choices or ())}")
     for name in (
+        "toy_pretrain_steps toy_teach_steps toy_warmup_steps "
         "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
         "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
-        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_width max_mismatch"
+        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch"
     ).split():
         _need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
     for name in (
         "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
         "clip_high kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
-        "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps"
+        "toy_seed"
     ).split():
         _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
     for name in "search_penalty format_weight min_lr_factor clip_low".split():

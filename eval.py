@@ -8,6 +8,7 @@
 Greedy unless --eval_temperature says otherwise. Every conversation is written to --out as a line of JSON.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -61,6 +62,7 @@ def evaluate(
     """One conversation about each question, the questions spread over the ranks; all records, on every rank, in order.
 
     guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again."""
+    cfg = dataclasses.replace(cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = questions[rank::world]
     with tqdm(total=len(mine), desc=progress, disable=not progress or rank > 0, leave=False) as bar:
@@ -178,8 +180,6 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 def main() -> None:
     cfg = parse(sys.argv[1:])
-    if not cfg.files and not cfg.question and cfg.model != "toy" and not Path(cfg.model).is_dir():
-        raise InputError(f"{cfg.model}: no such folder")
     device = init_distributed(cfg)
     if cfg.model == "toy" or not cfg.search_index:
         toy.ensure(cfg)
@@ -187,8 +187,10 @@ def main() -> None:
     codec = Codec(folder, cfg)
     if cfg.question:
         image = (_read_image(cfg.image),) if cfg.image else ()
-        ask(Question(id="asked", text=cfg.question, images=image), load_engine(folder, codec, cfg, device),
-            open_search(cfg), codec, cfg)  # fmt: skip
+        question = Question(id="asked", text=cfg.question, images=image)
+        if drop_overlong([question], codec)[1]:
+            raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+        ask(question, load_engine(folder, codec, cfg, device), open_search(cfg), codec, cfg)
         return
     questions, dropped = drop_overlong(
         load_questions(cfg.files or [str(toy.locate(cfg).val)], skip_bad_rows=cfg.skip_bad_rows), codec

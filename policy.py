@@ -70,7 +70,9 @@ def init_distributed(cfg: Config) -> torch.device:
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    return device.type == "cpu" if cfg.deterministic is None else cfg.deterministic
+    if cfg.deterministic is None:
+        return device.type == "cpu" and not cfg.rollout_deadline  # the clock is not deterministic
+    return cfg.deterministic
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import searchdb
-from config import Config, parse, run_main
+from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question
 from grpo import token_weights
 from policy import export_hf, init_distributed, load_policy, pack, update
@@ -92,7 +92,8 @@ class Toy:
 def locate(cfg: Config) -> Toy:
     """The folder of the world that this configuration and this version of the file describe."""
     steps = [cfg.toy_seed, cfg.toy_pretrain_steps, cfg.toy_teach_steps, cfg.toy_warmup_steps]
-    recipe = Path(__file__).read_text() + json.dumps(steps)
+    prompts = [file.read_text() for file in sorted((Path(__file__).parent / "prompts" / "toy").iterdir())]
+    recipe = Path(__file__).read_text() + json.dumps([steps, prompts])
     return Toy(Path(cfg.toy_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:10])
 
 
@@ -103,7 +104,15 @@ def ensure(cfg: Config) -> Toy:
     if dist.get_rank() == 0 and not toy.model.exists():
         print(f"building the toy world in {toy.folder} (once; a few minutes)", file=sys.stderr)
         alone = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-        names = ("toy_dir", "toy_seed", "toy_pretrain_steps", "toy_teach_steps", "toy_warmup_steps", "threads")
+        names = (
+            "toy_dir",
+            "toy_seed",
+            "toy_pretrain_steps",
+            "toy_teach_steps",
+            "toy_warmup_steps",
+            "threads",
+            "device",
+        )
         args = [f"--{name}={getattr(cfg, name)}" for name in names]
         done = subprocess.run([sys.executable, __file__, *args], env=alone, stdout=subprocess.DEVNULL)
         if done.returncode:
@@ -133,7 +142,10 @@ def _stage(path, make):
         return
     temporary = Path(f"{path}.building")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{temporary}: cannot write ({error.strerror})") from None
     make(temporary)
     os.replace(temporary, path)
 
@@ -377,8 +389,8 @@ class Lessons:
 
 
 class _Optimizers:
-    """Muon for the matrices inside the blocks, AdamW for the rest, both on one cosine: in a random tiny model Muon
-    needs a fraction of AdamW's steps."""
+    """Muon for the matrices inside the blocks, AdamW for the rest, both with a linear decay over the second half: in a
+    random tiny model Muon needs a fraction of AdamW's steps."""
 
     def __init__(self, model, steps, adam_lr, muon_lr=0.0):
         named = [(n, p) for n, p in model.named_parameters()]

@@ -16,6 +16,7 @@ with the others about the same question:
 Deviations from the paper are listed in the README. --help lists every setting.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -45,6 +46,7 @@ from policy import (
     Row,
     all_max,
     all_sum,
+    compute_dtype,
     even_rows,
     export_hf,
     full_weights,
@@ -77,14 +79,14 @@ class Batch:
     ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
 
 
-def train_step(policy, reference, optimizer, episodes: list[Episode], advantages, groups, codec, cfg, device) -> dict:
+def train_step(policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device) -> dict:
     """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
 
-    advantages: float32 [N]; groups: of each episode, equal for the samples of one question. Raises NonFinite.
+    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. Raises NonFinite.
     """
     batches = [
         make_batch(
-            [i for i, group in enumerate(groups) if group % cfg.updates_per_step == part],
+            [i for i, its_part in enumerate(parts) if its_part == part],
             episodes, advantages, policy, codec, cfg, device,
         )
         for part in range(cfg.updates_per_step)
@@ -101,12 +103,11 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
             loss = partial(row_loss, batch, cfg, gaps)
             try:
                 sums = update(policy, optimizer, batch.rows, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
-            except NonFinite as error:
-                named = [batch.names[i] for i in error.episodes] or batch.names
-                more = " ..." if len(named) > 8 else ""
-                raise NonFinite(f"{error} ({', '.join(named[:8])}{more})", []) from None
+            except NonFinite as error:  # on all ranks
+                names = gather([batch.names[i] for i in error.episodes]) or gather(batch.names)
+                raise NonFinite(f"{error} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})", []) from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
-    per_token = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN if name in totals}
+    per_token = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
@@ -119,11 +120,18 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
 PER_TOKEN = ("ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3")
 
 
+def gather(items: list) -> list:
+    """The lists of all ranks, joined."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
     """Pack the chosen episodes. Without KL and entropy bonus those with an advantage of 0 have a gradient of 0: they
     count in the denominator, but are not run."""
     idle = [i for i in chosen if advantages[i] == 0 and not (cfg.kl_coef or cfg.entropy_coef)]
-    active = [i for i in chosen if i not in set(idle)]
+    active = [i for i in chosen if i not in idle]
     rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
     names = [f"{episodes[i].question_id} sample {episodes[i].sample}" for i in active]
@@ -177,7 +185,7 @@ def learning_rate(step: int, cfg: Config) -> float:
     factor = {
         "constant": 1.0,
         "cosine": low + rest * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(cfg.steps, 1)))),
-        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - cfg.sigmoid_width) / (0.1 * cfg.sigmoid_width)))),
+        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - cfg.sigmoid_midpoint) / (0.1 * cfg.sigmoid_midpoint)))),
     }[cfg.schedule]
     return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
 
@@ -197,13 +205,15 @@ class RunDir:
     """config.json, metrics.jsonl, rollouts/, checkpoints/step-N, and the exports best/ and final/. Rank 0 writes."""
 
     def __init__(self, cfg: Config):
+        """Look what is there, change nothing. Raises InputError, on all ranks, if this run may not go there."""
         self.cfg, self.path = cfg, Path(cfg.run_dir)
         self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.resume_from = self._find_checkpoint()
-        if dist.get_rank() == 0:
-            self._prepare()
-        dist.barrier()
+        self.elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
+        self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
+        if self.used:
+            self._check_used()
 
     def _find_checkpoint(self) -> Path | None:
         if self.cfg.resume not in ("", "auto"):
@@ -212,41 +222,61 @@ class RunDir:
         found = self.saved() if self.cfg.resume else []
         return found[-1] if found else None
 
-    def _prepare(self):
-        used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
-        if used and not (self.cfg.resume or self.cfg.overwrite):
+    def _check_used(self):
+        cfg = self.cfg
+        if not (cfg.resume or cfg.overwrite):
             raise InputError(
                 f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
             )
-        from_elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
-        if used and from_elsewhere:
-            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        if used and not (self.path / "config.json").exists():
-            raise InputError(f"{self.path} is not empty and holds no run of this program; give another --run_dir")
         try:
-            if used and self.cfg.overwrite:
-                old = Path(f"{self.path}.old")  # a removal that is killed half-way must not leave half a run
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.path, old)
-                shutil.rmtree(old)
-            self.path.mkdir(parents=True, exist_ok=True)
-            config.save(self.cfg, self.path / "config.json")
-            self.rollouts.mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            self.metrics.touch()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
-        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
-        self._cut_back(state)
+            before = json.loads((self.path / "config.json").read_text())
+            before["run_dir"]  # a model folder has a config.json, too
+        except (OSError, ValueError, KeyError, TypeError):
+            message = f"{self.path} is not empty and holds no run of this program; give another --run_dir"
+            raise InputError(message) from None
+        if self.elsewhere and self.saved():
+            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
+        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *cfg.train_files, *cfg.val_files]
+        inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
+        if cfg.overwrite and inside:
+            raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        changed = [k for k in now if k not in MAY_CHANGE and k in before and now[k] != before[k]]
+        if cfg.resume and changed:
+            name = changed[0]
+            raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
 
-    def _cut_back(self, state):
-        """Forget what came after the checkpoint: it will happen again. (Another run's checkpoint: there is nothing.)"""
-        os.truncate(self.metrics, min(state["metrics_bytes"], self.metrics.stat().st_size))
-        for file in self.rollouts.iterdir():
-            if int(file.name.split(".")[0].split("-")[1]) >= state["step"] or file.suffix == ".tmp":
+    def prepare(self) -> None:
+        """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
+        if dist.get_rank() == 0:
+            try:
+                self._prepare()
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
+        dist.barrier()
+
+    def _prepare(self):
+        if self.used and self.cfg.overwrite:
+            old = self.path.with_name(f".{self.path.name}.removed")  # killed half-way, this must not look like a run
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.path, old)
+            shutil.rmtree(old)
+        self.path.mkdir(parents=True, exist_ok=True)
+        config.save(self.cfg, self.path / "config.json")
+        self.rollouts.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.metrics.touch()
+        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
+        self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
+
+    def _cut_back(self, step, metrics_bytes):
+        """Forget what came after the checkpoint: it will happen again."""
+        os.truncate(self.metrics, metrics_bytes)
+        for file in self.rollouts.glob("*-[0-9]*.jsonl*"):
+            if int(file.name.split(".")[0].split("-")[1]) >= step or file.suffix == ".tmp":
                 file.unlink()
-        for folder in self.saved():
-            if int(folder.name.split("-")[1]) > state["step"]:
+        for folder in self.checkpoints.glob("step-*"):
+            if folder.suffix == ".tmp" or int(folder.name.split("-")[1]) > step:
                 shutil.rmtree(folder)
 
     def saved(self) -> list[Path]:
@@ -259,19 +289,31 @@ class RunDir:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
+        return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
+
     def read_log(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
-        """A checkpoint after `step` steps; then all but the last keep_last and the best one go."""
+        """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
         path = self.checkpoints / f"step-{step:06d}"
-        state = {**state, "step": step, "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
-        save_state(path, policy, optimizer, state)
+        if not path.exists():
+            save_state(path, policy, optimizer, state)
         if dist.get_rank() == 0:
             best = self.checkpoints / f"step-{state['best']['step']:06d}"
             for old in self.saved()[: -self.cfg.keep_last]:
                 if old != best:
                     shutil.rmtree(old)
+        dist.barrier()
+
+
+# What a resumed run may set otherwise than the run it goes on with.
+MAY_CHANGE = set(
+    "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
+    "tool_threads rollout_deadline files image question eval_temperature out toy_dir".split()
+)
 
 
 class Stopper:
@@ -280,7 +322,7 @@ class Stopper:
     class Stopped(Exception):
         """All ranks leave."""
 
-    class Interrupted(Exception):
+    class Interrupted(BaseException):  # no `except Exception` may swallow it
         """This rank's rollout is left."""
 
     def __init__(self, device):
@@ -293,21 +335,26 @@ class Stopper:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills
         self.asked = True
         if self.in_rollout:
+            self.in_rollout = False  # once: what cleans up after it is not interrupted again
             raise self.Interrupted
 
     def rollout(self, hold):
-        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop."""
-        value = None
+        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
+        value, failed = None, False
         try:
             self.in_rollout = True
             if not self.asked:
                 value = hold()
         except self.Interrupted:
             pass
+        except NonFinite:
+            failed = True
         finally:
             self.in_rollout = False
         if all_max(self.asked, self.device):
             raise self.Stopped
+        if all_max(failed, self.device):
+            raise NonFinite("the policy's logits are not finite while sampling", [])
         return value
 
 
@@ -320,6 +367,7 @@ class Run:
     def __init__(self, cfg: Config):
         self.device = init_distributed(cfg)
         self.ordered = is_deterministic(cfg, self.device)
+        self.dir = RunDir(cfg)
         if cfg.model == "toy" or not (cfg.train_files and cfg.search_index):
             toy.ensure(cfg)
         world, rank = toy.locate(cfg), dist.get_rank()
@@ -328,7 +376,6 @@ class Run:
         self.train = self._questions(cfg.train_files or (str(world.train),), "training")
         val_files = cfg.val_files or (() if cfg.train_files else (str(world.val),))
         self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
-        self.dir = RunDir(cfg)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
         self.reference = None
         if cfg.kl_coef:
@@ -340,9 +387,12 @@ class Run:
             cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay,
         )  # fmt: skip
         self.engine = TorchEngine(plain_config(self.policy), self.codec, cfg, self.device)
-        self.state = {"step": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}}
+        self.state = {
+            "step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}
+        }  # fmt: skip
         if self.dir.resume_from:
             self._resume()
+        self.dir.prepare()
         self.stopper = Stopper(self.device)
         if rank == 0:
             print(
@@ -369,7 +419,8 @@ class Run:
                 f"{self.dir.resume_from} was made with {saved['threads']} threads a process, this run has "
                 f"{self.state['threads']}: give --threads {saved['threads']}, or --deterministic false"
             )
-        self.state = {key: saved[key] for key in self.state}
+        own = ("metrics_bytes", "best") if self.dir.elsewhere else ()
+        self.state |= {key: saved[key] for key in self.state if key not in own}
 
     def evaluate(self, step: int) -> None:
         """Validation, greedy and at the training temperature; the best model by greedy accuracy is exported."""
@@ -386,9 +437,13 @@ class Run:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
         if entry["greedy"]["all"]["accuracy"] > self.state["best"]["accuracy"]:
             self.state["best"] = {"step": step, "accuracy": entry["greedy"]["all"]["accuracy"]}
-            export_hf(self.dir.path / "best", self.policy, self.codec)
+            self._export("best")
             if step:
                 self.dir.save(step, self.policy, self.optimizer, self.state)
+
+    def _export(self, name):
+        """As a Hugging Face folder, in the type that log-probs were computed in."""
+        export_hf(self.dir.path / name, self.policy, self.codec, compute_dtype(self.cfg, self.device))
 
     def rollout(self, step: int) -> tuple[list[Question], list[Episode]]:
         """This rank's questions of the step and its conversations about them."""
@@ -410,6 +465,8 @@ class Run:
         penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
         scores = [score_episode(e, cfg, penalty) for e in episodes]
         groups = torch.arange(len(episodes)) // cfg.samples_per_prompt
+        if self.device.type == "cuda":
+            self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
             self._first_look(episodes)
         kept = [i for i, e in enumerate(episodes) if self._trains(e)]  # the others are not in the baseline either
@@ -417,12 +474,15 @@ class Run:
         advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
+        # Mini-batches are runs of the step's questions, of which this rank has every world-th.
+        numbers = groups[kept] * dist.get_world_size() + dist.get_rank()
+        parts = (numbers * cfg.updates_per_step // min(cfg.prompts_per_step, len(self.train))).tolist()
+        self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
         learned = train_step(
             self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
-            groups[kept].tolist(), self.codec, cfg, self.device,
+            parts, self.codec, cfg, self.device,
         )  # fmt: skip
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
-        self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
         finished = time.monotonic()
         tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt
@@ -431,7 +491,7 @@ class Run:
             "seconds/rollout": rolled_out - started,
             "seconds/update": finished - rolled_out,
             "tokens_per_second": tokens / (finished - started),
-            "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "memory_gb": peak_memory_gb(self.device),
         }
 
     def _trains(self, episode):
@@ -476,23 +536,24 @@ class Run:
         bar = tqdm(range(self.first, cfg.steps + 1), initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0)
         for step in bar:
             last = step == cfg.steps
-            if self.val and (last or step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
-                self.evaluate(step)
-            if last:
-                break
             try:
+                if self.val and (last or step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
+                    self.evaluate(step)
+                if last:
+                    break
                 metrics = self.step(step)
             except NonFinite as error:
-                sys.exit(f"error: step {step}: {error}. No update was made; the last checkpoint is as it was.")
+                message = f"error: step {step}: {error}. The last checkpoint is as it was."
+                sys.exit(message if dist.get_rank() == 0 else 1)
             self.dir.log(metrics)
-            self.state["step"] = step + 1
+            self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.3f}, right {metrics['accuracy']:.2f}, "
                 f"search {metrics['search_ratio']:.2f}, {metrics['tokens_per_second']:.0f} tokens/s"
             )
             if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 self.dir.save(step + 1, self.policy, self.optimizer, self.state)
-        export_hf(self.dir.path / "final", self.policy, self.codec)
+        self._export("final")
         if dist.get_rank() == 0:
             bar.close()
             print(before_and_after(self.dir.read_log()))
@@ -507,6 +568,14 @@ def marked(episode: Episode) -> str:
         text += f"{episode.codec.show(context)}⟦{episode.codec.show(said)}⟧"
         position = turn.end
     return text + episode.codec.show(episode.tokens[position:])
+
+
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def before_and_after(log: list[dict]) -> str:

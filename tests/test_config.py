@@ -69,7 +69,7 @@ def test_the_recipe_of_the_script_and_of_the_paper():
     assert (script.prompts_per_step, script.samples_per_prompt, script.lr, script.kl_coef) == (32, 4, 2e-6, 0.001)
     assert (script.max_prompt_tokens, script.max_tokens_per_turn, script.max_tokens) == (4096, 2048, 8192)
     assert (script.min_pixels, script.max_pixels) == (512**2, 672**2 * 2)
-    assert (script.schedule, script.sigmoid_width, script.min_lr_factor) == ("sigmoid", 45, 0.05)
+    assert (script.schedule, script.sigmoid_midpoint, script.min_lr_factor) == ("sigmoid", 45, 0.05)
     assert (script.search_penalty, script.format_weight, script.per_search_penalty) == (0.1, 0.1, False)
     assert (script.max_turns, script.max_image_searches, script.max_text_searches) == (3, 1, 2)
     assert (script.clip_low, script.clip_high, script.temperature, script.entropy_coef) == (0.2, 0.2, 1.0, 0.0)
@@ -197,8 +197,8 @@ def test_every_float_must_be_finite(name, text):
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
     "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
-    "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout sigmoid_width "
-    "max_mismatch"
+    "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
+    "sigmoid_midpoint max_mismatch"
 ).split()
 SHARES = "search_penalty format_weight min_lr_factor clip_low".split()
 

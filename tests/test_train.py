@@ -13,15 +13,21 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, SHORT_WORLD, replace
+from conftest import ROOT, SHORT_WORLD, question, replace
+from safetensors.torch import load_file
 
 import config
+import policy
+import reward
 import train
+from data import Stop
+from rollout import TorchEngine, run
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 SHORT = [
     "--prompts_per_step=3", "--samples_per_prompt=3", "--max_tokens_per_turn=12", "--val_limit=3", "--eval_every=2",
     "--save_every=1", "--keep_last=2", "--threads=1", "--max_turns=2",
+    "--entropy_coef=0.01",  # a model that can do nothing earns nothing: without it nothing would be learned
 ]  # fmt: skip
 
 
@@ -73,8 +79,6 @@ def metrics(path):
 
 
 def weights(path):
-    from safetensors.torch import load_file
-
     return load_file(path / "final" / "model.safetensors")
 
 
@@ -101,8 +105,10 @@ def undisturbed(arguments, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_leaves_what_it_promises(undisturbed):
+def test_a_run_leaves_what_it_promises(undisturbed, world):
     path, _ = undisturbed
+    before = load_file(world[0].model / "model.safetensors")
+    assert max(float((before[n] - w).abs().max()) for n, w in weights(path).items()) > 1e-4  # it has learned something
     assert {p.name for p in path.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts", "checkpoints", "final"}
     lines = metrics(path)
     assert [(line["phase"], line["step"]) for line in lines] == [
@@ -115,8 +121,8 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert len(rollouts) == 9 and all(len(line) < 20_000 for line in map(json.dumps, rollouts))
     by_question = Counter(r["question_id"] for r in rollouts)
     assert set(by_question.values()) == {3}
-    for question in by_question:  # advantages of a group sum to zero
-        assert abs(sum(r["advantage"] for r in rollouts if r["question_id"] == question)) < 1e-4
+    for id in by_question:  # advantages of a group sum to zero
+        assert abs(sum(r["advantage"] for r in rollouts if r["question_id"] == id)) < 1e-4
     assert rollouts[0]["turns"][0]["text"].count("<image>") == 1
     log = path.with_suffix(".log").read_text()
     assert "⟦" in log and "accuracy" in log  # the marked conversation, the table at the end
@@ -192,7 +198,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
 def test_learning_rate(cfg, schedule):
-    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, sigmoid_width=45.0, min_lr_factor=0.05)
+    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, sigmoid_midpoint=45.0, min_lr_factor=0.05)
     rates = [train.learning_rate(step, cfg) for step in range(101)]
     if schedule == "constant":
         assert set(rates) == {2.0}
@@ -219,6 +225,105 @@ def test_questions_of_steps_are_permutations(cfg):
     assert sorted(train.questions_of_step(questions, 5, replace(cfg, prompts_per_step=64))) == questions
 
 
+# ------------------------------------------------------------------------------------- one step, on fixed episodes
+
+
+@pytest.fixture
+def batch(model, codec):
+    """Eight conversations, four questions of two samples, with the model's own log-probs as the sampler's."""
+    engine = TorchEngine(policy.plain_config(model), codec, codec.cfg, torch.device("cpu"))
+    engine.load_weights(policy.full_weights(model), version=0)
+    questions = [question(i) for i in range(4)]
+    return run(questions, engine, None, codec, replace(codec.cfg, max_turns=1, max_tokens_per_turn=6), samples=2)
+
+
+def after_step(folder, codec, cfg, episodes, advantages, parts, device, reference=None):
+    """The weights after one train_step from the same beginning, and the metrics."""
+    policy_model = policy.load_policy(folder, codec, cfg, device)
+    optimizer = torch.optim.SGD(policy_model.parameters(), lr=1.0)
+    advantages = torch.tensor(advantages)
+    metrics = train.train_step(policy_model, reference, optimizer, episodes, advantages, parts, codec, cfg, device)
+    return {n: p.detach().clone() for n, p in policy_model.named_parameters()}, metrics
+
+
+def difference(a, b):
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
+
+
+ADVANTAGES = [0.7, -0.7, 0.0, 0.0, 0.7, -0.7, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("norm", ["tokens", "sequence"])
+def test_conversations_without_a_signal_count_without_being_run(folder, codec, cfg, device, batch, norm):
+    cfg = replace(cfg, loss_norm=norm, max_grad_norm=1e9)
+    skipped, _ = after_step(folder, codec, cfg, batch, ADVANTAGES, [0] * 8, device)
+    run_all = replace(cfg, entropy_coef=1e-30)  # an entropy bonus, however small, needs all of them
+    everything, _ = after_step(folder, codec, run_all, batch, ADVANTAGES, [0] * 8, device)
+    left_out, _ = after_step(folder, codec, cfg, batch[:2] + batch[4:6], [0.7, -0.7] * 2, [0] * 4, device)
+    assert difference(skipped, everything) < 1e-6 < 1e-4 < difference(skipped, left_out)
+
+
+@pytest.mark.parametrize("norm", ["tokens", "sequence"])
+def test_a_step_against_a_plain_loop(folder, codec, cfg, device, batch, norm):
+    """REINFORCE with a KL (k2) and an entropy bonus, one conversation at a time, no packing, no shared denominator."""
+    cfg = replace(cfg, loss_norm=norm, kl_coef=0.1, kl_kind="k2", entropy_coef=0.05, max_grad_norm=1e9)
+    reference = policy.load_policy(folder, codec, cfg, device, trainable=False)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.01)
+    stepped, metrics = after_step(folder, codec, cfg, batch, ADVANTAGES, [0] * 8, device, reference)
+    plain = policy.load_policy(folder, codec, cfg, device)
+    before = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    tokens = sum(sum(e.sampled) for e in batch)
+    for episode, advantage in zip(batch, ADVANTAGES, strict=True):
+        (row,) = policy.pack([episode], codec, plain, 250)
+        logp, entropy, _ = plain.row_logprobs(row, 1.0, True)
+        with torch.no_grad():
+            ref = reference.row_logprobs(row, 1.0)[0]
+        per_token = -advantage * torch.exp(logp - logp.detach()) + 0.1 * (logp - ref) ** 2 / 2 - 0.05 * entropy
+        (per_token.sum() / tokens if norm == "tokens" else per_token.mean() / len(batch)).backward()
+    expected = {n: before[n] - p.grad for n, p in plain.named_parameters()}
+    assert difference(stepped, expected) < 1e-5 * max(1.0, difference(before, expected))
+    assert metrics["kl"] > 0 and metrics["ratio"] == pytest.approx(1.0)
+
+
+def test_several_updates_use_the_log_probs_from_before_the_first(folder, codec, cfg, device, batch):
+    """Two mini-batches are two SGD steps; in the second the ratio is no longer 1 and the clip can bite."""
+    cfg = replace(cfg, updates_per_step=2, max_grad_norm=1e9, clip_low=0.01, clip_high=0.01)
+    advantages = [1.0, -1.0] * 4
+    twice, metrics = after_step(folder, codec, cfg, batch, advantages, [0, 0, 0, 0, 1, 1, 1, 1], device)
+    assert metrics["trained_tokens"] == sum(sum(e.sampled) for e in batch)
+    assert metrics["ratio"] != pytest.approx(1.0, abs=1e-4)
+    first, _ = after_step(folder, codec, replace(cfg, updates_per_step=1), batch[:4], advantages[:4], [0] * 4, device)
+    assert difference(twice, first) > 1e-5
+    epochs = replace(cfg, updates_per_step=1, epochs_per_step=2)
+    assert after_step(folder, codec, epochs, batch, advantages, [0] * 8, device)[1]["clip_high"] > 0
+
+
+def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path, monkeypatch):
+    """One of three samples is aborted: it has no advantage, and the two others are compared with each other alone."""
+    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    whole = train.Run(cfg)
+    whole.first = 0
+    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
+    questions, episodes = whole.rollout(0)
+    episodes[0].stop = Stop.ABORTED
+    rewards = iter([0.9, 1.0, 0.1] + [0.5] * 6)
+    scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
+    monkeypatch.setattr(whole, "rollout", lambda step: (questions, episodes))
+    monkeypatch.setattr(train, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
+    metrics = whole.step(0)
+    lines = [json.loads(line) for line in (tmp_path / "run/rollouts/step-000000.jsonl").read_text().splitlines()]
+    assert [line["advantage"] for line in lines[:3]] == [
+        None,
+        pytest.approx(0.7071, 1e-3),
+        pytest.approx(-0.7071, 1e-3),
+    ]
+    assert lines[0]["reward"] is None and metrics["stop/aborted"] == 1
+    assert metrics["reward"] == pytest.approx((1.0 + 0.1 + 3.0) / 8)
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 
@@ -240,11 +345,16 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert "holds no run" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'mine'}", "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    (tmp_path / "mine" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # a model's folder is no run either
+    assert "holds no run" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'mine'}", "--overwrite")
+    assert "would delete" in refused(capfd, *arguments, f"--run_dir={used}", "--overwrite", f"--model={used / 'final'}")
+    assert "was started with lr=0.0003" in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")
     checkpoint = next((used / "checkpoints").iterdir())
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "other" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "step-000001" / "state.json").write_text("{}")
+    (tmp_path / "other" / "config.json").write_text('{"run_dir": "other"}')
     assert "another run's" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'other'}", f"--resume={checkpoint}")
     assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
 
