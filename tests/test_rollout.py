@@ -392,16 +392,19 @@ def test_episodes_come_back_in_order(cfg, folder):
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_never_more_conversations_than_the_concurrency(cfg, folder, ordered):
+    """Those that wait for a search count too: searches here last a while, or until there are too many."""
     codec, cfg = Codec(folder, cfg), replace(cfg, concurrency=3, tool_threads=8)
-    started, ended, most = set(), [], []
+    started, ended, most, too_many = set(), [], [], threading.Event()
 
     def script(prompt, images, sampling):
         started.add(re.search(r"number (\d+)", prompt)[1])
         most.append(len(started) - len(ended))
+        if most[-1] > 3:
+            too_many.set()
         return says(TEXT, ANSWER)(prompt, images, sampling)
 
-    engine = ScriptedEngine(codec, script)
-    run(numbered(10), engine, Search(), codec, cfg, ordered=ordered, progress=ended.append)
+    engine, search = ScriptedEngine(codec, script), Search(lambda *_: too_many.wait(0.1) and None)
+    run(numbered(10), engine, search, codec, cfg, ordered=ordered, progress=ended.append)
     assert max(most) == 3 and len(started) == len(ended) == 10
 
 
@@ -781,17 +784,18 @@ def test_abort_returns_what_was_said(engine):
     assert all(slot.owner is None for slot in engine.slots)
 
 
-def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, monkeypatch):
-    """An interrupted prefill must not count as a prefix."""
-    about = pictured([1])[0]
+def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, device, monkeypatch):
+    """A second turn whose prompt was not run must not count as one that was."""
+    episode, known = two_turns(engine)
+    engine.submit("a", episode.engine_prompt(), episode.images, Sampling(1.0, 8, 0))
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_embed", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            run([about], engine, Search(), engine.codec, engine.cfg)
+            engine.step()
+    assert [reply.ids for reply in engine.abort(["a"])] == [[]]
     assert not engine.running and not engine.queue and all(slot.owner is None for slot in engine.slots)
-    sizes = forwards(engine)
-    run([about], engine, Search(), engine.codec, engine.cfg)
-    assert sizes[0] == len(Episode.start(about, engine.codec).tokens)
+    reply = ask(engine, episode.engine_prompt(), episode.images)
+    assert reply.ids == ask(make_engine(sharp, wide, device, 60), episode.engine_prompt(), episode.images).ids
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
