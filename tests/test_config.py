@@ -198,7 +198,7 @@ POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
     "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
-    "sigmoid_midpoint max_mismatch"
+    "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps"
 ).split()
 SHARES = "search_penalty format_weight min_lr_factor clip_low".split()
 
