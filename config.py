@@ -134,9 +134,9 @@ class Config:
     # -- toy world
     toy_dir: str = _knob("runs/toy-world", "where the toy world is built and kept")
     toy_seed: int = _knob(0, "seed of the toy world: its names, facts, pictures and which of them are known")
-    toy_pretrain_steps: int = _knob(360, "steps that teach the toy model to see and to copy")
-    toy_teach_steps: int = _knob(140, "steps that teach it the known entities")
-    toy_warmup_steps: int = _knob(110, "steps of supervised warm-up on scripted conversations")
+    toy_pretrain_steps: int = _knob(380, "steps that teach the toy model to see and to copy")
+    toy_teach_steps: int = _knob(150, "steps that teach it the known entities")
+    toy_warmup_steps: int = _knob(120, "steps of supervised warm-up on scripted conversations")
 
     def __post_init__(self):
         _check_types(self)
