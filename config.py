@@ -140,7 +140,7 @@ class Config:
     toy_seed: int = _knob(0, "seed of the toy world: its names, facts, pictures and which of them are known")
     toy_pretrain_steps: int = _knob(380, "steps that teach the toy model to see and to copy")
     toy_teach_steps: int = _knob(150, "steps that teach it the known entities")
-    toy_warmup_steps: int = _knob(120, "steps of supervised warm-up on scripted conversations")
+    toy_warmup_steps: int = _knob(200, "steps of supervised warm-up on scripted conversations")
 
     def __post_init__(self):
         _check_types(self)
@@ -281,15 +281,11 @@ def _check_combinations(cfg):
         cfg.prompts_per_step % cfg.updates_per_step == 0,
         f"updates_per_step={cfg.updates_per_step} does not divide prompts_per_step={cfg.prompts_per_step}",
     )
-    cells = cfg.max_pixels // 784
+    cells = cfg.min_pixels // 784
     _need(
         cells + 2 < cfg.max_prompt_tokens,
-        f"a picture of max_pixels={cfg.max_pixels} takes {cells} tokens: no prompt of "
+        f"a picture of min_pixels={cfg.min_pixels} takes {cells} tokens: no prompt of "
         f"max_prompt_tokens={cfg.max_prompt_tokens} could hold it",
-    )
-    shown = cfg.image_results * (cfg.thumb_max_pixels // 784 + 2) if cfg.max_image_searches else 0
-    _need(
-        shown < cfg.max_tokens, f"the pictures of an image search take {shown} tokens, max_tokens is {cfg.max_tokens}"
     )
     _need(
         cfg.tensor_parallel == 1 or cfg.engine == "vllm",

@@ -96,7 +96,9 @@ def test_preset_folders_of_prompts_exist():
 @pytest.mark.parametrize("joined", [True, False], ids=["--key=value", "--key value"])
 def test_every_field_can_be_set_both_ways_and_changes_nothing_else(field, joined):
     text, value = another(field)
-    needed = {"image": {"question": "q"}, "preset": {"search_index": "i"}}.get(field.name, {})
+    needed = {
+        "image": {"question": "q"}, "preset": {"search_index": "i"}, "tensor_parallel": {"engine": "vllm"}
+    }.get(field.name, {})  # fmt: skip
     argv = [f"--{field.name}={text}"] if joined else [f"--{field.name}", text]
     cfg = parse([*argv, *(f"--{key}={needed[key]}" for key in needed)])
     assert getattr(cfg, field.name) == value != field.default and type(getattr(cfg, field.name)) is type(value)
@@ -196,7 +198,7 @@ def test_every_float_must_be_finite(name, text):
 
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
-    "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
+    "tensor_parallel tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
     "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps"
 ).split()

@@ -1,5 +1,5 @@
 """vLLM itself, its CPU build, as the engine: against the trainer's log-probs, over turns, images and new weights; two
-ranks with an engine each, and two ranks that share one. It runs in processes of its own, as it changes the whole process."""
+ranks with an engine each, and two ranks that share one. It changes the whole process, and so has its own ones."""
 
 import importlib.util
 import json
@@ -184,22 +184,21 @@ def together(folder, out, tensor_parallel):
 
 def launch(mode, folder, out, ranks=1):
     """This file as a program; returns what it saw."""
-    shared = {}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
     if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    each = [
-        {**shared, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in (0, 1)
-    ]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, mode, str(folder), str(out)], env={**os.environ, **(each[rank] if shared else {}), "PYTHONPATH": path},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+            port = str(probe.getsockname()[1])
+        variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    processes = []
+    for rank in map(str, range(ranks)):
+        own = {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+        command = [sys.executable, __file__, mode, str(folder), str(out)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(subprocess.Popen(command, env={**variables, **own}, **pipes))
     try:
         printed = [process.communicate(timeout=400)[0] for process in processes]
     finally:
