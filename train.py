@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ import config
 import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
-from eval import evaluate, open_search, record, score_episode, summarize, write_jsonl
+from eval import evaluate, open_search, question_files, read_jsonl, record, score_episode, summarize, write_jsonl
 from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
 from policy import (
     NonFinite,
@@ -77,12 +77,18 @@ class Batch:
     uncounted: float  # what the conversations that need not be run add to the denominator
     old: list[torch.Tensor] | None = None  # [S] of each row: log-probs before the first update
     ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
+    episode_gaps: dict[str, float] = field(default_factory=dict)  # name -> mean |trainer - sampler| log-prob, nats
 
 
-def train_step(policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device) -> dict:
+def train_step(
+    policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device,
+    episode_gaps: dict[str, float] | None = None,
+) -> dict:  # fmt: skip
     """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
 
-    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. Raises NonFinite.
+    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. episode_gaps, if
+    given, is filled: episode_name -> how far its sampled tokens' log-probs are from the sampler's, mean, nats, of the
+    episodes that are run. Raises NonFinite.
     """
     batches = [
         make_batch(
@@ -107,6 +113,8 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
                 names = gather([batch.names[i] for i in error.episodes]) or gather(batch.names)
                 raise NonFinite(f"{error} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})", []) from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
+    for batch in batches if episode_gaps is not None else ():
+        episode_gaps |= batch.episode_gaps
     per_token = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
         "loss": totals["loss"] / totals["updates"],
@@ -134,8 +142,13 @@ def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Conf
     active = [i for i in chosen if i not in idle]
     rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
-    names = [f"{episodes[i].question_id} sample {episodes[i].sample}" for i in active]
+    names = [episode_name(episodes[i]) for i in active]
     return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
+
+
+def episode_name(episode: Episode) -> str:
+    """Tells the step's conversations apart."""
+    return f"{episode.question_id} sample {episode.sample}"
 
 
 def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row, logp, entropy):
@@ -153,6 +166,9 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row
     weights, count = token_weights(row.sequence, cfg.loss_norm)
     gap = mismatch(old_logp, row.sampler_logp)
     gaps.append(float(gap["abs_max"]))
+    for i, index in enumerate(row.episodes):
+        one = (old_logp - row.sampler_logp).detach()[row.sequence == i]
+        batch.episode_gaps[batch.names[index]] = float(one.abs().mean())
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
 
@@ -294,7 +310,7 @@ class RunDir:
         return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
 
     def read_log(self) -> list[dict]:
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return list(read_jsonl(self.metrics))
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
@@ -373,8 +389,8 @@ class Run:
         world, rank = toy.locate(cfg), dist.get_rank()
         folder = str(world.model) if cfg.model == "toy" else cfg.model
         self.cfg, self.codec, self.search = cfg, Codec(folder, cfg), open_search(cfg)
-        self.train = self._questions(cfg.train_files or (str(world.train),), "training")
-        val_files = cfg.val_files or (() if cfg.train_files else (str(world.val),))
+        train_files, val_files = question_files(cfg)
+        self.train = self._questions(train_files, "training")
         self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
         self.reference = None
@@ -477,11 +493,19 @@ class Run:
         # Mini-batches are runs of the step's questions, of which this rank has every world-th.
         numbers = groups[kept] * dist.get_world_size() + dist.get_rank()
         parts = (numbers * cfg.updates_per_step // min(cfg.prompts_per_step, len(self.train))).tolist()
-        self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
-        learned = train_step(
-            self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
-            parts, self.codec, cfg, self.device,
-        )  # fmt: skip
+        episode_gaps = {}
+        write = lambda: self._write_rollouts(  # noqa: E731
+            step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)), episode_gaps
+        )
+        try:
+            learned = train_step(
+                self.policy, self.reference, self.optimizer, [episodes[i] for i in kept], advantages,
+                parts, self.codec, cfg, self.device, episode_gaps,
+            )  # fmt: skip
+        except NonFinite:  # on all ranks
+            write()  # to be looked at
+            raise
+        write()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
         finished = time.monotonic()
@@ -519,9 +543,9 @@ class Run:
                 f"{self.cfg.max_mismatch}): check that both hold the same weights, dtype, image sizes and chat template"
             )
 
-    def _write_rollouts(self, step, episodes, scores, advantages):
+    def _write_rollouts(self, step, episodes, scores, advantages, gaps):
         mine = [
-            {**record(e, s), "step": step, "advantage": advantages.get(i)}
+            {**record(e, s), "step": step, "advantage": advantages.get(i), "logp_gap": gaps.get(episode_name(e))}
             for i, (e, s) in enumerate(zip(episodes, scores, strict=True))
         ]
         parts = [None] * dist.get_world_size()
