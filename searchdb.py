@@ -177,7 +177,7 @@ class SearchDB:
         return [Hit(title, url=url, image=thumbnail) for title, url, thumbnail in rows]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
-        """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError as `text` does."""
+        """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
         with self._connection() as db:
             rows = [row for row, *page in db.execute("SELECT rowid, title, url FROM images") if tuple(page) in pages]
             for row in rows:  # apart from the pages: most thumbnails need not be read

@@ -166,9 +166,10 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[float], number: int, row: Row
     weights, count = token_weights(row.sequence, cfg.loss_norm)
     gap = mismatch(old_logp, row.sampler_logp)
     gaps.append(float(gap["abs_max"]))
-    for i, index in enumerate(row.episodes):
-        one = (old_logp - row.sampler_logp).detach()[row.sequence == i]
-        batch.episode_gaps[batch.names[index]] = float(one.abs().mean())
+    away = (old_logp.detach() - row.sampler_logp).abs()
+    sums = away.new_zeros(len(row.episodes)).index_add(0, row.sequence, away)
+    means = sums / torch.bincount(row.sequence, minlength=len(row.episodes)).clamp(min=1)
+    batch.episode_gaps |= zip([batch.names[i] for i in row.episodes], means.tolist(), strict=True)
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
 
