@@ -316,6 +316,16 @@ def test_all_bad_rows_are_counted(tmp_path, capsys):
     assert load_questions([first], skip_bad_rows=True) == []
 
 
+def test_only_some_rows(tmp_path):
+    """The others are not looked at, and rows keep their numbers."""
+    file = write(tmp_path / "a.pq", row("x"), row("y", reward_model=None), row("z"), row(" "))
+    assert [(q.id, q.text) for q in load_questions([file], only={"a.pq:2", "a.pq:0"})] == [
+        ("a.pq:0", "x"),
+        ("a.pq:2", "z"),
+    ]
+    assert "row 3 of" in refused(load_questions, [file], only={"a.pq:2", "a.pq:3"})
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_files_that_cannot_be_read(tmp_path, skip):
     good = Path(write(tmp_path / "good.pq", row(images=[]), row(images=[]))).read_bytes()
