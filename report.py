@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import re
+import sqlite3
 from pathlib import Path
 
 import toy
@@ -186,7 +187,7 @@ def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> lis
             problems.append(f"no pictures of the {what} questions: {error}")
     try:
         _add_thumbnails(records, cfg, pictures)
-    except InputError as error:
+    except (InputError, sqlite3.DatabaseError) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
 
