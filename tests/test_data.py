@@ -21,7 +21,9 @@ from PIL import Image
 
 import data
 from config import InputError
-from data import Call, Codec, Episode, Hit, Question, Result, Stop, decode_image, drop_overlong, load_questions
+from data import (
+    Call, Codec, Episode, Hit, Question, Result, Stop, decode_image, drop_overlong, load_questions, picture_key,
+)  # fmt: skip
 from reward import normalize_answer
 from rollout import Reply
 
@@ -834,7 +836,9 @@ def test_the_record_is_readable_json_without_pixels(roomy):
     assert "pad|>" not in json.dumps(record) and "vision" not in json.dumps(record)
     assert [(c["kind"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
         ("image", "", "ok", ""), ("text", "who?", "error", "timed out")]  # fmt: skip
-    assert record["calls"][0]["hits"][1] == {"title": " leading space", "url": "https://e.org", "text": ""}
+    hits = record["calls"][0]["hits"]
+    assert hits[1] == {"title": " leading space", "url": "https://e.org", "text": "", "image": None}
+    assert [hits[0]["image"], hits[2]["image"]] == [picture_key(picture(5)), picture_key(picture(6, 31, 99))]
     assert (record["question_id"], record["sample"], record["stop"]) == ("q0", 4, "answered")
     assert (record["tokens"], record["sampled_tokens"]) == (len(episode.tokens), sum(episode.sampled))
     unfinished = Episode.start(question(), roomy)
