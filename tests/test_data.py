@@ -22,7 +22,17 @@ from PIL import Image
 import data
 from config import InputError
 from data import (
-    Call, Codec, Episode, Hit, Question, Result, Stop, decode_image, drop_overlong, load_questions, picture_key,
+    Call,
+    Codec,
+    Episode,
+    Hit,
+    Question,
+    Result,
+    Stop,
+    decode_image,
+    drop_overlong,
+    load_questions,
+    picture_key,
 )  # fmt: skip
 from reward import normalize_answer
 from rollout import Reply
