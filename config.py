@@ -127,6 +127,7 @@ class Config:
     val_limit: int = _knob(0, "validate on the first n questions (0: all)")
     save_every: int = _knob(20, "steps between checkpoints (0: only at the end)")
     keep_last: int = _knob(2, "checkpoints kept")
+    plot: tuple[str, ...] = _knob((), "train nothing: draw the curves of these run directories into a PNG (matplotlib)")
 
     # -- eval.py
     files: tuple[str, ...] = _knob((), "parquet files to evaluate on")

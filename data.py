@@ -199,7 +199,7 @@ class Episode:
         return cls(question, codec, images=images, **lists, **rest)
 
     def record(self) -> dict:
-        """A readable form for JSONL: turns as text, calls with their results; no pixels."""
+        """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
         turns, position = [], 0
         for turn in self.turns:
             turns.append({"role": "context", "text": self.codec.show(self.tokens[position : turn.start])})
@@ -213,7 +213,10 @@ class Episode:
                 "query": call.query,
                 "status": result.status,
                 "error": result.error,
-                "hits": [{"title": h.title, "url": h.url, "text": h.text} for h in result.hits],
+                "hits": [
+                    {"title": h.title, "url": h.url, "text": h.text, "image": h.image and picture_key(h.image)}
+                    for h in result.hits
+                ],
             }
             for call, result in self.calls
         ]
@@ -234,12 +237,15 @@ class Episode:
 # ---------------------------------------------------------------------------------------------------- questions
 
 
-def load_questions(files, *, skip_bad_rows: bool = False, progress: bool = True) -> list[Question]:
+def load_questions(
+    files, *, skip_bad_rows: bool = False, progress: bool = True, only: set[str] | None = None
+) -> list[Question]:
     """Read parquet files in veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path} or either as it is],
     `reward_model` {ground_truth, candidate_answers}; `data_source`, `image_urls` and `data_id` may be missing. Images
     stay encoded, but each is decoded once to see that it can be.
 
-    Raises InputError naming file, row (from 0) and field; with skip_bad_rows bad rows are left out and counted.
+    only: the ids to read (all rows are, without it). Raises InputError naming file, row (from 0) and field; with
+    skip_bad_rows bad rows are left out and counted.
     """
     questions, bad = [], []
     names = [Path(file).name for file in files]
@@ -247,13 +253,14 @@ def load_questions(files, *, skip_bad_rows: bool = False, progress: bool = True)
         for index, file in enumerate(files):
             label = names[index] if names.count(names[index]) == 1 else f"{index}/{names[index]}"
             read = functools.partial(_read_row, label=label, folder=Path(file).parent)
-            for row, outcome in enumerate(_in_order(pool, read, enumerate(_rows(file)))):
+            rows = ((n, row) for n, row in enumerate(_rows(file)) if only is None or f"{label}:{n}" in only)
+            for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
                     questions.append(outcome)
                 elif skip_bad_rows:
-                    bad.append(f"row {row} of {file}: {outcome}")
+                    bad.append(f"row {number} of {file}: {outcome}")
                 else:
-                    raise InputError(f"row {row} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
+                    raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
     if bad and progress:
         print(f"left out {len(bad)} bad rows, the first: {bad[0]}", file=sys.stderr)
     return questions
@@ -303,7 +310,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_row(numbered, label, folder):
-    """A Question, or a string that says what is wrong with the row."""
+    """(number of the row, a Question or a string that says what is wrong)"""
     number, row = numbered
     data_id = row.get("data_id")
     try:
@@ -312,7 +319,7 @@ def _read_row(numbered, label, folder):
         split_at_images(text, len(images))
         for image in images:
             decode_image(image)
-        return Question(
+        return number, Question(
             id=f"{label}:{number}",
             text=text,
             images=images,
@@ -323,7 +330,7 @@ def _read_row(numbered, label, folder):
             system=system,
         )
     except InputError as error:
-        return str(error)
+        return number, str(error)
 
 
 def _messages(prompt):
@@ -408,6 +415,11 @@ def _usable(answer):
 
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
+
+
+def picture_key(data: bytes) -> str:
+    """A name for an encoded picture: equal keys, equal files."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -624,7 +636,7 @@ class Codec:
 
     def picture(self, data: bytes, thumbnail: bool = False) -> Picture:
         """The record of an encoded image, at the pixel range of questions or of thumbnails."""
-        key = hashlib.sha256(data).hexdigest()[:32] + ("t" if thumbnail else "q")
+        key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge = self.processor.patch_size, self.processor.merge_size
         height, width = _cached(self._sizes, key, lambda: self._size(decode_image(data), thumbnail), 65536)
         grid = (height // patch, width // patch)

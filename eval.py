@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -157,6 +158,13 @@ def open_search(cfg: Config) -> OfflineSearch:
     return OfflineSearch(SearchDB(index), image_results=cfg.image_results, text_results=cfg.text_results)
 
 
+def question_files(cfg: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of training and of validation questions: the user's, or the toy world's."""
+    world = toy.locate(cfg)
+    train = cfg.train_files or (str(world.train),)
+    return train, cfg.val_files or (() if cfg.train_files else (str(world.val),))
+
+
 def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Question]):
     """An engine with the weights of a Hugging Face folder, for conversations about these questions."""
     limits = engine_limits(folder, cfg, device, questions)
@@ -178,6 +186,21 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot write ({error.strerror})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
+    written, and is left out. Raises InputError."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007
+                if line.endswith("\n"):
+                    yield json.loads(line, parse_constant=lambda _: None)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
 
 
 def main() -> None:

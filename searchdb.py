@@ -176,6 +176,13 @@ class SearchDB:
             rows = [db.execute(sql, (rowid,)).fetchone() for rowid in best.tolist()]
         return [Hit(title, url=url, image=thumbnail) for title, url, thumbnail in rows]
 
+    def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
+        """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
+        with self._connection() as db:
+            rows = [row for row, *page in db.execute("SELECT rowid, title, url FROM images") if tuple(page) in pages]
+            for row in rows:  # apart from the pages: most thumbnails need not be read
+                yield from db.execute("SELECT thumbnail FROM images WHERE rowid = ?", (row,)).fetchone()
+
     def stats(self) -> dict[str, int]:
         """How much there is: docs, images, bytes (of the file)."""
         with self._connection() as db:

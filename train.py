@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ import config
 import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
-from eval import evaluate, open_search, record, score_episode, summarize, write_jsonl
+from eval import evaluate, open_search, question_files, read_jsonl, record, score_episode, summarize, write_jsonl
 from grpo import (
     group_advantages,
     kl_penalty,
@@ -86,12 +86,18 @@ class Batch:
     uncounted: float  # what the conversations that need not be run add to the denominator
     old: list[torch.Tensor] | None = None  # [S] of each row: log-probs before the first update
     ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
+    episode_gaps: dict[str, float] = field(default_factory=dict)  # name -> mean |trainer - sampler| log-prob, nats
 
 
-def train_step(policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device) -> dict:
+def train_step(
+    policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device,
+    episode_gaps: dict[str, float] | None = None,
+) -> dict:  # fmt: skip
     """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
 
-    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. Raises NonFinite.
+    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. episode_gaps, if
+    given, is filled: episode_name -> how far its sampled tokens' log-probs are from the sampler's, mean, nats, of the
+    episodes that are run. Raises NonFinite.
     """
     batches = [
         make_batch(
@@ -116,6 +122,8 @@ def train_step(policy, reference, optimizer, episodes: list[Episode], advantages
                 names = gather([batch.names[i] for i in error.episodes]) or gather(batch.names)
                 raise NonFinite(f"{error} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})", []) from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
+    for batch in batches if episode_gaps is not None else ():
+        episode_gaps |= batch.episode_gaps
     per_token = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
         "loss": totals["loss"] / totals["updates"],
@@ -158,8 +166,13 @@ def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Conf
     active = [i for i in chosen if i not in idle]
     rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
-    names = [f"{episodes[i].question_id} sample {episodes[i].sample}" for i in active]
+    names = [episode_name(episodes[i]) for i in active]
     return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
+
+
+def episode_name(episode: Episode) -> str:
+    """Tells the step's conversations apart."""
+    return f"{episode.question_id} sample {episode.sample}"
 
 
 def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, row: Row, logp, entropy):
@@ -176,6 +189,10 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, r
     loss = loss - cfg.entropy_coef * entropy
     gap = mismatch(old_logp, row.sampler_logp)
     gaps.append(old_logp - row.sampler_logp)
+    away = gaps[-1].abs()
+    sums = away.new_zeros(len(row.episodes)).index_add(0, row.sequence, away)
+    means = sums / torch.bincount(row.sequence, minlength=len(row.episodes)).clamp(min=1)
+    batch.episode_gaps |= zip([batch.names[i] for i in row.episodes], means.tolist(), strict=True)
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     keep = None
     if cfg.trust_bound:
@@ -360,7 +377,7 @@ class RunDir:
         return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
 
     def read_log(self) -> list[dict]:
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return list(read_jsonl(self.metrics))
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
@@ -440,8 +457,8 @@ class Run:
         world, rank = toy.locate(cfg), dist.get_rank()
         folder = str(world.model) if cfg.model == "toy" else cfg.model
         self.cfg, self.codec, self.search = cfg, Codec(folder, cfg), open_search(cfg)
-        self.train = self._questions(cfg.train_files or (str(world.train),), "training")
-        val_files = cfg.val_files or (() if cfg.train_files else (str(world.val),))
+        train_files, val_files = question_files(cfg)
+        self.train = self._questions(train_files, "training")
         self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
         limits = engine_limits(folder, cfg, self.device, [*self.train, *self.val])
         if rank == 0:
@@ -545,15 +562,23 @@ class Run:
         advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        self._write_rollouts(step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)))
         numbers = {q.id: n for n, q in enumerate(questions_of_step(self.train, step, cfg))}
         mine = balance([episodes[i] for i in kept], advantages.tolist(), numbers, self.questions, self.codec, cfg)
         # Mini-batches are runs of the step's questions.
         parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
-        learned = train_step(
-            self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
-            parts, self.codec, cfg, self.device,
-        )  # fmt: skip
+        episode_gaps = {}
+        write = lambda: self._write_rollouts(  # noqa: E731
+            step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)), episode_gaps
+        )
+        try:
+            learned = train_step(
+                self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
+                parts, self.codec, cfg, self.device, episode_gaps,
+            )  # fmt: skip
+        except NonFinite:  # on all ranks
+            write()  # to be looked at
+            raise
+        write()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         self.engine.wake()
         metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
@@ -592,9 +617,10 @@ class Run:
                 f"{self.cfg.max_mismatch}): check that both hold the same weights, dtype, image sizes and chat template"
             )
 
-    def _write_rollouts(self, step, episodes, scores, advantages):
+    def _write_rollouts(self, step, episodes, scores, advantages, gaps):
+        gaps = dict(gather(list(gaps.items())))  # conversations were trained on where there was room
         mine = [
-            {**record(e, s), "step": step, "advantage": advantages.get(i)}
+            {**record(e, s), "step": step, "advantage": advantages.get(i), "logp_gap": gaps.get(episode_name(e))}
             for i, (e, s) in enumerate(zip(episodes, scores, strict=True))
         ]
         parts = [None] * dist.get_world_size()
@@ -671,8 +697,44 @@ def before_and_after(log: list[dict]) -> str:
     return "\n".join(lines)
 
 
+PLOTTED = (
+    "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second".split()
+)
+
+
+def plot(runs: tuple[str, ...]) -> Path:
+    """Draw the curves of runs over each other (dashed: greedy validation) into curves.png in the first one's folder.
+    Needs matplotlib. Raises InputError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    charts = dict(zip(PLOTTED, figure.subplots(3, 4).flat, strict=True))
+    for number, folder in enumerate(runs):
+        log = list(read_jsonl(Path(folder) / "metrics.jsonl"))
+        for key, axes in charts.items():
+            axes.set_title(key)
+            trained = [(e["step"], e[key]) for e in log if e["phase"] == "train" and e.get(key) is not None]
+            judged = [(e["step"], e["greedy"]["all"].get(key)) for e in log if e["phase"] == "eval"]
+            judged = [point for point in judged if point[1] is not None]
+            axes.plot([p[0] for p in trained], [p[1] for p in trained], color=f"C{number}", label=folder)
+            axes.plot([p[0] for p in judged], [p[1] for p in judged], "o--", color=f"C{number}", markersize=3)
+    lines, labels = charts["reward"].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center")
+    path = Path(runs[0]) / "curves.png"
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror})") from None
+    return path
+
+
 def main() -> None:
     cfg = parse(sys.argv[1:])
+    if cfg.plot:
+        print(plot(cfg.plot))
+        return
     run = Run(cfg)
     try:
         run.loop()

@@ -40,6 +40,8 @@ def another(field):
     if int in kinds:
         value = default - 1 if field.name == "thumb_min_pixels" else default + 1
         return str(value), value
+    if field.name in ("importance_cap", "trust_bound"):
+        return "1.5", 1.5
     if float in kinds:
         return "0.375", 0.375
     if HINTS[field.name] == tuple[str, ...]:
@@ -198,7 +200,8 @@ def test_every_float_must_be_finite(name, text):
 
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
-    "tensor_parallel tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
+    "tensor_parallel "
+    "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
     "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps"
 ).split()

@@ -21,7 +21,19 @@ from PIL import Image
 
 import data
 from config import InputError
-from data import Call, Codec, Episode, Hit, Question, Result, Stop, decode_image, drop_overlong, load_questions
+from data import (
+    Call,
+    Codec,
+    Episode,
+    Hit,
+    Question,
+    Result,
+    Stop,
+    decode_image,
+    drop_overlong,
+    load_questions,
+    picture_key,
+)  # fmt: skip
 from reward import normalize_answer
 from rollout import Reply
 
@@ -314,6 +326,16 @@ def test_all_bad_rows_are_counted(tmp_path, capsys):
     assert [q.text for q in load_questions([first, second], skip_bad_rows=True)] == ["z"]
     assert "left out 3 bad rows" in capsys.readouterr().err
     assert load_questions([first], skip_bad_rows=True) == []
+
+
+def test_only_some_rows(tmp_path):
+    """The others are not looked at, and rows keep their numbers."""
+    file = write(tmp_path / "a.pq", row("x"), row("y", reward_model=None), row("z"), row(" "))
+    assert [(q.id, q.text) for q in load_questions([file], only={"a.pq:2", "a.pq:0"})] == [
+        ("a.pq:0", "x"),
+        ("a.pq:2", "z"),
+    ]
+    assert "row 3 of" in refused(load_questions, [file], only={"a.pq:2", "a.pq:3"})
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -824,7 +846,9 @@ def test_the_record_is_readable_json_without_pixels(roomy):
     assert "pad|>" not in json.dumps(record) and "vision" not in json.dumps(record)
     assert [(c["kind"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
         ("image", "", "ok", ""), ("text", "who?", "error", "timed out")]  # fmt: skip
-    assert record["calls"][0]["hits"][1] == {"title": " leading space", "url": "https://e.org", "text": ""}
+    hits = record["calls"][0]["hits"]
+    assert hits[1] == {"title": " leading space", "url": "https://e.org", "text": "", "image": None}
+    assert [hits[0]["image"], hits[2]["image"]] == [picture_key(picture(5)), picture_key(picture(6, 31, 99))]
     assert (record["question_id"], record["sample"], record["stop"]) == ("q0", 4, "answered")
     assert (record["tokens"], record["sampled_tokens"]) == (len(episode.tokens), sum(episode.sampled))
     unfinished = Episode.start(question(), roomy)

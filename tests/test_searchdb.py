@@ -261,6 +261,16 @@ def test_embedding_sees_pixels_not_files():
     assert embed(encode(on_white)) @ embed(encode(on_white.resize((300, 300)))) > 0.99
 
 
+def test_thumbnails_by_title_and_url(tmp_path):
+    pages = [("a", "u"), ("a", "v"), ("b", "u"), ("a", "u")]
+    images = [{"image": data, "title": t, "url": u} for data, (t, u) in zip(noise_pictures(4), pages, strict=True)]
+    build(tmp_path / "i.sqlite", images=images)
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        kept = [db.image(image["image"], 1)[0].image for image in images]
+        assert list(db.thumbnails({("a", "u"), ("b", "nowhere")})) == [kept[0], kept[3]]
+        assert list(db.thumbnails(set())) == []
+
+
 @pytest.mark.parametrize(
     "size, expected, format",
     [

@@ -20,6 +20,7 @@ import config
 import policy
 import reward
 import train
+from config import InputError
 from data import Stop
 from rollout import TorchEngine, run
 
@@ -246,6 +247,24 @@ def after_step(folder, codec, cfg, episodes, advantages, parts, device, referenc
     return {n: p.detach().clone() for n, p in policy_model.named_parameters()}, metrics
 
 
+def test_each_conversation_s_gap_between_sampler_and_trainer(folder, codec, cfg, device, batch):
+    """Against a forward of each conversation alone; what is not run has none."""
+    for episode in batch:
+        episode.logprobs = [logp - 0.01 * (1 + episode.sample) for logp in episode.logprobs]
+    plain, gaps = policy.load_policy(folder, codec, cfg, device), {}
+    expected = {}
+    for episode in batch[:2] + batch[4:6]:
+        (row,) = policy.pack([episode], codec, plain, 250)
+        with torch.no_grad():
+            gap = plain.row_logprobs(row, 1.0)[0] - row.sampler_logp
+        expected[train.episode_name(episode)] = pytest.approx(float(gap.abs().mean()), abs=1e-5)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
+    parts = [0] * 4 + [1] * 4
+    cfg = replace(cfg, updates_per_step=2, epochs_per_step=2)  # later ones do not count
+    train.train_step(plain, None, optimizer, batch, torch.tensor(ADVANTAGES), parts, codec, cfg, device, gaps)
+    assert gaps == expected and len({round(gap, 3) for gap in gaps.values()}) == 2
+
+
 def difference(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in a)
 
@@ -320,8 +339,17 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
         pytest.approx(0.7071, 1e-3),
         pytest.approx(-0.7071, 1e-3),
     ]
+    assert [line["logp_gap"] is None for line in lines] == [True] + [False] * 8  # it was not run
     assert lines[0]["reward"] is None and metrics["stop/aborted"] == 1
     assert metrics["reward"] == pytest.approx((1.0 + 0.1 + 3.0) / 8)
+
+    def fails(*_):
+        raise policy.NonFinite("loss nan", [])
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(policy.NonFinite):
+        whole.step(1)
+    assert (tmp_path / "run/rollouts/step-000001.jsonl").exists()  # to be looked at
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -406,3 +434,25 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 training and 3 validation questions" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the curves
+
+
+def test_plot(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    for name, slope in (("a", 0.1), ("b", -0.1)):
+        (tmp_path / name).mkdir()
+        log = [{"step": i, "phase": "train", "reward": slope * i, "loss": None} for i in range(5)]
+        log.append({"step": 5, "phase": "eval", "greedy": {"all": {"reward": 1.0}}})
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    monkeypatch.setattr("sys.argv", ["train.py", "--plot", str(tmp_path / "a"), str(tmp_path / "b")])
+    train.main()
+    assert capfd.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
+    image = Image.open(tmp_path / "a" / "curves.png").convert("RGB")
+    colours = {colour for _, colour in image.getcolors(image.width * image.height)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
+    with pytest.raises(InputError, match="nowhere.metrics.jsonl: cannot read"):
+        train.plot((str(tmp_path / "nowhere"),))

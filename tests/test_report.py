@@ -1,0 +1,350 @@
+"""report.py: the page of a run, opened in a real browser, with text that wants to break out of it."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+from PIL import Image
+
+import config
+import report
+import searchdb
+from config import InputError
+from data import Codec, load_questions, picture_key
+from eval import record, score_episode, summarize, write_jsonl
+from rollout import ScriptedEngine, run
+from tools import OfflineSearch
+
+ATTACK = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"
+RTL = "\u202eمن أسسها؟"
+MEGABYTE = "a word, " * 2**17
+REPLIES = {
+    "image": "<reason>r</reason><search><img></search>",
+    "text": f"<reason>{ATTACK}</reason><text_search>river {ATTACK}</text_search>",
+    "right": "<reason>r</reason><answer>Bako</answer>",
+    "wrong": f"<reason>r</reason><answer>{ATTACK}</answer>",
+    "neither": "hm",
+}
+PLANS = ["right", "wrong", "image right", "image text right", "text wrong", "neither"]
+
+
+def page_data(path):
+    """What is embedded in a page."""
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def hostile(folder, tmp_path_factory):
+    """A run directory as train.py leaves it: two groups of six conversations, held by the real rollout with a real
+    index, two steps and two validations; questions, replies and results attack the page."""
+    place = tmp_path_factory.mktemp("hostile")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{RTL} what is it? {ATTACK}"}],
+            "images": [{"bytes": picture(i)}],
+            "reward_model": {"ground_truth": "Bako"},
+            "data_source": ("<b>known</b>", "unknown")[i],
+        }
+        for i in range(2)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), place / "train.parquet")
+    docs = [
+        {"title": f"river {i} {ATTACK}", "text": f"{RTL} {ATTACK}", "url": "javascript:hacked = 1"} for i in range(2)
+    ]
+    thumbs = [{"image": picture(i), "title": f"{RTL} {ATTACK}", "url": "https://example.org/<b>"} for i in (7, 8)]
+    searchdb.build(place / "index", docs, thumbs)
+    cfg = config.Config(
+        threads=1, prompts="prompts", max_tokens=6000, max_prompt_tokens=2000, max_tokens_per_turn=1000,
+        search_index=str(place / "index"), train_files=(str(place / "train.parquet"),),
+        val_files=(str(place / "train.parquet"),), run_dir=str(place / "run"),
+    )  # fmt: skip
+    codec, search = Codec(folder, cfg), OfflineSearch(searchdb.SearchDB(cfg.search_index))
+    records = []
+    for asked in load_questions(cfg.train_files):
+        for sample, plan in enumerate(PLANS):
+            replies = iter(plan.split())
+            engine = ScriptedEngine(codec, lambda *_, replies=replies: REPLIES[next(replies)])
+            (episode,) = run([asked], engine, search, codec, cfg)
+            assert len(episode.turns) == len(plan.split())
+            episode.sample = sample
+            records.append(record(episode, score_episode(episode, cfg)))
+    (place / "run" / "rollouts").mkdir(parents=True)
+    config.save(cfg, place / "run" / "config.json")
+    trained = [{**r, "advantage": r["sample"] - 2.5, "logp_gap": 0.0012} for r in records]
+    log = []
+    for step in (0, 1):
+        write_jsonl(place / "run" / "rollouts" / f"step-{step:06d}.jsonl", [{**r, "step": step} for r in trained])
+        validation = [{"mode": mode, **r} for mode in ("greedy", "sampled") for r in (records[0], records[6 + step])]
+        write_jsonl(place / "run" / "rollouts" / f"eval-{step:06d}.jsonl", validation)
+        summary = {mode: summarize([r for r in validation if r["mode"] == mode], cfg) for mode in ("greedy", "sampled")}
+        log += [{"step": step, "phase": "eval", **summary}]
+        log += [{"step": step, "phase": "train", "reward": 0.5 + step, "loss": float("nan"), "accuracy": 0.25}]
+    write_jsonl(place / "run" / "metrics.jsonl", log)
+    return place / "run"
+
+
+# ------------------------------------------------------------------------------------------------------- the data
+
+
+def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
+    path = report.render([hostile], tmp_path / "page.html")
+    text, data = path.read_text(), page_data(path)
+    assert text.count("<script") == text.count("</script>") == 2  # the data's and the page's own
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", text.split("application/json")[0])
+    assert len(data["conversations"]) == 2 * 12 + 2 * 4 and data["notes"] == []
+    assert [len(data["runs"][0][name]) for name in ("train", "evals")] == [2, 2]
+    assert data["runs"][0]["train"][0]["loss"] is None  # NaN is no JSON
+    assert data["runs"][0]["settings"]["max_tokens"] == 6000 and data["defaults"]["max_tokens"] == 250
+    index = searchdb.SearchDB(hostile.parent / "index")
+    thumbs = {picture_key(hit.image) for hit in index.image(picture(7), 2)}
+    index.close()
+    assert set(data["pictures"]) == thumbs | {picture_key(picture(i)) for i in (0, 1)}
+    for c in data["conversations"]:
+        assert c["pictures"] == [picture_key(picture(int(c["question_id"][-1])))]
+        assert {hit["image"] for call in c["calls"] for hit in call["hits"]} <= thumbs | {None}
+        assert sum(c["parts"].values()) == pytest.approx(c["reward"])
+    for url in data["pictures"].values():
+        assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).format == "WEBP"
+
+
+def test_a_reward_in_its_parts():
+    parts = lambda reward, correct, form: report.reward_parts(  # noqa: E731
+        {"reward": reward, "correct": correct, "format_ok": form}, 0.1
+    )
+    assert parts(0.81, True, False) == pytest.approx({"answer": 0.9, "searching": -0.09, "format": 0})
+    assert parts(0.1, False, True) == pytest.approx({"answer": 0, "searching": 0, "format": 0.1})
+    assert parts(1.09, True, True) == pytest.approx({"answer": 0.9, "searching": 0.09, "format": 0.1})  # a bonus
+    assert parts(None, False, False) is None
+
+
+def test_of_too_many_conversations_whole_groups_are_taken_evenly(tmp_path):
+    for step in range(20):
+        lines = [{"question_id": f"q{i // 4}", "sample": i % 4, "turns": []} for i in range(40)]
+        write_jsonl(tmp_path / f"step-{step:06d}.jsonl", lines)
+    chosen, total = report.read_conversations(tmp_path, 100)
+    assert total == 800 and 90 <= len(chosen) <= 100
+    by_step = [[c for c in chosen if c["step"] == step] for step in range(20)]
+    assert {len(part) for part in by_step} <= {4, 8}
+    assert all([c["sample"] for c in part] == [0, 1, 2, 3] * (len(part) // 4) for part in by_step)
+    assert len(report.read_conversations(tmp_path, 800)[0]) == 800
+
+
+def test_pictures_have_a_limit(monkeypatch):
+    pictures = report.Pictures()
+    pictures.add(picture(0), 128)
+    monkeypatch.setattr(report, "PICTURE_BYTES", len(pictures.urls[picture_key(picture(0))]) + 10)
+    pictures.add(picture(0), 128)
+    assert pictures.left_out == 0
+    pictures.add(picture(1), 128)
+    pictures.add(b"no picture", 128)
+    assert pictures.left_out == 1 and len(pictures.urls) == 1
+
+
+def test_what_is_gone_is_named_and_the_rest_is_shown(hostile, tmp_path):
+    shutil.copytree(hostile, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    moved = {"train_files": ["gone.parquet"], "val_files": ["left.parquet"], "search_index": "gone.sqlite"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings | moved))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "phase"')  # is being written
+    data = page_data(report.render([tmp_path / "run"]))
+    for note, missing in zip(data["notes"], ("gone.parquet", "left.parquet", "gone.sqlite"), strict=True):
+        assert f"{missing}: no such" in note
+    assert (len(data["conversations"]), len(data["runs"][0]["train"]), data["pictures"]) == (32, 2, {})
+
+
+def test_bad_runs(hostile, tmp_path):
+    with pytest.raises(InputError, match="nowhere: holds no run"):
+        report.render([tmp_path / "nowhere"])
+    (tmp_path / "config.json").write_text('{"run_dir": "x"}')
+    with pytest.raises(InputError, match="has no metrics.jsonl"):
+        report.render([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nno json\n')
+    with pytest.raises(InputError, match="metrics.jsonl: line 2 is not JSON"):
+        report.render([tmp_path])
+    with pytest.raises(InputError, match="cannot write"):
+        report.render([hostile], tmp_path / "no" / "folder.html")
+
+
+# --------------------------------------------------------------------------------------------------- the browser
+
+
+class Browser:
+    """Headless Chromium, driven over WebDriver, which is plain HTTP (w3.org/TR/webdriver2)."""
+
+    def __init__(self, driver, port, folder):
+        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}/session"
+        flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        flags += f"disable-component-update disable-sync disable-dev-shm-usage user-data-dir={folder}"
+        options = {"goog:chromeOptions": {"args": [f"--{flag}" for flag in flags.split()]}}
+        options["goog:loggingPrefs"] = {"browser": "ALL"}
+        try:
+            self._wait_until_up()
+            self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _wait_until_up(self):
+        for _ in range(300):
+            try:
+                return urllib.request.urlopen(self.url.removesuffix("session") + "status", timeout=10)
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        raise TimeoutError("chromedriver does not answer")
+
+    def call(self, path, body=None, method=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path}: {error.read().decode()[:1000]}") from None
+
+    def run(self, script, *args):
+        return self.call("/execute/sync", {"script": script, "args": list(args)})
+
+    def press(self, *keys):
+        presses = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": presses}]})
+
+    def click(self, selector):
+        (_, element), *_ = self.call("/element", {"using": "css selector", "value": selector}).items()
+        self.call(f"/element/{element}/click", {})
+
+    def until(self, script, wanted):
+        """Wait for an expression of the page to have a value."""
+        value = None
+        for _ in range(200):
+            if (value := self.run(f"return {script}")) == wanted:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{script}: {value!r}, not {wanted!r}")
+
+    def screenshot(self, path):
+        path.write_bytes(base64.b64decode(self.call("/screenshot")))
+        return Image.open(path).convert("RGB")
+
+    def close(self):
+        try:
+            self.call("", method="DELETE")
+        finally:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver = shutil.which("chromedriver")
+    if not driver or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("needs Chromium and its driver (Debian: apt-get install chromium chromium-driver)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    browser = Browser(driver, port, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def large(hostile, tmp_path_factory):
+    """The page of that run with 2,000 conversations, one of which holds a turn of a megabyte, beside a second run."""
+    folder = tmp_path_factory.mktemp("large") / "RUN <b>"
+    shutil.copytree(hostile, folder)
+    records = [json.loads(line) for line in open(folder / "rollouts" / "step-000000.jsonl")]
+    many = [{**r, "question_id": f"{r['question_id']}{i:03d}"} for i in range(164) for r in records]
+    many[3]["turns"] = [*many[3]["turns"][:-1], {"role": "model", "text": MEGABYTE + ATTACK}]
+    write_jsonl(folder / "rollouts" / "step-000000.jsonl", many)
+    return report.render([folder, hostile], folder.parent / "page.html", limit=4000)
+
+
+def test_the_page_in_a_browser(browser, large, tmp_path):
+    browser.call("/window/rect", {"width": 1400, "height": 1000})
+    browser.call("/url", {"url": large.as_uri()})
+    total = 164 * 12 + 12 + 2 * 4 + 32
+    position = "document.getElementById('position')?.textContent"
+    browser.until(position, f"1 of {total:,}")
+
+    # It is drawn: settings, a chart for each metric with both runs in it, the validations, a list that holds only
+    # the rows in view.
+    count = lambda selector: browser.run("return document.querySelectorAll(arguments[0]).length", selector)  # noqa: E731
+    assert count("#settings tr") > 80 and count("#curves svg") >= 3 and count("#evaluation .figures") == 2
+    assert count("#curves svg[aria-label=reward] polyline") == 6
+    assert 5 < count(".row") < 40
+    assert browser.run("return [...document.images].every(image => image.src.startsWith('data:'))")
+
+    # The keys page; filters and search narrow.
+    browser.press("j", "j", "\ue014")  # right arrow
+    browser.until(position, f"4 of {total:,}")
+    browser.press("k", "\ue012")
+    browser.until(position, f"2 of {total:,}")
+
+    def choose(name, value):
+        select = f"const select = document.getElementById('filter-{name}'); select.value = arguments[0];"
+        browser.run(select + "select.dispatchEvent(new Event('change'))", value)
+
+    expected = [c for c in page_data(large)["conversations"] if c["correct"] and c["calls"]]
+    choose("outcome", "right")
+    choose("searched", "searched")
+    browser.until(position, f"1 of {len(expected):,}")
+    choose("source", "unknown")
+    choose("stop", "answered")
+    left = [c for c in expected if c["data_source"] == "unknown" and c["stop"] == "answered"]
+    browser.until(position, f"1 of {len(left):,}")
+    browser.press("/", *left[5]["question_id"])
+    same = [c for c in left if left[5]["question_id"] in c["question_id"]]
+    assert 0 < len(same) < 20
+    browser.until(position, f"1 of {len(same)}")
+    browser.press("x")
+    browser.until("document.getElementById('one').textContent", "No conversation.")
+    browser.run(
+        "document.getElementById('search').value = 'a word, a word'; document.getElementById('search').oninput()"
+    )
+    for name in ("outcome", "searched", "source", "stop"):
+        choose(name, "")
+    browser.until(position, "1 of 1")
+
+    # The megabyte: cut, and whole on request.
+    length = "Math.max(...[...document.querySelectorAll('.turn .said')].map(e => e.textContent.length))"
+    assert browser.run(f"return {length}") < 4000
+    browser.click(".turn button")
+    browser.until(length, len(MEGABYTE) + len(ATTACK))
+
+    # The group side by side, with its advantages.
+    assert count(".group section") == 6 and count(".group section.chosen") == 1
+    assert "advantage −2.50" in browser.run("return document.querySelector('.group').textContent")
+
+    # What attacks is text: nothing ran, nothing became an element, bad links are none.
+    browser.run("document.getElementById('search').value = ''; document.getElementById('search').oninput()")
+    browser.until(position, f"8 of {total:,}")
+    texts = browser.run("return [...document.querySelectorAll('.hit')].map(e => e.textContent)")
+    assert len(texts) >= 3 and all(ATTACK in text for text in texts)
+    assert browser.run("return window.hacked === undefined && document.scripts.length === 2")
+    links = browser.run("return [...document.querySelectorAll('.hit a')].map(a => a.href)")
+    assert links and all(link.startswith("https://example.org/") for link in links)
+    assert browser.run("return getComputedStyle(document.querySelector('h3')).direction") == "rtl"
+    assert [entry for entry in browser.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
+
+    # Dark and light, wide and narrow: a picture is taken, nothing sticks out.
+    shots = []
+    for width in (1400, 420):
+        browser.call("/window/rect", {"width": width, "height": 900})
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        for _ in range(2):
+            browser.click("#theme")
+            browser.run("scrollTo(0, 0)")
+            shots.append(browser.screenshot(tmp_path / f"{width}-{len(shots)}.png").resize((1, 1)).getpixel((0, 0)))
+    assert sum(abs(sum(a) - sum(b)) > 200 for a, b in ((shots[0], shots[1]), (shots[2], shots[3]))) == 2
