@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pickle
 import random
 import re
 import shutil
@@ -1053,3 +1054,21 @@ def test_records_are_frozen():
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, dataclasses.fields(record)[0].name, "other")
     assert len(repr(question(images=2))) < 300  # no bytes
+
+
+def test_a_conversation_travels_as_a_parcel(codec):
+    """To a rank that has the question: all that training needs, and no image that is there already."""
+    asked = question(images=2)
+    episode = Episode.start(asked, codec, sample=3)
+    episode.add_reply(reply_of(codec, "<search><img></search>"))
+    assert episode.add_result(
+        Call("image"), Result("ok", (Hit("a", image=picture(9)), Hit("b", image=asked.images[0])))
+    )
+    episode.add_reply(reply_of(codec, "<answer> bako</answer>"))
+    episode.stop = Stop.ANSWERED
+    parcel = pickle.dumps(episode.parcel())
+    assert asked.images[1] not in parcel and picture(9) in parcel
+    other = Episode.unpack(pickle.loads(parcel), {asked.id: asked}, codec)
+    names = ("tokens", "sampled", "logprobs", "images", "turns", "stop", "sample")
+    assert [getattr(other, name) for name in names] == [getattr(episode, name) for name in names]
+    assert other.question is asked and len(other.images) == 4 and all(type(t) is int for t in other.tokens)

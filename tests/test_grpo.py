@@ -451,3 +451,39 @@ def test_misshapen_input_is_refused():
         for call in calls:
             with pytest.raises(ValueError, match="one axis"):
                 call()
+
+
+# --- corrections for another program's samples ----------------------------------------------------------------------
+
+
+def test_truncated_importance_is_the_capped_ratio():
+    old, sampler = [-1.0, -1.0, -3.0, 0.0, -2.0], [-1.0, -2.0, -1.0, -90.0, -2.5]
+    expected = [min(math.exp(min(o - s, 50)), 2.0) for o, s in zip(old, sampler, strict=True)]
+    weights = grpo.truncated_importance(floats(old).requires_grad_(), floats(sampler), 2.0)
+    assert close(weights, expected) and not weights.requires_grad and weights.max() == 2.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_trusted_sequences_have_a_geometric_mean_ratio_near_one(seed):
+    old, sampler, _, ids = tokens(seed)
+    bound, gaps = 1.5, {}
+    for o, s, i in zip(old, sampler, ids, strict=True):
+        gaps.setdefault(i, []).append(o - s)
+    trusted = {i: 1 / bound <= math.exp(statistics.fmean(gap)) <= bound for i, gap in gaps.items()}
+    keep = grpo.trusted_sequences(floats(old), floats(sampler), torch.tensor(ids), bound)
+    assert keep.tolist() == [trusted[i] for i in ids]
+
+
+def test_both_sides_of_the_bound_are_masked():
+    old, ids = floats([0.1, 0.3, -0.5, 0.0]), torch.tensor([1, 1, 2, 3])
+    assert grpo.trusted_sequences(old, floats([0.0] * 4), ids, 1.3).tolist() == [True, True, False, True]
+    assert grpo.trusted_sequences(-old, floats([0.0] * 4), ids, 1.2).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sequence"])
+def test_what_is_masked_is_as_if_it_were_not_there(kind):
+    ids, keep = torch.tensor([5, 8, 5, 5, 8, 9]), torch.tensor([True, True, False, True, True, False])
+    weights, count = grpo.token_weights(ids, kind, keep)
+    without, as_many = grpo.token_weights(ids[keep], kind)
+    assert torch.equal(weights[keep], without) and not weights[~keep].any() and count == as_many
+    assert grpo.token_weights(ids, kind, torch.zeros(6, dtype=torch.bool))[1] == 0

@@ -1,14 +1,19 @@
 """Conversations: each way to end, written by hand; many at once; and the engine against transformers' own forward."""
 
+import multiprocessing
+import random
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import picture, question, replace
 from test_policy import PICTURES, Plain, save_sharp_model, wide_range
 
+import config
 import policy
 import rollout
 from data import Call, Codec, Episode, Hit, Question, Result, Stop
@@ -459,6 +464,74 @@ def test_turn_seed_is_made_of_all_its_parts():
     for i in range(5):
         others = [turn_seed(*parts[:i], f"q{n}" if i == 2 else n, *parts[i + 1 :]) for n in range(100, 150)]
         assert len({seed, *others}) == 51
+
+
+# ----------------------------------------------------------------------------------------- ranks that share an engine
+
+
+class Suspicious(ScriptedEngine):
+    """Both ranks must make the same steps with the same requests, or it raises."""
+
+    group, steps = None, 0
+
+    def step(self):
+        both = [None, None]
+        dist.all_gather_object(both, (self.steps, self.queue), group=self.group)
+        if both[0] != both[1]:
+            raise RuntimeError(f"ranks diverge: {both}")
+        self.steps += 1
+        done, self.queue = super().step() if self.steps % 3 else [], self.queue if self.steps % 3 == 0 else []
+        return done
+
+
+def lockstep_worker(rank, store, folder, results):
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    cfg = config.Config(threads=1, engine="vllm", tensor_parallel=2)
+    codec = Codec(folder, cfg)
+
+    def slow(call, about):  # results come in no order, and only the first rank has tools
+        assert rank == 0
+        time.sleep(random.random() * 0.02)
+
+    script = says("<reason>a</reason><search><img></search>", "<reason>b</reason><answer>bako</answer>")
+    engine = Suspicious(codec, script)
+    engine.group = dist.group.WORLD
+    asked = [question(i) for i in range(5)]
+    mine = rollout.share(asked, cfg)
+    episodes = run(mine, engine, Search(slow), codec, replace(cfg, concurrency=3), samples=2)
+    # the clock is the first rank's, too: it aborts, and the second follows
+    hangs = Search(lambda call, about: time.sleep(0.5))
+    late = run(mine, engine, hangs, codec, replace(cfg, rollout_deadline=0.2), samples=1)
+    results.put((rank, [e.stop.value for e in episodes], [e.stop.value for e in late], engine.steps, len(engine.queue)))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_share_an_engine_take_the_same_steps(folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=lockstep_worker, args=(rank, str(tmp_path / "store"), str(folder), results))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    first, second = sorted(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert first[1] == ["answered"] * 10 and first[2] == ["aborted"] * 5 and second[1:3] == ([], [])
+    assert first[3] == second[3] > 10 and first[4] == second[4] == 0
+
+
+def test_share_and_unshare(monkeypatch):
+    cfg = config.Config(engine="vllm", tensor_parallel=2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    parts = []
+    for rank in range(6):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        parts.append(rollout.share(list(range(10)), cfg))
+    assert parts == [[0, 3, 6, 9], [], [1, 4, 7], [], [2, 5, 8], []]
+    assert rollout.unshare(parts, cfg) == list(range(10))
 
 
 # --------------------------------------------------------------------------------------------------- TorchEngine

