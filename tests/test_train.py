@@ -349,9 +349,10 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
         raise policy.NonFinite("loss nan", [])
 
     monkeypatch.setattr(train, "train_step", fails)
+    (tmp_path / "run/rollouts/step-000000.jsonl").unlink()
     with pytest.raises(policy.NonFinite):
-        whole.step(1)
-    assert (tmp_path / "run/rollouts/step-000001.jsonl").exists()  # to be looked at
+        whole.step(0)
+    assert (tmp_path / "run/rollouts/step-000000.jsonl").exists()  # to be looked at
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, replace
+from conftest import ROOT, SHORT_WORLD, replace
 from test_policy import PICTURES, save_sharp_model, wide_range
 
 import config
@@ -31,7 +31,9 @@ needs_vllm = pytest.mark.skipif(
 
 def setting(folder, **changes):
     """Pictures of many grids, three searches of each kind, turns long enough to fill a page of the prefix cache."""
-    cfg = replace(wide_range(config.Config(threads=1, engine="vllm", concurrency=8)), max_image_searches=3, **changes)
+    cfg = replace(
+        wide_range(config.Config(threads=1, engine="vllm")), **{"concurrency": 8, "max_image_searches": 3, **changes}
+    )
     codec = Codec(folder, cfg)
     codec.stop_ids = (*codec.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
     return cfg, codec
@@ -160,6 +162,12 @@ def alone(folder, out):
     (out / "seen.json").write_text(json.dumps(seen))
 
 
+def setting_with(folder, **changes):
+    cfg, codec = setting(folder, **changes)
+    device = policy.init_distributed(cfg)
+    VLLMEngine(str(folder), codec, cfg, device, engine_limits(folder, cfg, device, []))
+
+
 def together(folder, out, tensor_parallel):
     """Two ranks under torchrun's variables: FSDP2 beside an engine each, or beside one engine that they share."""
     cfg, codec = setting(folder, tensor_parallel=tensor_parallel)
@@ -286,9 +294,34 @@ def test_two_ranks_share_an_engine(sharp, tmp_path):
     assert max(gap for rank in ranks for _, gap in rank) < 1e-4
 
 
+@needs_vllm
+def test_too_little_memory_is_one_line(sharp, tmp_path):
+    with pytest.raises(AssertionError, match="error: vLLM cannot start .*asked for 1000000000 conversations"):
+        launch("memory", sharp, tmp_path)
+
+
+@needs_vllm
+def test_torchrun_trains_with_vllm(world, tmp_path):
+    """The README's first command, shortened: two processes, each with its shard and its engine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    short = "--prompts_per_step=3 --samples_per_prompt=3 --max_tokens_per_turn=12 --val_limit=3 --steps=2".split()
+    done = subprocess.run(
+        [*torchrun, "train.py", *SHORT_WORLD, *short, f"--toy_dir={world[1].toy_dir}", "--engine=vllm", "--threads=1",
+         f"--run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if entry["phase"] == "train"]
+    assert len(steps) == 2 and max(entry.get("mismatch/max", 0.0) for entry in steps) < 1e-4
+    assert "engine vllm: 256 conversations of up to 4 images and 250 tokens" in done.stderr
+
+
 if __name__ == "__main__":
     mode, folder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     if mode == "alone":
         alone(folder, out)
+    elif mode == "memory":
+        config.run_main(lambda: setting_with(folder, concurrency=10**9))
     else:
         together(folder, out, tensor_parallel=2 if mode == "shared" else 1)
