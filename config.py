@@ -95,7 +95,13 @@ class Config:
     clip_high: float = _knob(0.2, "upper clip of the ratio: 1 + clip_high")
     ratio: str = _knob("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
     normalize_advantages: bool = _knob(True, "divide advantages by the group's standard deviation")
-    loss_norm: str = _knob("tokens", "mean over all tokens, or of per-sequence means (paper)", ("tokens", "sequence"))
+    leave_one_out: bool = _knob(False, "compare a conversation with the mean of the others of its group (RLOO)")
+    drop_dead_groups: bool = _knob(False, "leave groups of equal rewards out of the denominator, too (DAPO)")
+    train_on_truncated: bool = _knob(True, "train on conversations cut by a limit of tokens (DAPO: not)")
+    loss_norm: str = _knob(
+        "tokens", "mean over all tokens; of per-sequence means (paper); of sums over a constant (Dr. GRPO)",
+        ("tokens", "sequence", "constant"),
+    )  # fmt: skip
     kl_coef: float = _knob(0.0, "weight of the KL to the starting model (0: no reference model is kept)")
     kl_kind: str = _knob("k3", "estimator of the KL", ("k1", "k2", "k3"))
     entropy_coef: float = _knob(0.0, "bonus for entropy")

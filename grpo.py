@@ -31,11 +31,12 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8 is far outside of any clip range, and far 
 MAX_KL = 10.0
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, leave_one_out: bool = False) -> Tensor:
     """How much better each episode did than its group (arXiv 2402.03300, section 4.1.2): (r - mean) / (std + 1e-6).
 
     rewards[N]: float; groups[N]: integers, equal for the episodes of one question, in any order. Lists will do.
-    normalize: False only subtracts the mean.
+    normalize: False only subtracts the mean (Dr. GRPO, arXiv 2503.20783, with the "constant" `token_weights`).
+    leave_one_out: the mean is that of the others (RLOO, arXiv 2402.14740, eq. 8): no episode moves its own bar.
     Returns float32 [N]. The standard deviation has Bessel's correction. An episode alone in its group, or in a group of
     equal rewards, gets exactly 0: rounding of the mean must not become a signal.
     Raises ValueError if the shapes differ.
@@ -49,9 +50,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True) ->
     _check_shapes(rewards=rewards, groups=groups)
     index, size = _segments(groups)
     mean = _segment_sum(rewards, index, size) / size  # [G]
-    advantages = rewards - mean.index_select(0, index)  # [N]
+    centred = advantages = rewards - mean.index_select(0, index)  # [N]
+    if leave_one_out:  # r - (sum - r) / (n - 1)
+        advantages = advantages * (size / (size - 1).clamp(min=1)).index_select(0, index)
     if normalize:
-        variance = _segment_sum(advantages.square(), index, size) / (size - 1).clamp(min=1)  # [G]
+        variance = _segment_sum(centred.square(), index, size) / (size - 1).clamp(min=1)  # [G]
         advantages = advantages / (variance.sqrt().index_select(0, index) + STD_EPSILON)
     lowest = mean.scatter_reduce(0, index, rewards, "amin", include_self=False)  # [G]
     highest = mean.scatter_reduce(0, index, rewards, "amax", include_self=False)  # [G]
@@ -134,12 +137,16 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
 
 
-def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_weights(
+    sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget: int = 1
+) -> tuple[Tensor, Tensor]:
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
     counted. kind: "tokens", all tokens of all sequences weigh the same, or "sequence", the mean over sequences of the
-    mean over a sequence's tokens (arXiv 2402.03300, eq. 3). Raises ValueError for another kind.
+    mean over a sequence's tokens (arXiv 2402.03300, eq. 3), or "constant", the mean over sequences of the sum of tokens
+    over `budget`, the tokens a sequence may have: a long wrong answer does not weigh less a token (Dr. GRPO, arXiv
+    2503.20783, section 3.2). Raises ValueError for another kind.
     keep[S]: bool; a token without it has weight 0 and is as if it were not there: it is not counted, either.
     Returns weights float32 [S] and count float32 0-d.
 
@@ -149,14 +156,16 @@ def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None) -
     """
     if keep is not None:
         _check_shapes(sequence_ids=sequence_ids, keep=keep)
-        weights, count = token_weights(sequence_ids[keep], kind)
+        weights, count = token_weights(sequence_ids[keep], kind, budget=budget)
         return weights.new_zeros(len(keep)).masked_scatter(keep, weights), count
     if kind == "tokens":
         return torch.ones_like(sequence_ids, dtype=torch.float32), _count(sequence_ids)
     if kind == "sequence":
         index, length = _segments(sequence_ids)
         return (1.0 / length).index_select(0, index), _count(length)
-    raise ValueError(f"normalisation must be tokens or sequence, not {kind!r}")
+    if kind == "constant":
+        return torch.full(sequence_ids.shape, 1.0 / budget, device=sequence_ids.device), _count(sequence_ids.unique())
+    raise ValueError(f"normalisation must be tokens, sequence or constant, not {kind!r}")
 
 
 @torch.no_grad()

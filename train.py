@@ -201,7 +201,7 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, r
     if cfg.importance_cap:
         weight = truncated_importance(old_logp, row.sampler_logp, cfg.importance_cap)
         loss, stats["mismatch/truncated"] = loss * weight, (weight >= cfg.importance_cap).sum()
-    weights, count = token_weights(row.sequence, cfg.loss_norm, keep)
+    weights, count = token_weights(row.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
     return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
 
 
@@ -260,6 +260,24 @@ def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dic
     sums = all_sum(sums, device)
     n = max(sums.pop("done"), 1.0)
     return {k: v if k.startswith(("stop/", "tool_")) else v / n for k, v in sums.items()}
+
+
+def signal_metrics(advantages: dict[int, float], cfg: Config, device) -> dict[str, float]:
+    """What the rewards tell, over all ranks: mean |advantage|, and the share of groups in which all earned the same."""
+    groups = defaultdict(list)
+    for index, advantage in advantages.items():
+        groups[index // cfg.samples_per_prompt].append(advantage)
+    sums = {
+        "advantage": sum(map(abs, advantages.values())),
+        "dead_groups": sum(not any(group) for group in groups.values()),
+        "n": len(advantages),
+        "groups": len(groups),
+    }
+    sums = all_sum(sums, device)
+    return {
+        "advantage_abs": sums["advantage"] / max(sums["n"], 1.0),
+        "dead_groups": sums["dead_groups"] / max(sums["groups"], 1.0),
+    }
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -552,24 +570,20 @@ class Run:
         rolled_out = time.monotonic()
         penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
         scores = [score_episode(e, cfg, penalty) for e in episodes]
-        groups = torch.arange(len(episodes)) // cfg.samples_per_prompt
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
             self._first_look(episodes)
-        kept = [i for i, e in enumerate(episodes) if self._trains(e)]  # the others are not in the baseline either
-        rewards = torch.tensor([scores[i].reward for i in kept], dtype=torch.float64)
-        advantages = group_advantages(rewards, groups[kept], cfg.normalize_advantages)
+        advantages, kept = self._advantages(episodes, scores)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         numbers = {q.id: n for n, q in enumerate(questions_of_step(self.train, step, cfg))}
-        mine = balance([episodes[i] for i in kept], advantages.tolist(), numbers, self.questions, self.codec, cfg)
+        chosen, signals = [episodes[i] for i in kept], [advantages[i] for i in kept]
+        mine = balance(chosen, signals, numbers, self.questions, self.codec, cfg)
         # Mini-batches are runs of the step's questions.
         parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
         episode_gaps = {}
-        write = lambda: self._write_rollouts(  # noqa: E731
-            step, episodes, scores, dict(zip(kept, advantages.tolist(), strict=True)), episode_gaps
-        )
+        write = lambda: self._write_rollouts(step, episodes, scores, advantages, episode_gaps)  # noqa: E731
         try:
             learned = train_step(
                 self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
@@ -581,7 +595,9 @@ class Run:
         write()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         self.engine.wake()
-        metrics = {"step": step, "phase": "train", **rollout_metrics(episodes, scores, cfg, self.device), **learned}
+        signal = signal_metrics(advantages, cfg, self.device)
+        rolled = rollout_metrics(episodes, scores, cfg, self.device)
+        metrics = {"step": step, "phase": "train", **rolled, **signal, **learned}
         finished = time.monotonic()
         tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt
         return metrics | {
@@ -592,7 +608,23 @@ class Run:
             "memory_gb": peak_memory_gb(self.device),
         }
 
-    def _trains(self, episode):
+    def _advantages(self, episodes, scores) -> tuple[dict[int, float], list[int]]:
+        """The advantage of each conversation (by its index) that its group is compared by, and which of them train."""
+        cfg = self.cfg
+        compared = [i for i, e in enumerate(episodes) if self._compares(e)]
+        rewards = torch.tensor([scores[i].reward for i in compared], dtype=torch.float64)
+        groups = [i // cfg.samples_per_prompt for i in compared]
+        values = group_advantages(rewards, groups, cfg.normalize_advantages, cfg.leave_one_out)
+        advantages = dict(zip(compared, values.tolist(), strict=True))
+        kept = compared
+        if not cfg.train_on_truncated:
+            kept = [i for i in kept if episodes[i].stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
+        if cfg.drop_dead_groups:
+            alive = {i // cfg.samples_per_prompt for i in compared if advantages[i]}
+            kept = [i for i in kept if i // cfg.samples_per_prompt in alive]
+        return advantages, kept
+
+    def _compares(self, episode):
         failed = any(result.status == "error" for _, result in episode.calls)
         return episode.stop != Stop.ABORTED and (self.cfg.train_on_failed_tools or not failed)
 

@@ -343,7 +343,7 @@ def test_unknown_kinds_are_refused():
     for kind in ("k4", "K3", "", None):
         with pytest.raises(ValueError, match="k1, k2 or k3"):
             grpo.kl_penalty(torch.zeros(2), torch.zeros(2), kind)
-        with pytest.raises(ValueError, match="tokens or sequence"):
+        with pytest.raises(ValueError, match="tokens, sequence or constant"):
             grpo.token_weights(torch.zeros(2), kind)
 
 
@@ -451,6 +451,32 @@ def test_misshapen_input_is_refused():
         for call in calls:
             with pytest.raises(ValueError, match="one axis"):
                 call()
+
+
+# --- what people use beside plain GRPO -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("normalize", [False, True])
+def test_leave_one_out_compares_with_the_others(seed, normalize):
+    rng = random.Random(seed)
+    groups = [rng.randrange(5) for _ in range(20)]
+    rewards = [rng.choice([0.0, 0.1, 0.9, 1.0]) for _ in groups]
+    expected = []
+    for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
+        others = [r for j, (r, g) in enumerate(zip(rewards, groups, strict=True)) if g == group and j != i]
+        equal = not others or len({reward, *others}) == 1
+        std = statistics.stdev([reward, *others]) if others else 0.0
+        expected.append(0.0 if equal else (reward - statistics.fmean(others)) / (std + 1e-6 if normalize else 1.0))
+    assert close(grpo.group_advantages(rewards, groups, normalize, leave_one_out=True), expected)
+
+
+def test_a_constant_normaliser_weighs_every_token_alike():
+    ids = torch.tensor([5, 5, 8, 5])
+    weights, count = grpo.token_weights(ids, "constant", budget=64)
+    assert weights.tolist() == [1 / 64] * 4 and count == 2
+    weights, count = grpo.token_weights(ids, "constant", torch.tensor([True, False, False, True]), 64)
+    assert weights.tolist() == [1 / 64, 0, 0, 1 / 64] and count == 1
 
 
 # --- corrections for another program's samples ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import policy
 import reward
 import train
 from config import InputError
-from data import Stop
+from data import Result, Stop
 from rollout import EngineDied, TorchEngine, run
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -425,6 +426,33 @@ def test_corrections_against_a_plain_loop(folder, codec, cfg, device, batch):
     assert 0 < len(kept) < tokens and metrics["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-3)
     assert metrics["mismatch/masked"] == pytest.approx(1 - len(kept) / tokens)
     assert metrics["mismatch/max"] == pytest.approx(1.8, rel=1e-3) and metrics["mismatch/ratio_p1"] < 0.6
+
+
+def test_which_conversations_train(arguments, tmp_path):
+    """Four groups of three: one aborted, one cut by its length, a dead group, and one whole."""
+
+    def of(*changes):
+        run = object.__new__(train.Run)
+        run.cfg = config.parse([*arguments, *changes])
+        return run._advantages(episodes, scores)
+
+    def episode(stop, failed=False):
+        return SimpleNamespace(stop=stop, calls=[(None, Result("error" if failed else "ok"))])
+
+    stops = [Stop.ABORTED, *[Stop.ANSWERED] * 2, Stop.MAX_TOKENS, *[Stop.ANSWERED] * 2, *[Stop.NO_ACTION] * 6]
+    episodes = [episode(stop, failed=i == 10) for i, stop in enumerate(stops)]
+    rewards = [1.0, 1.0, 0.1, 0.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 0.5, 0.0]
+    scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
+    advantages, kept = of()
+    assert kept == list(advantages) == list(range(1, 12)) and advantages[3] < 0 < advantages[4]
+    assert of("--train_on_truncated=false") == (advantages, [i for i in kept if i != 3])
+    assert of("--drop_dead_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
+    without, kept = of("--train_on_failed_tools=false")
+    assert 10 not in without and kept == list(without) and without[9] == pytest.approx(0.7071, 1e-3)
+    assert of("--leave_one_out", "--normalize_advantages=false")[0][9] == pytest.approx(0.75)
+    assert train.signal_metrics(advantages, config.Config(samples_per_prompt=3), torch.device("cpu")) == {
+        "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "dead_groups": 0.25,
+    }  # fmt: skip
 
 
 def test_conversations_are_spread_evenly():
