@@ -154,14 +154,24 @@ class Episode:
         self.logprobs += reply.logprobs
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
-    def add_result(self, call: Call, result: Result) -> bool:
+    def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
         """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
-        conversation stays as it was, and only `calls` has grown, because the call was made."""
-        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1])
+        conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
+        prompt file of the search."""
+        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1], template)
         self.calls.append((call, result))
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
         self._append(ids, images)
+        return True
+
+    def add_words(self, text: str) -> bool:
+        """Append a turn in the model's name that it did not say itself, so that it is not trained on. False, and
+        nothing is appended, if there is no room."""
+        ids = [*self.codec.encode(text), self.codec.im_end]
+        if len(ids) >= self.room():
+            return False
+        self._append(ids, [])
         return True
 
     def _append(self, ids, images):
@@ -240,9 +250,10 @@ def load_questions(files, *, skip_bad_rows: bool = False, progress: bool = True)
     return questions
 
 
-def drop_overlong(questions: list[Question], codec: "Codec") -> tuple[list[Question], int]:
+def drop_overlong(questions: list[Question], codec: "Codec", mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
-    kept = [q for q in questions if len(codec.prompt(q)[0]) <= codec.cfg.max_prompt_tokens]
+    template = codec.template(FIRST_PROMPTS[mode])
+    kept = [q for q in questions if len(codec.prompt(q, template)[0]) <= codec.cfg.max_prompt_tokens]
     return kept, len(questions) - len(kept)
 
 
@@ -551,7 +562,9 @@ class Codec:
             segments += [self.picture(image), text]
         return self._encode_segments([*segments, *to_model])
 
-    def result_turn(self, call: Call, result: Result, question: Question, last: int) -> tuple[list[int], list[Picture]]:
+    def result_turn(
+        self, call: Call, result: Result, question: Question, last: int, template: str | None = None
+    ) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) of the user turn that hands a result to the model; `last` is the token before it.
 
         The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
@@ -559,16 +572,18 @@ class Codec:
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
-        return self._encode_segments([*to_user, *self._result_segments(call, result, question), *to_model])
+        return self._encode_segments([*to_user, *self._result_segments(call, result, question, template), *to_model])
 
-    def _result_segments(self, call, result, question):
+    def _result_segments(self, call, result, question, template):
+        failed = ""
         if result.status != "ok":
             outcome = "found nothing" if result.status == "no_results" else "failed"
-            return [self._prompts["search_failed"].replace("{outcome}", outcome)]
-        template = self._prompts[f"after_{call.kind}_search"]
-        before, after = template.split("{results}")
+            failed = self._prompts["search_failed"].replace("{outcome}", outcome)
+            if template is None:
+                return [failed]
+        before, after = (template or self._prompts[f"after_{call.kind}_search"]).split("{results}")
         asked = question.text.replace("<image>", "").strip()
-        segments = [before.replace("{question}", asked)]
+        segments = [before.replace("{question}", asked), f"{failed}\n" if failed else ""]
         for hit in result.hits:
             if hit.image is not None:
                 try:
@@ -645,18 +660,27 @@ class Codec:
 
     def _load_prompts(self):
         self._prompts = {}
-        for name, holes in PROMPT_FILES.items():
-            path = Path(self.cfg.prompts) / f"{name}.txt"
-            if not path.is_absolute() and not path.exists():
-                path = Path(__file__).parent / path
-            try:
-                text = path.read_text(encoding="utf-8").strip("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
-            for hole in holes:
-                if text.count(hole) != 1:
-                    raise InputError(f"{path}: expected {hole} exactly once")
-            self._prompts[name] = text
+        for name in PROMPT_FILES:
+            self.template(name)
+
+    def template(self, name: str) -> str:
+        """The text of a prompt file: PROMPT_FILES, MODE_PROMPT_FILES. Raises InputError if it cannot serve."""
+        if name not in self._prompts:
+            self._prompts[name] = self._read_prompt(name, (PROMPT_FILES | MODE_PROMPT_FILES)[name])
+        return self._prompts[name]
+
+    def _read_prompt(self, name, holes):
+        path = Path(self.cfg.prompts) / f"{name}.txt"
+        if not path.is_absolute() and not path.exists():
+            path = Path(__file__).parent / path
+        try:
+            text = path.read_text(encoding="utf-8").strip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
+        for hole in holes:
+            if text.count(hole) != 1:
+                raise InputError(f"{path}: expected {hole} exactly once")
+        return text
 
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -667,6 +691,13 @@ PROMPT_FILES = {
     "after_text_search": ["{results}", "{question}"],
     "search_failed": ["{outcome}"],
 }
+MODE_PROMPT_FILES = {  # of the evaluation's other modes, read when one of them is used
+    "direct": ["{question}"],
+    "pipeline_question": ["{question}"],
+    "pipeline_after_image_search": ["{results}", "{question}"],
+    "pipeline_after_text_search": ["{results}", "{question}"],
+}
+FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
 
 
 def _load_parts(folder):
