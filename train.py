@@ -39,7 +39,7 @@ import config
 import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
-from eval import evaluate, open_search, record, score_episode, summarize, write_jsonl
+from eval import evaluate, open_search, record, score_episode, summarize
 from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
 from policy import (
     NonFinite,
@@ -61,6 +61,7 @@ from policy import (
     save_state,
     update,
 )
+from results import write_jsonl
 from reward import ramped_penalty
 from rollout import TorchEngine, run
 
@@ -312,7 +313,8 @@ class RunDir:
 # What a resumed run may set otherwise than the run it goes on with.
 MAY_CHANGE = set(
     "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
-    "tool_threads rollout_deadline files image question eval_temperature out toy_dir".split()
+    "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
+    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance".split()
 )
 
 

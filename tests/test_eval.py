@@ -10,6 +10,7 @@ from conftest import ROOT, SHORT_WORLD, picture, question, replace
 
 import config
 import eval as evaluation
+import results
 from data import Codec, Hit, Result, Stop
 from rollout import ScriptedEngine, run
 
@@ -94,7 +95,7 @@ def test_records_are_readable_and_hold_no_pictures(records):
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (5, 10), (50, 100), (1, 1)])
 def test_wilson(right, n):
     """The interval's ends are the shares p that solve |right/n - p| = 1.96 sqrt(p (1 - p) / n)."""
-    for p in evaluation.wilson(right, n):
+    for p in results.wilson(right, n):
         assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
 
 

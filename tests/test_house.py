@@ -7,7 +7,21 @@ import sys
 import pytest
 from conftest import ROOT
 
-HOUSE = ["config", "data", "reward", "searchdb", "tools", "grpo", "policy", "rollout", "toy", "eval", "train"]
+HOUSE = [
+    "config",
+    "data",
+    "reward",
+    "searchdb",
+    "tools",
+    "grpo",
+    "policy",
+    "rollout",
+    "toy",
+    "results",
+    "judge",
+    "eval",
+    "train",
+]
 
 
 @pytest.mark.parametrize("name", HOUSE)
