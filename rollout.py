@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import FIRST_PROMPTS, Call, Codec, Episode, Picture, Question, Result, Stop
+from data import FIRST_PROMPTS, Call, Codec, Episode, Hit, Picture, Question, Result, Stop
 from policy import NonFinite, compute_dtype, empty_model, prepare, rope_positions
 from reward import IMAGE_SEARCH
 from tools import has_answer, parse_call
@@ -163,6 +163,40 @@ def query_in(text: str) -> str:
         return call.query
     said = re.sub(r"<reason>.*?</reason>", " ", text, flags=re.DOTALL)
     return " ".join(re.sub(r"</?\w+>", " ", said).split())
+
+
+def replay(r: dict, question: Question, codec: Codec, search) -> Episode:
+    """The conversation of a record (`Episode.record`), put together anew to be imitated: what the model said is
+    tokenised from its text, and is all that is `sampled`.
+
+    Records hold no pictures: image searches are made again, and must find what they found then; text results are the
+    recorded ones. Raises ValueError saying why a conversation cannot be had.
+    """
+    said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
+    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
+        raise ValueError("ended without an answer")
+    episode = Episode.start(question, codec, r["sample"])
+    for number, text in enumerate(said):
+        ids = [*codec.encode(text), codec.im_end]
+        if len(ids) > episode.room():
+            raise ValueError("longer than max_tokens")
+        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
+        if number < len(r["calls"]) and not episode.add_result(*_recall(r["calls"][number], question, search)):
+            raise ValueError("longer than max_tokens")
+    episode.stop = Stop.ANSWERED
+    return episode
+
+
+def _recall(recorded, question, search):
+    """(call, result) of a recorded search."""
+    call = Call(recorded["kind"], recorded["query"])
+    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
+    if call.kind == "text" or recorded["status"] != "ok":
+        return call, Result(recorded["status"], tuple(Hit(*hit) for hit in shown), recorded["error"])
+    result = search.search(call, question)
+    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
+        raise ValueError("its image search finds something else in this search")
+    return call, result
 
 
 # ------------------------------------------------------------------------------------------ many at once
