@@ -212,10 +212,10 @@ def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
         return 0.0, 1.0
     rng = np.random.default_rng(0)
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    values = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = rng.integers(len(sums), size=len(sums))
-        values[i] = sums[drawn].sum() / counts[drawn].sum()
+    n, values = len(sums), []
+    while len(values) < RESAMPLES:
+        drawn = rng.integers(n, size=(min(max(1, 10**6 // n), RESAMPLES - len(values)), n))  # a million at once
+        values.extend(sums[drawn].sum(1) / counts[drawn].sum(1))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -250,18 +250,16 @@ def several(records: list[dict], judge: str = "") -> dict:
     """Figures of several conversations a question; {} if there is one of each. pass: k -> mean pass@k over questions
     with at least k conversations, for powers of two and the most; spread: standard deviation (Bessel) of the accuracy
     between first, second ... conversations."""
-    verdicts = by_question(records, judge)
-    most = max(map(len, verdicts.values()), default=0)
-    if most < 2:
-        return {}
-    passed = {}
-    for k in sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}):
-        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
-        passed[str(k)] = sum(chances) / len(chances)
-    by_sample = defaultdict(list)
+    verdicts, by_sample = by_question(records, judge), defaultdict(list)
     for r in records:
         if (right := verdict(r, judge)) is not None:
             by_sample[r["sample"]].append(right)
+    if len(by_sample) < 2:
+        return {}
+    passed, most = {}, max(map(len, verdicts.values()))
+    for k in sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}):
+        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
+        passed[str(k)] = sum(chances) / len(chances)
     return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
 
 
