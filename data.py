@@ -476,7 +476,7 @@ def _base64(text):
     if not is_url and len(text) < 200:
         return None
     try:
-        return base64.b64decode("".join(text.partition(",")[2].split() if is_url else text.split()), validate=True)
+        return base64.b64decode("".join((text.partition(",")[2] if is_url else text).splitlines()), validate=True)
     except ValueError:
         return None
 

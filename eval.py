@@ -16,6 +16,7 @@ gets right, each with the searches it needs, as veRL parquet.
 
 import argparse
 import dataclasses
+import os
 import random
 import sys
 from collections import Counter, defaultdict
@@ -277,7 +278,11 @@ def compare_main(argv: list[str]) -> None:
     parser.add_argument("b", metavar="B", help="another, on the same questions")
     parser.add_argument("--judge", default="", help="a judge in both files (default: the match that is rewarded)")
     args = parser.parse_args(argv)
-    print(comparison(args.a, args.b, args.judge))
+    text = comparison(args.a, args.b, args.judge)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough: compare A B | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

@@ -339,13 +339,13 @@ def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
             f"{source:{width}} {f['n']:5d}  {f['a']:.3f}  {f['b']:.3f}  {difference}  {len(f['gained']):6d}"
             f"  {len(f['lost']):4d}"
         )
-    for what in ("gained", "lost"):
-        ids = figures["all"][what]
-        lines += ["", f"{what}: {len(ids)}", *(f"  {q}  {text_of[q][:90]}" for q in ids)]
     if a_header.get("config", {}).get("mode") == "direct":
         need = search_need(a, b, judge)
         lines += ["", f"over-search   {need['over']:.3f} of {need['over_n']} conversations searched, A being right"]
         lines += [f"under-search  {need['under']:.3f} of {need['under_n']} did not search, A being wrong"]
+    for what in ("gained", "lost"):
+        ids = figures["all"][what]
+        lines += ["", f"{what}: {len(ids)}", *(f"  {q}  {text_of[q][:90]}" for q in ids)]
     return "\n".join(lines)
 
 
