@@ -795,6 +795,11 @@ class Codec:
             self._prompts[name] = self._read_prompt(name, (PROMPT_FILES | MODE_PROMPT_FILES)[name])
         return self._prompts[name]
 
+    def prompts_id(self, mode: str = "agent") -> str:
+        """Ten hex digits that tell the prompts of a mode from others."""
+        names = [*PROMPT_FILES, *(name for name in MODE_PROMPT_FILES if name.startswith(mode))]
+        return hashlib.sha256(json.dumps([self.template(name) for name in names]).encode()).hexdigest()[:10]
+
     def _read_prompt(self, name, holes):
         path = Path(self.cfg.prompts) / f"{name}.txt"
         if not path.is_absolute() and not path.exists():

@@ -30,7 +30,7 @@ import reward
 import toy
 from config import Config, InputError, parse, run_main
 from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions, path_of, write_questions
-from judge import agreement, judge
+from judge import LLMJudge, agreement, judge
 from policy import init_distributed, is_deterministic, read_model
 from results import ResultFile, accuracy, by_question, code_version, comparison, file_id, key_of, several
 from rollout import TorchEngine, run
@@ -258,15 +258,17 @@ NEUTRAL = set(
 )
 
 
-def header_of(cfg: Config, folder, files, samples: int, temperature: float) -> dict:
-    """What a result file says about how it came about: settings, and ids of model, questions, search and code."""
+def header_of(cfg: Config, folder, codec: Codec, files, samples: int, temperature: float) -> dict:
+    """What a result file says about how it came about: settings, and ids of model, questions, prompts, search and
+    code."""
     config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL or k.startswith("judge")}
     index = cfg.search_index or str(toy.locate(cfg).index)
     return {
         "config": {**config, "files": list(files), "samples": samples, "eval_temperature": temperature},
-        "model": file_id(folder) if Path(folder).is_dir() else str(folder),
-        "questions": [file_id(path_of(f)) for f in files],
-        "search": file_id(index) if Path(index).is_file() and cfg.mode != "direct" else None,
+        "model_id": file_id(folder) if Path(folder).is_dir() else str(folder),
+        "question_ids": [file_id(path_of(f)) for f in files],
+        "prompts_id": codec.prompts_id(cfg.mode),
+        "search_id": file_id(index) if Path(index).is_file() and cfg.mode != "direct" else None,
         "code": code_version(),
     }
 
@@ -314,7 +316,9 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
         dropped = f" ({dropped} over-long ones dropped)" if dropped else ""
         raise InputError(f"there is no question to evaluate on{dropped}")
     out = _out(folder, cfg)
-    file = ResultFile(out, header_of(cfg, folder, files, samples, temperature), dist.get_rank(), NEUTRAL)
+    file = ResultFile(out, header_of(cfg, folder, codec, files, samples, temperature), dist.get_rank(), NEUTRAL)
+    if "llm" in cfg.judges and dist.get_rank() == 0:
+        LLMJudge(cfg).close()  # if it cannot be asked, that is better known now
     if cfg.overwrite and dist.get_rank() == 0:
         file.clear()
     dist.barrier()

@@ -1,6 +1,6 @@
 """Result files of eval.py: JSON lines, a header and then one conversation a line; what they say, alone and compared.
 
-    {"header": {"config": {...}, "model": ID, "search": ID, "code": VERSION, ...}}
+    {"header": {"config": {...}, "model_id": ..., "search_id": ..., "code": ..., ...}}
     {"question_id": "val.parquet:0", "sample": 0, "turns": [...], "calls": [...], "correct": true, "reward": 0.91, ...}
 
 While an evaluation runs, each process appends what is finished to NAME.part0, NAME.part1 ...; an evaluation that was
@@ -87,15 +87,20 @@ def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     """(header, conversations) of a file of eval.py, or ({}, conversations) of rollouts that train.py wrote (of a
     validation: the greedy ones). Raises InputError if it is neither."""
     try:
-        lines = Path(path).read_text().splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
-    return _parse(path, lines)
+    header, records = _parse(path, text)
+    if len({key_of(r) for r in records}) < len(records):
+        raise InputError(f"{path}: holds two conversations of one number about the same question")
+    return header, records
 
 
-def _parse(path, lines):
+def _parse(path, text):
     header, records = {}, []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other ends of a line
+        if not line.strip():
+            continue
         try:
             r = json.loads(line)
             if number == 1 and "header" in r:
@@ -106,8 +111,6 @@ def _parse(path, lines):
             raise InputError(f"{path}, line {number}: not a conversation that eval.py or train.py wrote") from None
         if r.get("mode") != "sampled":
             records.append(r)
-    if len({key_of(r) for r in records}) < len(records):
-        raise InputError(f"{path}: holds two conversations of one number about the same question")
     return header, records
 
 
@@ -135,10 +138,10 @@ class ResultFile:
         return found
 
     def _read(self, path):
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        if path != self.path and lines and not lines[-1].endswith("\n"):
-            lines.pop()  # half a line: the process was killed there
-        return _parse(path, lines) if lines else ({}, [])
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path != self.path:
+            text = text[: text.rfind("\n") + 1]  # without half a line: the process was killed there
+        return _parse(path, text)
 
     def _check(self, path, before):
         """Conversations of another model, search or setting must not get mixed in."""

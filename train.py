@@ -25,6 +25,7 @@ import math
 import os
 import random
 import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -385,7 +386,7 @@ def open_log(cfg: Config, folder: Path):
 
         name = folder / "wandb.id"
         if not name.exists():
-            name.write_text(wandb.util.generate_id())
+            name.write_text(secrets.token_hex(4))
         run = wandb.init(
             project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
             config=dataclasses.asdict(cfg),

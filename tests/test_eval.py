@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
+from safetensors.torch import load_file, save_file
 
 import config
 import eval as evaluation
@@ -141,8 +143,9 @@ def test_the_command_on_the_toy_world(here, tmp_path, capsys):
     for source, n in Counter(r["data_source"] for r in records).items():
         line = next(line for line in printed.splitlines() if line.startswith(source))
         assert line.removeprefix(source).split()[0] == str(n)
-    assert header["config"]["mode"] == "agent" and header["config"]["samples"] == 1 and header["search"]
-    assert header["model"] and header["questions"] and header["code"]
+    assert header["config"]["mode"] == "agent" and header["config"]["samples"] == 1
+    assert {"model_id", "question_ids", "prompts_id", "search_id", "code"} == header.keys() - {"config"}
+    assert all(header.values()) and not header.keys() & header["config"].keys()
     main(*here, "--val_limit=12", f"--out={second}", "--concurrency=200")
     assert second.read_bytes() == first.read_bytes()  # greedy, the same twice
 
@@ -184,6 +187,19 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(here, tmp_path, caps
     assert "max_tokens_per_turn=32, and this is max_tokens_per_turn=5: give another --out" in capsys.readouterr().err
     main(*common, f"--out={out}", "--max_tokens_per_turn=5", "--overwrite")
     assert read(out)[0]["config"]["max_tokens_per_turn"] == 5
+
+
+def test_results_of_other_weights_are_not_gone_on_with(here, world, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(world[0].model, model)
+    main(*here, f"--model={model}", "--val_limit=1")
+    before = (model / "eval.jsonl").read_bytes()
+    weights = load_file(model / "model.safetensors")
+    save_file({n: w * 1.01 for n, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(*here, f"--model={model}", "--val_limit=1")
+    assert "eval.jsonl: holds an evaluation with model_id=" in capsys.readouterr().err
+    assert (model / "eval.jsonl").read_bytes() == before
 
 
 def test_the_model_itself_in_all_modes(here, tmp_path):

@@ -14,7 +14,7 @@ import results
 from config import InputError
 from results import ResultFile
 
-HEADER = {"config": {"mode": "agent", "out": "a"}, "model": "m", "code": "c"}
+HEADER = {"config": {"mode": "agent", "out": "a"}, "model_id": "m", "code": "c"}
 
 
 def conversation(question, correct, sample=0, source="x", calls=0, stop="answered", **more):
@@ -53,9 +53,11 @@ def test_an_interrupted_file_goes_on_and_ends_as_the_undisturbed_one(tmp_path):
     again = ResultFile(tmp_path / "r.jsonl", HEADER)
     assert again.done() == {results.key_of(r): r for r in (records[4], records[1], records[5])}
     again.add(records[0])
+    again.add(records[4])  # its question goes again if another of its samples was missing
     again.close()
+    assert len(again.done()) == 4
     lines = again.part.read_text().splitlines()
-    assert [json.loads(line).get("question_id") for line in lines] == [None, "q4", "q1", "q0"]
+    assert [json.loads(line).get("question_id") for line in lines] == [None, "q4", "q1", "q0", "q4"]
     again.finish(records)
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl", "whole.jsonl"]
@@ -76,7 +78,7 @@ def test_killed_before_the_first_line(tmp_path, content):
 @pytest.mark.parametrize(
     ("now", "named"),
     [
-        ({**HEADER, "model": "n"}, "model='m'"),
+        ({**HEADER, "model_id": "n"}, "model_id='m'"),
         ({**HEADER, "config": {"mode": "direct", "out": "a"}}, "mode='agent'"),
         ({**HEADER, "config": {"mode": "agent", "out": "b"}}, None),
         ({**HEADER, "code": "d"}, "code='c'"),
@@ -106,6 +108,8 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     results.write_jsonl(tmp_path / "twice.jsonl", [conversation(0, True)] * 2)
     with pytest.raises(InputError, match="two conversations"):
         results.read_results(tmp_path / "twice.jsonl")
+    (tmp_path / "foreign.jsonl").write_text(json.dumps(conversation("\u2028\x85", True), ensure_ascii=False) + "\n\n")
+    assert len(results.read_results(tmp_path / "foreign.jsonl")[1]) == 1
     with pytest.raises(InputError, match="cannot read"):
         results.read_results(tmp_path / "nowhere.jsonl")
 

@@ -557,6 +557,7 @@ def test_wandb_offline(cfg, device, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     path = logged(cfg, tmp_path, "wandb")
-    assert wandb.run.summary["loss"] == 1.5 and wandb.run.id == (path / "wandb.id").read_text()
-    wandb.finish()
-    assert list(path.glob("wandb/offline-run-*"))
+    run = wandb.run
+    run.finish()
+    assert (run.summary["greedy/all/accuracy"], run.summary["loss"]) == (0.25, 1.5)
+    assert run.id == (path / "wandb.id").read_text() and list(path.glob(f"wandb/offline-run-*-{run.id}"))
