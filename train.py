@@ -42,7 +42,7 @@ from tqdm import tqdm
 import config
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
+from data import Codec, Episode, Question, Stop, drop_overlong, load_questions, path_of
 from eval import evaluate, open_search, record, score_episode, summarize
 from grpo import group_advantages, kl_penalty, mismatch, policy_loss, token_weights
 from policy import (
@@ -282,7 +282,7 @@ class RunDir:
             raise InputError(message) from None
         if self.elsewhere and self.saved():
             raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *cfg.train_files, *cfg.val_files]
+        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *map(path_of, (*cfg.train_files, *cfg.val_files))]
         inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
         if cfg.overwrite and inside:
             raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")

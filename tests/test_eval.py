@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
 from safetensors.torch import load_file, save_file
+from test_judge import Server, asked, says
 
 import config
 import eval as evaluation
@@ -253,6 +254,30 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
     needed = [r for r in found["agent"] if a[r["question_id"]] < 0.5]
     under = sum(not r["calls"] for r in needed) / len(needed)
     assert f"under-search  {under:.3f} of {len(needed)}" in printed
+
+
+def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeypatch):
+    """The command with a judge that fails over the answers of four letters, the right ones, and denies all others."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    answers = lambda body, _: (400, {}, b"") if len(asked(body)["response"]) == 4 else says("no")  # noqa: E731
+    server, out = Server(answers), tmp_path / "out.jsonl"
+    judges = ["--judges", "em", "llm", f"--judge_url={server.url}", f"--judge_cache={tmp_path / 'c.sqlite'}"]
+    main(*here, "--val_limit=20", f"--out={out}", *judges)
+    printed, records = capsys.readouterr().out, read(out)[1]
+    failed = [r for r in records if len(r["answer"]) == 4]
+    assert 0 < len(failed) < 20 and all(r["judged"] == {"em": True, "llm": None} for r in failed)
+    assert all(r["judged"] == {"em": False, "llm": False} for r in records if r not in failed)
+    line = next(line for line in printed.splitlines() if line.startswith("all ") and "llm" in line)
+    assert line.split()[1:5] == ["llm", str(20 - len(failed)), str(len(failed)), "0.000"]
+    assert f"em and llm agree on {20 - len(failed)} of {20 - len(failed)}" in printed
+    assert f"not judged: HTTP 400 {len(failed)}" in printed and "sk-very-secret" not in out.read_text() + printed
+    server.reply = lambda *_: says("yes")  # asked again, it says what it could not say before, and only that
+    main(*here, "--val_limit=20", f"--out={out}", *judges)
+    assert [r["judged"]["llm"] for r in read(out)[1]] == [r in failed for r in records]
+    main("compare", out, out, "--judge=llm")
+    assert f"20  {len(failed) / 20:.3f}" in capsys.readouterr().out
+    server.shutdown()
+    server.server_close()
 
 
 def test_labelling(folder, cfg, tmp_path, capsys):
