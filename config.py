@@ -42,7 +42,7 @@ class Config:
     seed: int = _knob(0, "seed of everything random in the run")
     steps: int = _knob(40, "GRPO steps")
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
-    overwrite: bool = _knob(False, "delete what is in run_dir and start anew")
+    overwrite: bool = _knob(False, "start anew: delete what is in run_dir (eval.py: the results in out)")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool | None = _knob(None, "same seed, same bits; calls answered in order (default: on a CPU, yes)")
     threads: int = _knob(1, "CPU threads a process; more help larger models only (0: cores / processes)")

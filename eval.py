@@ -292,7 +292,8 @@ def main() -> None:
         return compare_main(sys.argv[2:])
     cfg = parse(sys.argv[1:])
     device = init_distributed(cfg)
-    if cfg.model == "toy" or not (cfg.search_index or cfg.mode == "direct") or not (cfg.files or cfg.question):
+    searching = cfg.mode != "direct" or cfg.question
+    if cfg.model == "toy" or (searching and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
     codec = Codec(folder, cfg)
