@@ -17,10 +17,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_type_hints
+from urllib.parse import urlsplit
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. `run_main` prints it as one line and exits with code 2."""
+
+
+MODES = ("agent", "direct", "pipeline")
+JUDGES = ("em", "sub_em", "llm")
 
 
 def _knob(default, help, choices=None):
@@ -37,11 +42,14 @@ class Config:
     seed: int = _knob(0, "seed of everything random in the run")
     steps: int = _knob(40, "GRPO steps")
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
-    overwrite: bool = _knob(False, "delete what is in run_dir and start anew")
+    overwrite: bool = _knob(False, "start anew: delete what is in run_dir (eval.py: the results in out)")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool | None = _knob(None, "same seed, same bits; calls answered in order (default: on a CPU, yes)")
     threads: int = _knob(1, "CPU threads a process; more help larger models only (0: cores / processes)")
     dist_timeout: float = _knob(30.0, "minutes a rank waits for the others before it gives up")
+    log: str = _knob(
+        "", "also log to this, beside metrics.jsonl (its package must be there)", ("", "tensorboard", "wandb")
+    )
     shard_size: int = _knob(0, "ranks that share one copy of the weights, HSDP across them (0: all ranks)")
 
     # -- model
@@ -52,7 +60,7 @@ class Config:
     gradient_checkpointing: bool = _knob(False, "recompute layers in backward to save memory")
 
     # -- data
-    train_files: tuple[str, ...] = _knob((), "parquet files in veRL layout (none: the toy world's)")
+    train_files: tuple[str, ...] = _knob((), "questions: PATH in veRL layout or BENCHMARK=PATH (none: the toy world's)")
     val_files: tuple[str, ...] = _knob((), "the same, for validation (none: the toy world's, or no validation)")
     skip_bad_rows: bool = _knob(False, "leave bad rows out and count them, instead of stopping at the first")
     prompts: str = _knob("prompts/toy", "folder of the prompt files (see prompts/)")
@@ -91,6 +99,10 @@ class Config:
     any_order: bool = _knob(False, "accept well-formed searches in any number and order as good format")
 
     # -- loss
+    loss: str = _knob(
+        "grpo", "what is learned from: rewards, or conversations (JSONL) in train_files to imitate", ("grpo", "sft")
+    )
+    sft_min_reward: float = _knob(0.5, "sft: leave out conversations that earn less")
     clip_low: float = _knob(0.2, "lower clip of the ratio: 1 - clip_low")
     clip_high: float = _knob(0.2, "upper clip of the ratio: 1 + clip_high")
     ratio: str = _knob("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
@@ -136,11 +148,21 @@ class Config:
     plot: tuple[str, ...] = _knob((), "train nothing: draw the curves of these run directories into a PNG (matplotlib)")
 
     # -- eval.py
-    files: tuple[str, ...] = _knob((), "parquet files to evaluate on")
+    files: tuple[str, ...] = _knob((), "questions to evaluate on, PATH or BENCHMARK=PATH; loss sft: those talked about")
     image: str = _knob("", "ask about this picture")
     question: str = _knob("", "the question to ask about it")
-    eval_temperature: float = _knob(0.0, "temperature of eval.py (0: greedy)")
+    eval_temperature: float = _knob(0.0, "temperature of eval.py (0: greedy; several samples: temperature)")
     out: str = _knob("", "where eval.py writes its conversations (default: eval.jsonl in the model's folder)")
+    mode: str = _knob("agent", "no tools, always search (the paper's baseline), or on demand", MODES)
+    samples: int = _knob(0, "conversations a question (0: one; 8 with --label)")
+    judges: tuple[str, ...] = _knob((), f"second opinions on the answers: {', '.join(JUDGES)}")
+    judge_url: str = _knob("https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)")
+    judge_model: str = _knob("gpt-4o", "the llm judge")
+    judge_cache: str = _knob("runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice")
+    judge_concurrency: int = _knob(8, "questions to the llm judge at once")
+    judge_timeout: float = _knob(60.0, "seconds the llm judge may take to answer")
+    label: bool = _knob(False, "label questions by the searches they need; --out is then a parquet file")
+    balance: float = _knob(0.0, "with --label: also a subset with this share of questions that need a search (0: none)")
 
     # -- toy world
     toy_dir: str = _knob("runs/toy-world", "where the toy world is built and kept")
@@ -162,7 +184,7 @@ SECTIONS = {  # the first field of each section of --help
     "engine": "rollout",
     "search_index": "search",
     "search_penalty": "reward",
-    "clip_low": "loss",
+    "loss": "loss",
     "lr": "optimiser",
     "eval_every": "evaluation and checkpoints",
     "files": "eval.py",
@@ -254,19 +276,20 @@ def _check_ranges(cfg):
         "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
         "tensor_parallel "
         "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
-        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch"
+        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch "
+        "judge_concurrency judge_timeout"
     ).split():
         _need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
     for name in (
         "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
         "clip_high kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
-        "toy_seed"
+        "toy_seed samples"
     ).split():
         _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
     for name in "importance_cap trust_bound".split():
         value = getattr(cfg, name)
         _need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
-    for name in "search_penalty format_weight min_lr_factor clip_low".split():
+    for name in "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward".split():
         _need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
     for name in "adam_beta1 adam_beta2".split():
         _need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
@@ -301,6 +324,12 @@ def _check_combinations(cfg):
     _need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
     _need(cfg.question or not cfg.image, "image needs a question to go with it")
     _need(not (cfg.files and cfg.question), "give either files to evaluate on or a question to ask, not both")
+    for judge in cfg.judges:
+        _need(judge in JUDGES, f"judges: no judge {judge!r}; choose from {', '.join(JUDGES)}")
+    address = urlsplit(cfg.judge_url)
+    _need(address.scheme in ("http", "https") and address.hostname, f"judge_url={cfg.judge_url!r}: not an http(s) URL")
+    _need("@" not in address.netloc, "judge_url: no user or password in it, please; the key goes in JUDGE_API_KEY")
+    _need(not cfg.label or cfg.mode == "agent", f"label needs a model that may search: mode={cfg.mode} cannot tell")
     fast = cfg.attention in ("flash", "varlen")
     _need(not fast or cfg.device != "cpu", f"attention={cfg.attention} needs a GPU, and device is cpu")
     _need(not fast or cfg.dtype != "fp32", f"attention={cfg.attention} computes in bf16, and dtype is fp32")
@@ -308,7 +337,7 @@ def _check_combinations(cfg):
         not (cfg.deterministic and cfg.rollout_deadline),
         "deterministic and rollout_deadline exclude each other: a clock never cuts twice at the same place",
     )
-    if cfg.preset != "toy":
+    if cfg.preset != "toy" and cfg.mode != "direct":
         _need(cfg.search_index, f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one)")
 
 

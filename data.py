@@ -11,6 +11,7 @@ second view, with one placeholder per image. Example, an image of 2 cells and a 
     sampled    .     .      .    .     .      .       .        x       x
 """
 
+import base64
 import enum
 import functools
 import hashlib
@@ -155,14 +156,24 @@ class Episode:
         self.logprobs += reply.logprobs
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
-    def add_result(self, call: Call, result: Result) -> bool:
+    def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
         """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
-        conversation stays as it was, and only `calls` has grown, because the call was made."""
-        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1])
+        conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
+        prompt file of the search."""
+        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1], template)
         self.calls.append((call, result))
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
         self._append(ids, images)
+        return True
+
+    def add_words(self, text: str) -> bool:
+        """Append a turn in the model's name that it did not say itself, so that it is not trained on. False, and
+        nothing is appended, if there is no room."""
+        ids = [*self.codec.encode(text), self.codec.im_end]
+        if len(ids) >= self.room():
+            return False
+        self._append(ids, [])
         return True
 
     def _append(self, ids, images):
@@ -240,23 +251,29 @@ class Episode:
 def load_questions(
     files, *, skip_bad_rows: bool = False, progress: bool = True, only: set[str] | None = None
 ) -> list[Question]:
-    """Read parquet files in veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path} or either as it is],
-    `reward_model` {ground_truth, candidate_answers}; `data_source`, `image_urls` and `data_id` may be missing. Images
-    stay encoded, but each is decoded once to see that it can be.
+    """Read questions from parquet, JSONL or JSON files (a list), each PATH in veRL layout or BENCHMARK=PATH.
+
+    veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path}, or either as it is, or base64], `reward_model`
+    {ground_truth, candidate_answers}; `data_source`, `image_urls` and `data_id` may be missing. BENCHMARK is a key of
+    BENCHMARKS, whose columns are read, and the data_source of its questions. Paths of images start at the file's
+    folder. Images stay encoded, but each is decoded once to see that it can be.
 
     only: the ids to read (all rows are, without it). Raises InputError naming file, row (from 0) and field; with
     skip_bad_rows bad rows are left out and counted.
     """
     questions, bad = [], []
-    names = [Path(file).name for file in files]
+    names = [Path(path_of(file)).name for file in files]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         for index, file in enumerate(files):
             label = names[index] if names.count(names[index]) == 1 else f"{index}/{names[index]}"
-            read = functools.partial(_read_row, label=label, folder=Path(file).parent)
-            rows = ((n, row) for n, row in enumerate(_rows(file)) if only is None or f"{label}:{n}" in only)
+            benchmark, path = _split(file)
+            read = functools.partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
+            rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
             for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
                     questions.append(outcome)
+                elif outcome is None:
+                    continue
                 elif skip_bad_rows:
                     bad.append(f"row {number} of {file}: {outcome}")
                 else:
@@ -266,9 +283,10 @@ def load_questions(
     return questions
 
 
-def drop_overlong(questions: list[Question], codec: "Codec") -> tuple[list[Question], int]:
+def drop_overlong(questions: list[Question], codec: "Codec", mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
-    kept = [q for q in questions if len(codec.prompt(q)[0]) <= codec.cfg.max_prompt_tokens]
+    template = codec.template(FIRST_PROMPTS[mode])
+    kept = [q for q in questions if len(codec.prompt(q, template)[0]) <= codec.cfg.max_prompt_tokens]
     return kept, len(questions) - len(kept)
 
 
@@ -284,24 +302,121 @@ def _in_order(pool, work, items):
 
 
 COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "data_id")  # the first two are needed
+# Benchmarks whose files are not in veRL layout: the columns of question, answers, picture and id. Where such a file is
+# in veRL layout all the same, it is read as that. Names and columns as of the data sets' cards and their users' code.
+BENCHMARKS = {
+    # hub lmms-lab/FVQA, fvqa_test.parquet (arXiv 2506.20670): veRL layout, pictures as bytes
+    "fvqa-test": None,
+    # github open-vision-language/infoseek, infoseek_val.jsonl (arXiv 2302.11713); pictures are OVEN's, beside it, named
+    # by image_id. The 2,000 questions of arXiv 2506.20670 (mmsearch_r1_infoseek_sub_2k.parquet) are in veRL layout.
+    "infoseek": ("question", ("answer", "answer_eval"), "image_id", "data_id"),
+    # hub CaraJ/MMSearch, end2end.parquet (arXiv 2409.12959); questions without a picture are left out
+    "mmsearch": ("query", ("gt_answer", "alternative_gt_answers"), "query_image", "sample_id"),
+    # hub m-a-p/SimpleVQA (arXiv 2502.13059), English and Chinese; pictures as base64
+    "simplevqa": ("question", ("answer",), "image", "data_id"),
+    # hub ONE-Lab/LiveVQA-Research-Preview, qa.json (arXiv 2504.05288); pictures in image/ beside it
+    "livevqa": ("query", ("gt_answer",), "query_image", "sample_id"),
+}
 
 
-def _rows(file) -> Iterator[dict]:
+def path_of(file: str | Path) -> str:
+    """The path in PATH or BENCHMARK=PATH."""
+    return _split(file)[1]
+
+
+def _split(file):
+    """(benchmark or None, path)"""
+    benchmark, _, path = str(file).partition("=")
+    return (benchmark, path) if path and benchmark in BENCHMARKS else (None, str(file))
+
+
+def _rows(file, benchmark=None) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not os.path.isfile(file):
         raise InputError(f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
+    if Path(file).suffix in (".jsonl", ".json"):
+        yield from _json_rows(file)
+        return
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            for column in COLUMNS[:2]:
+            needed, wanted = COLUMNS[:2], COLUMNS
+            if benchmark and BENCHMARKS[benchmark] and not set(needed) <= set(names):
+                question, answers, image, id = BENCHMARKS[benchmark]
+                needed, wanted = (question, answers[0], image), (question, *answers, image, id)
+            for column in needed:
                 if column not in names:
                     raise InputError(f"{file}: no column {column!r}, only {', '.join(names) or 'an empty table'}")
-            for batch in table.iter_batches(batch_size=64, columns=[c for c in COLUMNS if c in names]):
+            for batch in table.iter_batches(batch_size=64, columns=[c for c in wanted if c in names]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
+
+
+def _json_rows(file):
+    """The objects of a JSONL file, or of a JSON file that is one list."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise InputError(f"row {number} of {file}: not a JSON object")
+            yield row
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not a readable JSON file ({_first_line(error)})") from None
+
+
+def _as_verl(row, benchmark):
+    """A row of a benchmark in veRL layout; None if it has no picture."""
+    question, answers, image, id = BENCHMARKS[benchmark]
+    if not row.get(image):
+        return None
+    values = [row.get(column) for column in answers]
+    flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    texts = [v for v in flat if isinstance(v, str | int | float)]  # InfoSeek's ranges of numbers are not text
+    return {
+        "prompt": [{"role": "user", "content": row.get(question)}],
+        "images": [row[image]],
+        "reward_model": {"ground_truth": next(iter(texts), None), "candidate_answers": texts[1:]},
+        "data_id": row.get(id),
+    }
+
+
+def write_questions(path: str | Path, questions: list[Question], columns: dict[str, list]) -> None:
+    """Write questions as parquet in veRL layout, with further columns. Raises InputError if it cannot be written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("reward_model", pa.struct([(n, pa.string()) for n in ("ground_truth", "candidate_answers", "style")])),
+        *((name, pa.string()) for name in ("data_source", "image_urls", "data_id")),
+    ]
+    rows = [
+        {
+            "prompt": [{"role": r, "content": c} for r, c in (("system", q.system), ("user", q.text)) if c is not None],
+            "images": [{"bytes": image} for image in q.images],
+            "reward_model": {
+                "ground_truth": q.answers[0], "candidate_answers": json.dumps(q.answers[1:]), "style": "rule",
+            },
+            "data_source": q.data_source, "image_urls": q.image_url, "data_id": q.data_id,
+        }
+        for q in questions
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, pa.schema(fields))
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    temporary = f"{path}.tmp"
+    try:
+        pq.write_table(table, temporary, row_group_size=256)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -309,9 +424,13 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _read_row(numbered, label, folder):
-    """(number of the row, a Question or a string that says what is wrong)"""
+def _read_row(numbered, label, folder, benchmark):
+    """(number of the row, a Question, or a string that says what is wrong, or None if it is none of the benchmark's)"""
     number, row = numbered
+    if benchmark and BENCHMARKS[benchmark] and "prompt" not in row:
+        row = _as_verl(row, benchmark)
+        if row is None:
+            return number, None
     data_id = row.get("data_id")
     try:
         system, text = _messages(row.get("prompt"))
@@ -324,7 +443,7 @@ def _read_row(numbered, label, folder):
             text=text,
             images=images,
             answers=_answers(row.get("reward_model")),
-            data_source=str(row.get("data_source") or "unknown"),
+            data_source=benchmark or str(row.get("data_source") or "unknown"),
             data_id=None if data_id is None else str(data_id),
             image_url=_url(row.get("image_urls")),
             system=system,
@@ -365,15 +484,33 @@ def _images(images, folder):
 def _image_bytes(image, folder):
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if isinstance(data, str):
-        data, path = None, data
+        data, path = _base64(data), data
     if data is None and path:
         try:
-            data = (folder / path).read_bytes()
+            data = _find(path, folder).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
-            raise InputError(f"field images: cannot read {path!r} ({getattr(error, 'strerror', error)})") from None
+            name = repr(path)[:100]
+            raise InputError(f"field images: cannot read {name} ({getattr(error, 'strerror', error)})") from None
     if not isinstance(data, bytes) or not data:
         raise InputError("field images: neither bytes nor a path")
     return data
+
+
+def _base64(text):
+    """The bytes of a base64 text or data URL; None for what is too short to be a picture, or is not base64: a path."""
+    is_url = text.startswith("data:")
+    if not is_url and len(text) < 200:
+        return None
+    try:
+        return base64.b64decode("".join((text.partition(",")[2] if is_url else text).splitlines()), validate=True)
+    except ValueError:
+        return None
+
+
+def _find(path, folder):
+    """Where a picture is: its path may lack the ending (InfoSeek's ids), or be meant from the folder (/image/1.jpg)."""
+    places = [folder / f"{name}{end}" for name in (path, path.lstrip("/")) for end in ("", ".jpg", ".JPEG", ".png")]
+    return next((place for place in places if place.is_file()), folder / path)
 
 
 def _url(urls):
@@ -582,7 +719,9 @@ class Codec:
             segments += [self.picture(image), text]
         return self._encode_segments([*segments, *to_model])
 
-    def result_turn(self, call: Call, result: Result, question: Question, last: int) -> tuple[list[int], list[Picture]]:
+    def result_turn(
+        self, call: Call, result: Result, question: Question, last: int, template: str | None = None
+    ) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) of the user turn that hands a result to the model; `last` is the token before it.
 
         The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
@@ -590,16 +729,18 @@ class Codec:
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
-        return self._encode_segments([*to_user, *self._result_segments(call, result, question), *to_model])
+        return self._encode_segments([*to_user, *self._result_segments(call, result, question, template), *to_model])
 
-    def _result_segments(self, call, result, question):
+    def _result_segments(self, call, result, question, template):
+        failed = ""
         if result.status != "ok":
             outcome = "found nothing" if result.status == "no_results" else "failed"
-            return [self._prompts["search_failed"].replace("{outcome}", outcome)]
-        template = self._prompts[f"after_{call.kind}_search"]
-        before, after = template.split("{results}")
+            failed = self._prompts["search_failed"].replace("{outcome}", outcome)
+            if template is None:
+                return [failed]
+        before, after = (template or self._prompts[f"after_{call.kind}_search"]).split("{results}")
         asked = question.text.replace("<image>", "").strip()
-        segments = [before.replace("{question}", asked)]
+        segments = [before.replace("{question}", asked), f"{failed}\n" if failed else ""]
         for hit in result.hits:
             if hit.image is not None:
                 try:
@@ -676,18 +817,32 @@ class Codec:
 
     def _load_prompts(self):
         self._prompts = {}
-        for name, holes in PROMPT_FILES.items():
-            path = Path(self.cfg.prompts) / f"{name}.txt"
-            if not path.is_absolute() and not path.exists():
-                path = Path(__file__).parent / path
-            try:
-                text = path.read_text(encoding="utf-8").strip("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
-            for hole in holes:
-                if text.count(hole) != 1:
-                    raise InputError(f"{path}: expected {hole} exactly once")
-            self._prompts[name] = text
+        for name in PROMPT_FILES:
+            self.template(name)
+
+    def template(self, name: str) -> str:
+        """The text of a prompt file: PROMPT_FILES, MODE_PROMPT_FILES. Raises InputError if it cannot serve."""
+        if name not in self._prompts:
+            self._prompts[name] = self._read_prompt(name, (PROMPT_FILES | MODE_PROMPT_FILES)[name])
+        return self._prompts[name]
+
+    def prompts_id(self, mode: str = "agent") -> str:
+        """Ten hex digits that tell the prompts of a mode from others."""
+        names = [*PROMPT_FILES, *(name for name in MODE_PROMPT_FILES if name.startswith(mode))]
+        return hashlib.sha256(json.dumps([self.template(name) for name in names]).encode()).hexdigest()[:10]
+
+    def _read_prompt(self, name, holes):
+        path = Path(self.cfg.prompts) / f"{name}.txt"
+        if not path.is_absolute() and not path.exists():
+            path = Path(__file__).parent / path
+        try:
+            text = path.read_text(encoding="utf-8").strip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
+        for hole in holes:
+            if text.count(hole) != 1:
+                raise InputError(f"{path}: expected {hole} exactly once")
+        return text
 
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -698,6 +853,13 @@ PROMPT_FILES = {
     "after_text_search": ["{results}", "{question}"],
     "search_failed": ["{outcome}"],
 }
+MODE_PROMPT_FILES = {  # of the evaluation's other modes, read when one of them is used
+    "direct": ["{question}"],
+    "pipeline_question": ["{question}"],
+    "pipeline_after_image_search": ["{results}", "{question}"],
+    "pipeline_after_text_search": ["{results}", "{question}"],
+}
+FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
 
 
 def _load_parts(folder):

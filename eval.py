@@ -4,17 +4,23 @@
     python eval.py --model DIR --files a.parquet b.parquet                      # a table by data_source
     torchrun --nproc_per_node 8 eval.py --preset qwen2.5-vl-7b --search_index web.sqlite --model DIR --files a.parquet
     python eval.py --model DIR --image photo.jpg --question "what is it called?"
+    python eval.py --model DIR --mode direct --files a.parquet                  # no tools; or pipeline: always search
+    python eval.py --model DIR --samples 8 --judges em llm                      # pass@k, spread; second opinions
+    python eval.py compare A.jsonl B.jsonl                                      # paired difference, gained and lost
+    python eval.py --model DIR --label --files train.parquet --out labelled.parquet --balance 0.67
 
-Greedy unless --eval_temperature says otherwise. Every conversation is written to --out as a line of JSON.
+Greedy unless --eval_temperature or --samples says otherwise. Every conversation is written to --out as a line of JSON
+(see results.py); an evaluation that was interrupted goes on from there. --label writes the questions that the model
+gets right, each with the searches it needs, as veRL parquet.
 """
 
+import argparse
 import dataclasses
-import json
-import math
 import os
+import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,9 +29,11 @@ from tqdm import tqdm
 import reward
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions
+from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions, path_of, write_questions
+from judge import LLMJudge, agreement, judge
 from policy import init_distributed, is_deterministic, read_model
-from rollout import engine_limits, make_engine, run, share, unshare
+from results import ResultFile, accuracy, by_question, code_version, comparison, file_id, key_of, several
+from rollout import engine_limits, make_engine, run, share
 from searchdb import SearchDB
 from tools import OfflineSearch
 
@@ -58,22 +66,36 @@ def record(episode: Episode, score: reward.Score) -> dict:
 
 def evaluate(
     questions: list[Question], engine, search, codec: Codec, cfg: Config, *, temperature: float, step: int = 0,
-    progress: str = "", ordered: bool = True, guard=lambda hold: hold(),
+    progress: str = "", ordered: bool = True, guard=lambda hold: hold(), samples: int = 1, mode: str = "agent",
+    done: dict | None = None, keep: Callable[[dict], None] = lambda r: None,
 ) -> list[dict]:  # fmt: skip
-    """One conversation about each question, the questions spread over the ranks; all records, on every rank, in order.
+    """`samples` conversations about each question, the questions spread over the ranks; all records, on every rank, in
+    order.
 
-    guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again."""
+    guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again.
+    mode: see `rollout.run`. done: (question id, sample) -> records that need not be made again, the same on all ranks
+    (a question goes again unless all of its samples are there). keep: called with each record as it is finished.
+    """
     cfg = dataclasses.replace(cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
-    mine = share(questions, cfg)
-    with tqdm(total=len(mine), desc=progress, disable=not progress or dist.get_rank() > 0, leave=False) as bar:
+    done = done or {}
+    mine = share([q for q in questions if not all((q.id, sample) in done for sample in range(samples))], cfg)
+
+    def finished(episode):
+        bar.update()
+        if episode.stop != Stop.ABORTED:
+            keep(record(episode, score_episode(episode, cfg)))
+
+    quiet = not progress or dist.get_rank() > 0
+    with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
         hold = lambda: run(  # noqa: E731
-            mine, engine, search, codec, cfg, step=step, temperature=temperature, ordered=ordered,
-            progress=lambda _: bar.update(),
+            mine, engine, search, codec, cfg, samples=samples, step=step, temperature=temperature, ordered=ordered,
+            progress=finished, mode=mode,
         )  # fmt: skip
         episodes = guard(hold)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [record(e, score_episode(e, cfg)) for e in episodes])
-    return unshare(parts, cfg)
+    records = done | {key_of(r): r for part in parts for r in part}
+    return [records[q.id, sample] for q in questions for sample in range(samples)]
 
 
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
@@ -91,13 +113,10 @@ def _figures(records, cfg):
     n = max(len(done), 1)
     kinds = [Counter(call["kind"] for call in r["calls"]) for r in done]
     allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
-    right = sum(r["correct"] for r in done)
-    low, high = wilson(right, len(done))
     return {
         "n": len(done),
-        "accuracy": right / n,
-        "accuracy_low": low,
-        "accuracy_high": high,
+        **accuracy(by_question(records)),
+        **several(records),
         "reward": sum(r["reward"] for r in done) / n,
         "search_ratio": sum(k.total() for k in kinds) / (n * max(allowed, 1)),
         "image": sum(k["image"] > 0 for k in kinds) / n,
@@ -108,16 +127,6 @@ def _figures(records, cfg):
         "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share: 95 % by default; (0, 1) without data."""
-    if n == 0:
-        return 0.0, 1.0
-    share, shrink = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(summary: dict[str, dict]) -> str:
@@ -132,7 +141,83 @@ def table(summary: dict[str, dict]) -> str:
             f"{source:{width}} {f['n']:5d}  {interval}  {shares}   {f['format']:5.3f}  {f['turns']:5.2f}"
             f"  {f['tool_failures']:6d}  {stops}"
         )
+    for source, f in summary.items():
+        if "pass" in f:
+            passed = "  ".join(f"{k}: {share:.3f}" for k, share in f["pass"].items())
+            lines.append(f"{source:{width}}  pass@k  {passed}   spread of accuracy {f['spread']:.3f}")
     return "\n".join(lines)
+
+
+def judges_table(records: list[dict], missing: Counter) -> str:
+    """What the judges say, by data source, and where they agree, as text."""
+    sources = [*sorted({r["data_source"] for r in records}), "all"]
+    width = max(map(len, sources))
+    lines = [f"{'':{width}}  judge   judged  missing  accuracy (95 %)"]
+    for source in sources:
+        part = [r for r in records if source in ("all", r["data_source"])]
+        for name in part[0]["judged"]:
+            f, n = accuracy(by_question(part, name)), sum(r["judged"][name] is not None for r in part)
+            interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
+            lines.append(f"{source:{width}}  {name:6}  {n:6d}  {len(part) - n:7d}  {interval}")
+    for (a, b), (same, n) in agreement(records).items():
+        lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
+    if missing:
+        lines.append("not judged: " + ", ".join(f"{why} {n}" for why, n in sorted(missing.items())))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+NEEDS = ("search-free", "image", "text", "both")
+
+
+def need_of(records: list[dict]) -> tuple[str | None, float]:
+    """(the searches a question needs, the share of right ones) of the conversations about it: the least that a right
+    one did, in the order of NEEDS; None if none was right."""
+    right = [{call["kind"] for call in r["calls"]} for r in records if r["correct"]]
+    needs = ["both" if len(kinds) == 2 else next(iter(kinds), "search-free") for kinds in right]
+    return min(needs, key=NEEDS.index, default=None), len(right) / max(len(records), 1)
+
+
+def balanced(labels: list[str], share: float, seed: int) -> list[int]:
+    """Indices, in order, of a largest subset in which `share` need a search: surplus ones of either kind are left out
+    at random."""
+    free = [i for i, label in enumerate(labels) if label == "search-free"]
+    needed = [i for i, label in enumerate(labels) if label != "search-free"]
+    most = min(len(needed) / share if share else len(free), len(free) / (1 - share) if share < 1 else len(needed))
+    rng = random.Random(f"{seed} balance")
+    return sorted(
+        rng.sample(needed, min(len(needed), round(most * share)))
+        + rng.sample(free, min(len(free), round(most * (1 - share))))
+    )
+
+
+def write_labels(questions: list[Question], records: list[dict], cfg: Config) -> None:
+    """Write the labelled questions to cfg.out, and with cfg.balance a subset of them beside it."""
+    of_question = {q.id: [] for q in questions}
+    for r in records:
+        of_question[r["question_id"]].append(r)
+    labelled = [(q, *need_of(of_question[q.id])) for q in questions]
+    labelled = [(q, need, share) for q, need, share in labelled if need]
+    counts = Counter(need for _, need, _ in labelled)
+    print(f"{len(questions) - len(labelled)} of {len(questions)} questions never right, left out; the others need:")
+    print("  " + ", ".join(f"{need} {counts[need]}" for need in NEEDS))
+    chosen = {cfg.out: range(len(labelled))}
+    if cfg.balance:
+        chosen[f"{cfg.out.removesuffix('.parquet')}.balanced.parquet"] = balanced(
+            [need for _, need, _ in labelled], cfg.balance, cfg.seed
+        )
+    for path, indices in chosen.items():
+        part = [labelled[i] for i in indices]
+        if not part:
+            raise InputError(f"{path}: no question is left to write")
+        columns = {"label": [need for _, need, _ in part], "pass_rate": [share for _, _, share in part]}
+        write_questions(path, [q for q, _, _ in part], columns)
+        print(f"{len(part)} questions in {path}")
+
+
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episode:
@@ -176,66 +261,116 @@ def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Quest
     return engine
 
 
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write records as JSON lines, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            for r in records:
-                file.write(json.dumps(r) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
+# Settings that change nothing about a conversation: an interrupted evaluation may go on with others.
+NEUTRAL = set(
+    "out run_dir resume overwrite threads dist_timeout log concurrency tool_threads judges judge_url judge_model "
+    "judge_cache judge_concurrency judge_timeout balance toy_dir".split()
+)
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
-    written, and is left out. Raises InputError."""
-    number = 0
+def header_of(cfg: Config, folder, codec: Codec, files, samples: int, temperature: float) -> dict:
+    """What a result file says about how it came about: settings, and ids of model, questions, prompts, search and
+    code."""
+    config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL or k.startswith("judge")}
+    index = cfg.search_index or str(toy.locate(cfg).index)
+    return {
+        "config": {**config, "files": list(files), "samples": samples, "eval_temperature": temperature},
+        "model_id": file_id(folder) if Path(folder).is_dir() else str(folder),
+        "question_ids": [file_id(path_of(f)) for f in files],
+        "prompts_id": codec.prompts_id(cfg.mode),
+        "search_id": file_id(index) if Path(index).is_file() and cfg.mode != "direct" else None,
+        "code": code_version(),
+    }
+
+
+def compare_main(argv: list[str]) -> None:
+    """python eval.py compare A B [--judge NAME]"""
+    parser = argparse.ArgumentParser(prog="eval.py compare", description="What does B get right that A does not?")
+    parser.add_argument("a", metavar="A", help="a result file of eval.py, or rollouts of train.py")
+    parser.add_argument("b", metavar="B", help="another, on the same questions")
+    parser.add_argument("--judge", default="", help="a judge in both files (default: the match that is rewarded)")
+    args = parser.parse_args(argv)
+    text = comparison(args.a, args.b, args.judge)
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if line.endswith("\n"):
-                    yield json.loads(line, parse_constant=lambda _: None)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough: compare A B | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        return compare_main(sys.argv[2:])
     cfg = parse(sys.argv[1:])
     device = init_distributed(cfg)
-    if cfg.model == "toy" or not cfg.search_index:
+    searching = cfg.mode != "direct" or cfg.question
+    if cfg.model == "toy" or (searching and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
     codec = Codec(folder, cfg)
-    if cfg.question:
-        image = (_read_image(cfg.image),) if cfg.image else ()
-        question = Question(id="asked", text=cfg.question, images=image)
-        if drop_overlong([question], codec)[1]:
-            raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
-        ask(question, load_engine(folder, codec, cfg, device, [question]), open_search(cfg), codec, cfg)
-        return
-    questions, dropped = drop_overlong(
-        load_questions(cfg.files or [str(toy.locate(cfg).val)], skip_bad_rows=cfg.skip_bad_rows), codec
-    )
+    if not cfg.question:
+        return evaluate_files(folder, codec, cfg, device)
+    image = (_read_image(cfg.image),) if cfg.image else ()
+    question = Question(id="asked", text=cfg.question, images=image)
+    if drop_overlong([question], codec)[1]:
+        raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+    ask(question, load_engine(folder, codec, cfg, device, [question]), open_search(cfg), codec, cfg)
+
+
+def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
+    """Evaluate on cfg.files, or the toy world's validation questions; write and print the results."""
+    samples = cfg.samples or (8 if cfg.label else 1)
+    temperature = cfg.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
+    files = cfg.files or (str(toy.locate(cfg).val),)
+    questions, dropped = drop_overlong(load_questions(files, skip_bad_rows=cfg.skip_bad_rows), codec, cfg.mode)
     questions = questions[: cfg.val_limit or None]
-    out = Path(cfg.out or (Path(folder) / "eval.jsonl" if Path(folder).is_dir() else "eval.jsonl"))
     if not questions:
-        raise InputError(
-            "there is no question to evaluate on" + (f" ({dropped} over-long ones dropped)" if dropped else "")
-        )
+        dropped = f" ({dropped} over-long ones dropped)" if dropped else ""
+        raise InputError(f"there is no question to evaluate on{dropped}")
+    out = _out(folder, cfg)
+    file = ResultFile(out, header_of(cfg, folder, codec, files, samples, temperature), dist.get_rank(), NEUTRAL)
+    if "llm" in cfg.judges and dist.get_rank() == 0:
+        LLMJudge(cfg).close()  # if it cannot be asked, that is better known now
+    if cfg.overwrite and dist.get_rank() == 0:
+        file.clear()
+    dist.barrier()
+    here = [None] * dist.get_world_size()
+    dist.all_gather_object(here, file.done())  # other nodes may see other files
+    done = {key: r for part in here for key, r in part.items()}
+    engine, search = load_engine(folder, codec, cfg, device, questions), None
+    if cfg.mode != "direct":
+        search = open_search(cfg)
     records = evaluate(
-        questions, load_engine(folder, codec, cfg, device, questions), open_search(cfg), codec, cfg,
-        temperature=cfg.eval_temperature, progress="evaluating", ordered=is_deterministic(cfg, device),
+        questions, engine, search, codec, cfg, temperature=temperature, progress="evaluating",
+        ordered=is_deterministic(cfg, device), samples=samples, mode=cfg.mode, done=done, keep=file.add,
     )  # fmt: skip
+    file.close()
     if dist.get_rank() == 0:
-        write_jsonl(out, records)
+        records = [{k: v for k, v in r.items() if k != "judged"} for r in records]
+        missing = Counter()
+        if cfg.judges:
+            records, missing = judge(records, {q.id: q for q in questions}, cfg, progress=True)
+        file.finish(records)
         print(table(summarize(records, cfg)))
+        if cfg.judges:
+            print(judges_table(records, missing))
+        again = f", {len(done)} of them from before" if done else ""
         print(
-            f"{len(records)} conversations in {out}" + (f"; {dropped} over-long questions dropped" if dropped else "")
+            f"{len(records)} conversations in {out}{again}"
+            + (f"; {dropped} over-long questions dropped" if dropped else "")
         )
+        if cfg.label:
+            write_labels(questions, records, cfg)
+
+
+def _out(folder, cfg):
+    """Where the conversations go."""
+    if cfg.label and not cfg.out.endswith(".parquet"):
+        raise InputError(f"label needs --out NAME.parquet, not {cfg.out!r}")
+    if cfg.balance and not cfg.label:
+        raise InputError("balance goes with --label")
+    name = "eval.jsonl" if cfg.mode == "agent" else f"eval-{cfg.mode}.jsonl"
+    default = Path(folder) / name if Path(folder).is_dir() else Path(name)
+    return Path(cfg.out.removesuffix(".parquet") + ".jsonl" if cfg.label else cfg.out or default)
 
 
 def _read_image(path):

@@ -26,7 +26,8 @@ from pathlib import Path
 import toy
 from config import Config, InputError, run_main
 from data import decode_image, load_questions, picture_key
-from eval import question_files, read_jsonl
+from eval import question_files
+from results import read_jsonl
 from searchdb import SearchDB
 
 TEMPLATE = Path(__file__).with_name("report_template.html")

@@ -20,12 +20,14 @@ Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
 import hashlib
 import importlib.metadata
 import os
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,7 +36,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from config import Config, InputError
-from data import Call, Codec, Episode, Picture, Question, Result, Stop
+from data import FIRST_PROMPTS, Call, Codec, Episode, Hit, Picture, Question, Result, Stop
 from policy import (
     NonFinite,
     compute_dtype,
@@ -45,6 +47,7 @@ from policy import (
     read_config,
     rope_positions,
 )
+from reward import IMAGE_SEARCH
 from tools import has_answer, parse_call
 
 # bounds on TorchEngine's memory
@@ -94,25 +97,25 @@ def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) ->
 # ------------------------------------------------------------------------------------------- one conversation
 
 
+Conversation = Generator[Generate | Call, Reply | Result, Episode]
+
+
 def converse(
-    question: Question, codec: Codec, cfg: Config, *, sample: int = 0, step: int = 0, temperature: float = 1.0
-) -> Generator[Generate | Call, Reply | Result, Episode]:
-    """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set."""
-    episode = Episode.start(question, codec, sample)
+    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
+) -> Conversation:
+    """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set.
+
+    template: instead of the prompt file question.txt.
+    """
+    episode = Episode.start(question, codec, sample, template)
     left = {"image": cfg.max_image_searches, "text": cfg.max_text_searches}
     try:
         for turn in range(cfg.max_turns):
-            room = min(cfg.max_tokens_per_turn, episode.room())
-            seed = turn_seed(cfg.seed, step, question.id, sample, turn)
-            reply = yield Generate(episode.engine_prompt(), list(episode.images), Sampling(temperature, room, seed))
-            episode.add_reply(reply)
-            text = episode.responses[-1]
+            text = yield from _speak(episode, cfg, step, temperature)
             call = parse_call(text)
-            if reply.finish_reason == "abort":
-                episode.stop = Stop.ABORTED
-            elif reply.finish_reason == "length":
-                episode.stop = Stop.MAX_TOKENS if room < cfg.max_tokens_per_turn else Stop.TRUNCATED_TURN
-            elif call is None:
+            if episode.stop:
+                break
+            if call is None:
                 episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
             elif turn + 1 == cfg.max_turns:
                 episode.stop = Stop.MAX_TURNS
@@ -130,6 +133,91 @@ def converse(
     return episode
 
 
+def _speak(episode, cfg, step, temperature):
+    """The model's next turn: appends it and returns its text; sets the episode's stop if it was cut short."""
+    room = min(cfg.max_tokens_per_turn, episode.room())
+    seed = turn_seed(cfg.seed, step, episode.question_id, episode.sample, len(episode.turns))
+    reply = yield Generate(episode.engine_prompt(), list(episode.images), Sampling(temperature, room, seed))
+    episode.add_reply(reply)
+    if reply.finish_reason == "abort":
+        episode.stop = Stop.ABORTED
+    elif reply.finish_reason == "length":
+        episode.stop = Stop.MAX_TOKENS if room < cfg.max_tokens_per_turn else Stop.TRUNCATED_TURN
+    return episode.responses[-1]
+
+
+def converse_always_searching(
+    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0
+) -> Conversation:
+    """The baseline of MMSearch-R1's authors: whatever the question, an image search, a text search, then the answer.
+
+    The model is asked for two turns, the query and the answer. The image search is put into its mouth, and if it gives
+    no query, what it says instead is searched for.
+    """
+    episode = Episode.start(question, codec, sample, codec.template(FIRST_PROMPTS["pipeline"]))
+    try:
+        call = Call("image")
+        fits = episode.add_words(IMAGE_SEARCH)
+        for kind in ("image", "text"):
+            if fits:
+                result = yield call
+                fits = episode.add_result(call, result, codec.template(f"pipeline_after_{kind}_search"))
+            if not fits:
+                episode.stop = Stop.MAX_TOKENS
+                return episode
+            text = yield from _speak(episode, cfg, step, temperature)
+            if episode.stop:
+                return episode
+            call = Call("text", query_in(text) or question.text)
+        episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+    except Aborted:
+        episode.stop = Stop.ABORTED
+    return episode
+
+
+def query_in(text: str) -> str:
+    """The query of a turn that was to end in a text search; without one, what it says apart from reasoning and tags."""
+    call = parse_call(text)
+    if call and call.kind == "text":
+        return call.query
+    said = re.sub(r"<reason>.*?</reason>", " ", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"</?\w+>", " ", said).split())
+
+
+def replay(r: dict, question: Question, codec: Codec, search) -> Episode:
+    """The conversation of a record (`Episode.record`), put together anew to be imitated: what the model said is
+    tokenised from its text, and is all that is `sampled`.
+
+    Records hold no pictures: image searches are made again, and must find what they found then; text results are the
+    recorded ones. Raises ValueError saying why a conversation cannot be had.
+    """
+    said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
+    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
+        raise ValueError("ended without an answer")
+    episode = Episode.start(question, codec, r["sample"])
+    for number, text in enumerate(said):
+        ids = [*codec.encode(text), codec.im_end]
+        if len(ids) > episode.room():
+            raise ValueError("longer than max_tokens")
+        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
+        if number < len(r["calls"]) and not episode.add_result(*_recall(r["calls"][number], question, search)):
+            raise ValueError("longer than max_tokens")
+    episode.stop = Stop.ANSWERED
+    return episode
+
+
+def _recall(recorded, question, search):
+    """(call, result) of a recorded search."""
+    call = Call(recorded["kind"], recorded["query"])
+    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
+    if call.kind == "text" or recorded["status"] != "ok":
+        return call, Result(recorded["status"], tuple(Hit(*hit) for hit in shown), recorded["error"])
+    result = search.search(call, question)
+    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
+        raise ValueError("its image search finds something else in this search")
+    return call, result
+
+
 # ------------------------------------------------------------------------------------------ many at once
 
 
@@ -145,8 +233,11 @@ def run(
     temperature: float = 1.0,
     ordered: bool = False,
     progress: Callable[[Episode], None] | None = None,
+    mode: str = "agent",
 ) -> list[Episode]:
     """Hold `samples` conversations about each question; episodes come back question by question, sample by sample.
+
+    mode: agent (searches on demand), direct (one turn, no search is offered), pipeline (always both searches).
 
     search: anything with search(call, question) -> Result. ordered: wait for all calls of an engine step and hand their
     results over in request order, so that the engine sees the same batches each time (exact reruns); otherwise each
@@ -158,9 +249,12 @@ def run(
             follow(engine, group)
             return []
         engine = Leader(engine, group)
+    hold = converse if mode == "agent" else converse_always_searching
+    if mode == "direct":
+        cfg, hold = replace(cfg, max_turns=1), partial(converse, template=codec.template(FIRST_PROMPTS[mode]))
     driver = _Driver(engine, search, ordered, cfg)
     conversations = [
-        (question, converse(question, codec, cfg, sample=sample, step=step, temperature=temperature))
+        (question, hold(question, codec, cfg, sample=sample, step=step, temperature=temperature))
         for question in questions
         for sample in range(samples)
     ]
@@ -178,12 +272,6 @@ def share(items: list, cfg: Config) -> list:
     """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
     rank, size = dist.get_rank(), cfg.tensor_parallel
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
-
-
-def unshare(parts: list[list], cfg: Config) -> list:
-    """The items of all ranks' parts (indexed by rank) in their first order."""
-    parts = parts[:: cfg.tensor_parallel]
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 class _Driver:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import searchdb
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question
+from data import PROMPT_FILES, Codec, Episode, Question
 from grpo import token_weights
 from policy import export_hf, init_distributed, load_policy, pack, update
 from rollout import Reply, ScriptedEngine, run
@@ -94,7 +94,8 @@ class Toy:
 def locate(cfg: Config) -> Toy:
     """The folder of the world that this configuration and this version of the file describe."""
     steps = [cfg.toy_seed, cfg.toy_pretrain_steps, cfg.toy_teach_steps, cfg.toy_warmup_steps]
-    prompts = [file.read_text() for file in sorted((Path(__file__).parent / "prompts" / "toy").iterdir())]
+    folder = Path(__file__).parent / "prompts" / "toy"
+    prompts = [(folder / f"{name}.txt").read_text() for name in sorted(PROMPT_FILES)]  # those the world is made with
     recipe = Path(__file__).read_text() + json.dumps([steps, prompts])
     return Toy(Path(cfg.toy_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:10])
 

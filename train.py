@@ -13,15 +13,19 @@ with the others about the same question:
     update(policy, policy_loss(logp, advantages))      # grpo.py, policy.py
     engine.load_weights(full_weights(policy))
 
+    python train.py --loss sft --train_files conversations.jsonl     # a cold start: imitate what eval.py has written
+
 Deviations from the paper are listed in the README. --help lists every setting.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import random
 import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -39,8 +43,8 @@ from tqdm import tqdm
 import config
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question, Stop, drop_overlong, load_questions
-from eval import evaluate, open_search, question_files, read_jsonl, record, score_episode, summarize, write_jsonl
+from data import Codec, Episode, Stop, drop_overlong, load_questions, path_of
+from eval import evaluate, open_search, question_files, record, score_episode, summarize
 from grpo import (
     group_advantages,
     kl_penalty,
@@ -70,8 +74,9 @@ from policy import (
     swap,
     update,
 )
+from results import read_jsonl, read_results, write_jsonl
 from reward import ramped_penalty
-from rollout import EngineDied, engine_limits, make_engine, run, share
+from rollout import EngineDied, engine_limits, make_engine, replay, run, share
 
 # ---------------------------------------------------------------------------------------------------- one step
 
@@ -240,6 +245,46 @@ def spread(loads: list[tuple[int, int, int]], part: int, ranks: int) -> dict[int
     return goal
 
 
+def imitation_loss(cfg: Config, number: int, row: Row, logp, entropy):
+    """As `row_loss`, for conversations to imitate: the negative log-likelihood of what the model said in them."""
+    weights, count = token_weights(row.sequence, cfg.loss_norm)
+    return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
+
+
+def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, ...]) -> tuple[list[Episode], Counter]:
+    """The conversations in cfg.train_files that earn sft_min_reward or more, and why others are left out: reason -> how
+    many.
+
+    A record names its question; the questions, with their pictures, are those in cfg.files, else in the files that the
+    header of the results names, else in toy_files. Pictures that a search found come from `search`. Raises InputError
+    if a record's question is not there, or is another one.
+    """
+    episodes, left_out, loaded = [], Counter(), {}
+    for path in cfg.train_files:
+        header, records = read_results(path)
+        settings = header.get("config", {})
+        if settings.get("mode", "agent") != "agent":
+            raise InputError(f"{path}: conversations of mode {settings['mode']}: only the agent's can be imitated")
+        files = tuple(cfg.files or settings.get("files") or toy_files)
+        if files not in loaded:
+            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
+        for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
+            question = loaded[files].get(r["question_id"])
+            if question is None or question.text != r["question"]:
+                where = f"question {r['question_id']} is not in {', '.join(files)}"
+                raise InputError(f"{path}: {where}: say with --files what it is about")
+            try:
+                episode = replay(r, question, codec, search)
+            except ValueError as error:
+                left_out[str(error)] += 1
+                continue
+            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
+                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
+            else:
+                episodes.append(episode)
+    return episodes, left_out
+
+
 def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
     """Global means over the step's conversations, aborted ones counted and left out of the means."""
     done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED]
@@ -291,8 +336,9 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
 
 
-def questions_of_step(questions: list[Question], step: int, cfg: Config) -> list[Question]:
-    """The step's questions: every epoch is a new permutation, of which an incomplete last batch is left out."""
+def questions_of_step(questions: list, step: int, cfg: Config) -> list:
+    """The step's questions (or conversations): every epoch is a new permutation, of which an incomplete last batch is
+    left out."""
     size = min(cfg.prompts_per_step, len(questions))
     epoch, batch = divmod(step, len(questions) // size)
     order = random.Random(f"{cfg.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
@@ -337,7 +383,7 @@ class RunDir:
             raise InputError(message) from None
         if self.elsewhere and self.saved():
             raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *cfg.train_files, *cfg.val_files]
+        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *map(path_of, (*cfg.train_files, *cfg.val_files))]
         inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
         if cfg.overwrite and inside:
             raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
@@ -367,6 +413,7 @@ class RunDir:
         self.rollouts.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.metrics.touch()
+        self.also_log = open_log(self.cfg, self.path)
         state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
         self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
 
@@ -389,6 +436,7 @@ class RunDir:
         if dist.get_rank() == 0:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+            self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
@@ -410,10 +458,58 @@ class RunDir:
         dist.barrier()
 
 
+def check_log(cfg: Config) -> None:
+    """Raises InputError if the package that cfg.log needs is not there."""
+    needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    try:
+        if cfg.log:
+            importlib.import_module(needed[cfg.log])
+    except ImportError:
+        raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
+
+
+def open_log(cfg: Config, folder: Path):
+    """A function (step, {name: number}) that logs to cfg.log as well. wandb takes its mode from WANDB_MODE (offline:
+    nothing leaves the machine); a resumed run goes on in the one it was."""
+    if cfg.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def log(step, figures):
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return log
+    if cfg.log == "wandb":
+        import wandb
+
+        name = folder / "wandb.id"
+        if not name.exists():
+            name.write_text(secrets.token_hex(4))
+        run = wandb.init(
+            project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
+            config=dataclasses.asdict(cfg),
+        )  # fmt: skip
+        return lambda step, figures: run.log(figures, step=step)
+    return lambda step, figures: None
+
+
+def flat(figures: dict, prefix: str = ""):
+    """Nested figures as pairs: {"greedy": {"all": {"n": 3}}} -> ("greedy/all/n", 3); what is no number is left out."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
+
+
 # What a resumed run may set otherwise than the run it goes on with.
 MAY_CHANGE = set(
     "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
-    "tool_threads rollout_deadline files image question eval_temperature out toy_dir".split()
+    "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
+    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance".split()
 )
 
 
@@ -467,6 +563,9 @@ class Run:
     """Everything a run holds, and its phases."""
 
     def __init__(self, cfg: Config):
+        check_log(cfg)
+        if cfg.loss == "sft" and not cfg.train_files:
+            raise InputError("loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
         self.device = init_distributed(cfg)
         self.ordered = is_deterministic(cfg, self.device)
         self.dir = RunDir(cfg)
@@ -476,13 +575,17 @@ class Run:
         folder = str(world.model) if cfg.model == "toy" else cfg.model
         self.cfg, self.codec, self.search = cfg, Codec(folder, cfg), open_search(cfg)
         train_files, val_files = question_files(cfg)
-        self.train = self._questions(train_files, "training")
+        if cfg.loss == "sft":
+            self.train = self._conversations((str(world.train), str(world.val)))
+        else:
+            self.train = self._questions(train_files, "training")
         self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
-        limits = engine_limits(folder, cfg, self.device, [*self.train, *self.val])
+        asked = [e.question for e in self.train] if cfg.loss == "sft" else self.train
+        limits = engine_limits(folder, cfg, self.device, [*asked, *self.val])
         if rank == 0:
             print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
-        self.questions = {q.id: q for q in self.train}
+        self.questions = {q.id: q for q in asked}
         self.reference = None
         if cfg.kl_coef:
             self.reference = load_policy(
@@ -502,7 +605,9 @@ class Run:
         self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
         if rank == 0:
             print(
-                f"{len(self.train)} training and {len(self.val)} validation questions; {self.dir.path}", file=sys.stderr
+                f"{len(self.train)} {'conversations' if cfg.loss == 'sft' else 'training questions'} and "
+                f"{len(self.val)} validation questions; {self.dir.path}",
+                file=sys.stderr,
             )
 
     def _questions(self, files, what):
@@ -517,6 +622,17 @@ class Run:
         if not questions:
             raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
         return questions
+
+    def _conversations(self, toy_files):
+        episodes, left_out = load_conversations(self.cfg, self.codec, self.search, toy_files)
+        why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        if why and dist.get_rank() == 0:
+            print(f"conversations left out: {why}", file=sys.stderr)
+        if not episodes:
+            raise InputError(
+                f"no conversation to imitate in {', '.join(self.cfg.train_files)}" + f" ({why})" * bool(why)
+            )
+        return episodes
 
     def _resume(self):
         saved = load_state(self.dir.resume_from, self.policy, self.optimizer)
@@ -608,6 +724,31 @@ class Run:
             "memory_gb": peak_memory_gb(self.device),
         }
 
+    def imitate(self, step: int) -> dict:
+        """One supervised step; returns its metrics."""
+        cfg, started = self.cfg, time.monotonic()
+        mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        rows = even_rows(pack(mine, self.codec, self.policy, cfg.max_tokens_per_batch), self.codec, self.device)
+        plain = dataclasses.replace(cfg, temperature=1.0)  # what a model says is learned as it is, whatever is sampled
+        sums = update(self.policy, self.optimizer, rows, partial(imitation_loss, cfg), plain, self.device)
+        if self.val:
+            self.engine.load_weights(full_weights(self.policy), version=step + 1)
+        seconds = time.monotonic() - started
+        return {
+            "step": step,
+            "phase": "train",
+            "loss": sums["loss"] / max(sums["count"], 1.0),
+            "nll": sums["nll"] / max(sums["tokens"], 1.0),
+            "grad_norm": sums["grad_norm"],
+            "trained_tokens": sums["tokens"],
+            "lr": learning_rate(step, cfg),
+            "seconds/update": seconds,
+            "tokens_per_second": sums["tokens"] / seconds,
+            "memory_gb": peak_memory_gb(self.device),
+        }
+
     def _advantages(self, episodes, scores) -> tuple[dict[int, float], list[int]]:
         """The advantage of each conversation (by its index) that its group is compared by, and which of them train."""
         cfg = self.cfg
@@ -672,7 +813,7 @@ class Run:
                     self.evaluate(step)
                 if last:
                     break
-                metrics = self.step(step)
+                metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
             except NonFinite as error:
                 message = f"error: step {step}: {error}. The last checkpoint is as it was."
                 sys.exit(message if dist.get_rank() == 0 else 1)
@@ -681,10 +822,9 @@ class Run:
                 sys.exit(f"error: step {step}: {error}; {again}")
             self.dir.log(metrics)
             self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, right {metrics['accuracy']:.2f}, "
-                f"search {metrics['search_ratio']:.2f}, {metrics['tokens_per_second']:.0f} tokens/s"
-            )
+            names = ("nll",) if cfg.loss == "sft" else ("reward", "accuracy", "search_ratio")
+            shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
+            bar.set_postfix_str(f"{shown}, {metrics['tokens_per_second']:.0f} tokens/s")
             if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                 self.dir.save(step + 1, self.policy, self.optimizer, self.state)
         self._export("final")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import config
 import policy
 import toy
 from data import Codec, Question
+from rollout import ScriptedEngine
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
@@ -77,3 +79,20 @@ def question(seed: int = 0, text: str = "what is it called?", images: int = 1, a
 
 def replace(cfg, **changes):
     return dataclasses.replace(cfg, **changes)
+
+
+def guesser(codec, questions):
+    """An engine for toy questions that, by the throw of a die, searches or not and is right or not; the more it has
+    found the oftener right. It does what it is told where no search is offered."""
+    asked = {codec.picture(q.images[0]).key: q for q in questions}
+
+    def script(prompt, images, sampling):
+        q, found = asked[images[0].key], prompt.count("<information>")
+        die = random.Random(f"{images[0].key} {sampling.seed}")
+        if found < 2 and die.random() < 0.5 and "think, answer." not in prompt:
+            action = f"<text_search> {q.answers[0]}</text_search>" if found else "<search><img></search>"
+            return f"<reason> hm.</reason>{action}"
+        answer = q.answers[0] if die.random() < 0.3 + 0.3 * found else "unknown"
+        return f"<reason> well.</reason><answer> {answer}</answer>"
+
+    return ScriptedEngine(codec, script)

@@ -32,6 +32,10 @@ def another(field):
     kinds, default = get_args(HINTS[field.name]) or (HINTS[field.name],), field.default
     if field.name == "preset":
         return "qwen2.5-vl-3b", "qwen2.5-vl-3b"
+    if field.name == "judges":
+        return "llm", ("llm",)
+    if field.name == "judge_url":
+        return "http://localhost:8000/v1", "http://localhost:8000/v1"
     if field.metadata["choices"]:
         value = next(c for c in reversed(field.metadata["choices"]) if c != default)
         return value, value
@@ -203,9 +207,10 @@ POSITIVE = (
     "tensor_parallel "
     "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
-    "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps"
+    "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps "
+    "judge_concurrency judge_timeout"
 ).split()
-SHARES = "search_penalty format_weight min_lr_factor clip_low".split()
+SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward".split()
 
 
 def test_every_number_has_a_lower_bound_and_shares_an_upper_one():
@@ -254,6 +259,10 @@ def test_choices(field):
     ("attention dtype", dict(attention="flash", dtype="fp32")),
     ("deterministic rollout_deadline", dict(deterministic=True, rollout_deadline=5.0)),
     ("search_index", dict(preset="qwen2.5-vl-7b")),
+    ("judges em llm", dict(judges=("em", "gpt"))),
+    ("judge_url", dict(judge_url="ftp://judge/v1")),
+    ("judge_url password", dict(judge_url="https://me:secret@judge/v1")),
+    ("label mode", dict(label=True, mode="direct")),
 ])  # fmt: skip
 def test_impossible_combinations(words, values):
     message = refused(**values)

@@ -1,5 +1,6 @@
 """Questions from parquet, pictures, and how conversations become tokens."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -41,6 +42,7 @@ from rollout import Reply
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
 PNG = picture(1)
+JPEG = picture(2, format="JPEG")
 
 # The chat template of Qwen2.5-VL: a default system message, and parts of content that may be images.
 QWEN_TEMPLATE = (
@@ -1072,3 +1074,94 @@ def test_a_conversation_travels_as_a_parcel(codec):
     names = ("tokens", "sampled", "logprobs", "images", "turns", "stop", "sample")
     assert [getattr(other, name) for name in names] == [getattr(episode, name) for name in names]
     assert other.question is asked and len(other.images) == 4 and all(type(t) is int for t in other.tokens)
+
+
+# -------------------------------------------------------------------------------------------------- benchmarks
+
+
+def write_json(path, rows, as_list=False):
+    lines = [json.dumps(r) for r in rows]
+    path.write_text(f"[{','.join(lines)}]" if as_list else "".join(f"{line}\n\n" for line in lines))
+
+
+def test_benchmarks_as_they_lie_on_disk(tmp_path):
+    """A file of each, in the columns that the sets have on the hub; pictures as bytes, path and base64."""
+    (tmp_path / "oven_1.JPEG").write_bytes(JPEG)
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "7.png").write_bytes(PNG)
+    text = base64.b64encode(PNG).decode()
+    infoseek = {"data_id": "v1", "image_id": "oven_1", "question": "what?", "answer": ["a", "b"]}
+    ranges = infoseek | {"data_id": "v2", "answer": ["7"], "answer_eval": ["7", {"wikidata": 7, "range": [6, 8]}]}
+    write_json(tmp_path / "infoseek_val.jsonl", [infoseek, ranges])
+    mmsearch = {"sample_id": 3, "query": "who?", "query_image": {"bytes": PNG, "path": None}, "gt_answer": "c"}
+    blind = mmsearch | {"query_image": None, "alternative_gt_answers": []}
+    write(tmp_path / "end2end.parquet", mmsearch | {"alternative_gt_answers": ["d", "e"]}, blind)
+    write(
+        tmp_path / "simple.parquet", {"data_id": 5, "question": "it?", "answer": "f", "image": text, "language": "EN"}
+    )
+    live = {"sample_id": "s1", "query": "when?", "query_image": "/image/7.png", "gt_answer": "2025"}
+    write_json(tmp_path / "qa.json", [live, live | {"query_image": f"data:image/png;base64,{text}"}], as_list=True)
+    write(tmp_path / "fvqa_test.parquet", row())
+    files = ["infoseek_val.jsonl", "end2end.parquet", "simple.parquet", "qa.json", "fvqa_test.parquet"]
+    names = ["infoseek", "mmsearch", "simplevqa", "livevqa", "fvqa-test"]
+    assert set(names) == set(data.BENCHMARKS)
+    found = load_questions([f"{name}={tmp_path / file}" for name, file in zip(names, files, strict=True)])
+    assert [(q.data_source, q.id, q.data_id, q.text, q.answers, q.images) for q in found] == [
+        ("infoseek", "infoseek_val.jsonl:0", "v1", "what?", ("a", "b"), (JPEG,)),
+        ("infoseek", "infoseek_val.jsonl:1", "v2", "what?", ("7",), (JPEG,)),
+        ("mmsearch", "end2end.parquet:0", "3", "who?", ("c", "d", "e"), (PNG,)),
+        ("simplevqa", "simple.parquet:0", "5", "it?", ("f",), (PNG,)),
+        ("livevqa", "qa.json:0", "s1", "when?", ("2025",), (PNG,)),
+        ("livevqa", "qa.json:1", "s1", "when?", ("2025",), (PNG,)),
+        ("fvqa-test", "fvqa_test.parquet:0", "d1", "what is it called?", ("bako", "Bako", "the bako"), (PNG,)),
+    ]
+    verl = write(tmp_path / "mmsearch_r1_infoseek_sub_2k.parquet", row())
+    assert load_questions([f"infoseek={verl}"])[0].data_source == "infoseek"  # in veRL layout, read as that
+
+
+def test_verl_layout_as_json_lines(tmp_path):
+    (tmp_path / "p.png").write_bytes(PNG)
+    text = base64.b64encode(PNG).decode()
+    write_json(tmp_path / "a.jsonl", [row(images=images) for images in (["p.png"], [{"path": "p.png"}], [text], [])])
+    assert [q.images for q in load_questions([tmp_path / "a.jsonl"])] == [(PNG,), (PNG,), (PNG,), ()]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"prompt": 1}', "row 0 of .*a.jsonl: field prompt"),
+        ('{"prompt": ', "a.jsonl: not a readable JSON file"),
+        ("[1, 2]", "row 0 of .*a.jsonl: not a JSON object"),
+        ("3", "row 0 of .*a.jsonl: not a JSON object"),
+        (json.dumps(row(images=["nowhere.png"])), "cannot read 'nowhere.png'"),
+        (json.dumps(row(images=["A" * 4000])), "not a whole picture"),
+        (json.dumps(row(images=["a b/" * 1000])), "cannot read 'a b/"),
+        (json.dumps(row(images=["data:image/png;base64,?"])), "cannot read 'data:image"),
+    ],
+)
+def test_json_files_that_are_not_questions(tmp_path, content, said):
+    (tmp_path / "a.jsonl").write_text(content)
+    message = refused(load_questions, [tmp_path / "a.jsonl"])
+    assert re.search(said, message) and len(message) < 400
+
+
+def test_a_benchmark_s_file_must_have_its_columns(tmp_path):
+    path = write(tmp_path / "x.parquet", {"question": "?", "answer": "!"})
+    assert "no column 'image', only question, answer" in refused(load_questions, [f"simplevqa={path}"])
+    assert "no column 'prompt'" in refused(load_questions, [path])
+    assert "mmsearsh=" in refused(load_questions, [f"mmsearsh={path}"])
+
+
+def test_questions_written_are_questions_read(tmp_path):
+    asked = [
+        Question(
+            "a.pq:0", "what is <image>?", (PNG,), ("bako", "Bako"), "toy", "d1", "https://x.org/a.png", "be brief"
+        ),
+        Question("a.pq:1", "why?", (), ("because",)),
+        Question("a.pq:2", "which?", (PNG, JPEG), ("é",), "s"),
+    ]
+    data.write_questions(tmp_path / "a.pq", asked, {"label": ["image", "text", "both"], "pass_rate": [0.5, 1.0, 0.125]})
+    assert load_questions([tmp_path / "a.pq"]) == asked
+    rows = pq.read_table(tmp_path / "a.pq").to_pylist()
+    assert [(r["label"], r["pass_rate"]) for r in rows] == [("image", 0.5), ("text", 1.0), ("both", 0.125)]
+    assert "cannot write" in refused(data.write_questions, tmp_path / "no" / "a.pq", asked, {})

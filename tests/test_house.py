@@ -7,7 +7,22 @@ import sys
 import pytest
 from conftest import ROOT
 
-HOUSE = ["config", "data", "reward", "searchdb", "tools", "grpo", "policy", "rollout", "toy", "eval", "train", "report"]
+HOUSE = [
+    "config",
+    "data",
+    "reward",
+    "searchdb",
+    "tools",
+    "grpo",
+    "policy",
+    "rollout",
+    "toy",
+    "results",
+    "judge",
+    "eval",
+    "train",
+    "report",
+]
 
 
 @pytest.mark.parametrize("name", HOUSE)

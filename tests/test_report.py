@@ -22,7 +22,8 @@ import report
 import searchdb
 from config import InputError
 from data import Codec, load_questions, picture_key
-from eval import record, score_episode, summarize, write_jsonl
+from eval import record, score_episode, summarize
+from results import write_jsonl
 from rollout import ScriptedEngine, run
 from tools import OfflineSearch
 

@@ -1,5 +1,6 @@
 """Conversations: each way to end, written by hand; many at once; and the engine against transformers' own forward."""
 
+import json
 import multiprocessing
 import random
 import re
@@ -523,7 +524,7 @@ def test_ranks_that_share_an_engine_take_the_same_steps(folder, tmp_path):
     assert first[3] == second[3] > 10 and first[4] == second[4] == 0
 
 
-def test_share_and_unshare(monkeypatch):
+def test_share(monkeypatch):
     cfg = config.Config(engine="vllm", tensor_parallel=2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 6)
     parts = []
@@ -531,7 +532,6 @@ def test_share_and_unshare(monkeypatch):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         parts.append(rollout.share(list(range(10)), cfg))
     assert parts == [[0, 3, 6, 9], [], [1, 4, 7], [], [2, 5, 8], []]
-    assert rollout.unshare(parts, cfg) == list(range(10))
 
 
 # --------------------------------------------------------------------------------------------------- TorchEngine
@@ -915,3 +915,117 @@ def test_bf16_rounds_weights_and_not_positions(sharp, wide, device):
         expected = plain.sampled_logp(episode)
     said = torch.tensor([p for p, s in zip(episode.logprobs, episode.sampled, strict=True) if s])
     assert (said - expected).abs().mean() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------- other modes
+
+MODE_PROMPTS = {
+    "direct": "{question} answer.",
+    "pipeline_question": "{question} wait.",
+    "pipeline_after_image_search": "<information>\n{results}</information> query: {question}",
+    "pipeline_after_text_search": "<information>\n{results}</information> now: {question}",
+}
+
+
+@pytest.fixture
+def modes(cfg, prompts, tmp_path):
+    """The prompts of the other modes, too."""
+    for name, text in (PROMPTS | MODE_PROMPTS).items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return replace(cfg, prompts=str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "stop"), [(ANSWER, "answered"), (IMAGE, "max_turns"), ("hm", "no_action")])
+def test_direct(modes, folder, text, stop):
+    episode, search = hold(modes, folder, [text, ANSWER], mode="direct")
+    assert layout(episode) == HEAD.replace("called?", "called? answer.") + said(text)
+    assert episode.stop.value == stop and not search.calls
+
+
+WAIT = HEAD.replace("called?", "called? wait.") + IMAGE + "<|im_end|>"
+QUERY = FOUND_IMAGE.replace("</information> ", "</information> query: ")
+NOW = FOUND_TEXT.replace(" again: ", " now: ")
+
+
+def test_pipeline(modes, folder):
+    """The image search is put into the model's mouth and not trained on; the query and the answer are its own."""
+    episode, search = hold(modes, folder, ["", TEXT, ANSWER], mode="pipeline")
+    assert layout(episode) == WAIT + QUERY + said(TEXT) + NOW + said(ANSWER)
+    assert search.calls == [("q0", Call("image")), ("q0", Call("text", "bako river"))]
+    assert episode.stop == Stop.ANSWERED and episode.responses == [TEXT, ANSWER] and len(episode.images) == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "query"),
+    [
+        ("<reason>so.</reason><text_search> a\nb </text_search>", "a\nb"),
+        ("<reason>so.</reason> bako  river", "bako river"),
+        (ANSWER, "bako"),
+        ("<reason>so.</reason>", "what is it called?"),
+        (IMAGE, "what is it called?"),
+    ],
+)
+def test_the_pipeline_searches_whatever_the_model_says(modes, folder, reply, query):
+    episode, search = hold(modes, folder, ["", reply, TEXT], mode="pipeline")
+    assert search.calls == [("q0", Call("image")), ("q0", Call("text", query))]
+    assert episode.stop == Stop.NO_ACTION  # the last turn was to be an answer
+
+
+def test_the_pipeline_goes_on_after_a_failed_search(modes, folder):
+    nothing = Search(lambda call, _: Result("no_results") if call.kind == "image" else Result("error"))
+    episode, _ = hold(modes, folder, ["", TEXT, ANSWER], nothing, mode="pipeline")
+    told = [
+        "<information>\nthe search found nothing.\n</information> query:",
+        "<information>\nthe search failed.\n</inf",
+    ]
+    assert all(text in layout(episode) for text in told) and episode.stop == Stop.ANSWERED
+
+
+def test_the_pipeline_has_a_budget_too(modes, folder):
+    whole, _ = hold(modes, folder, ["", TEXT, ANSWER], mode="pipeline")
+    reached = set()
+    for room in range(26, len(whole.tokens)):
+        cfg = replace(modes, max_tokens=room, max_prompt_tokens=25, max_tokens_per_turn=25)
+        episode, _ = hold(cfg, folder, ["", TEXT, ANSWER], mode="pipeline")
+        assert episode.stop == Stop.MAX_TOKENS and episode.tokens == whole.tokens[: len(episode.tokens)]
+        reached.add((len(episode.calls), len(episode.turns)))
+    assert reached == {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)}
+
+
+def test_the_pipeline_can_be_aborted(modes, folder):
+    codec = Codec(folder, modes)
+    conversation = rollout.converse_always_searching(question(0), codec, modes)
+    assert next(conversation) == Call("image")
+    with pytest.raises(StopIteration) as end:
+        conversation.throw(rollout.Aborted())
+    assert end.value.value.stop == Stop.ABORTED
+
+
+# ------------------------------------------------------------------------------------------- from a record
+
+
+def test_a_conversation_from_its_record(cfg, folder):
+    """Tokens, pictures and mask of the conversation itself, from its JSON line, the question and the search."""
+    for turns in ([ANSWER], [IMAGE, ANSWER], [IMAGE, TEXT, ANSWER], [TEXT, ANSWER]):
+        episode, search = hold(cfg, folder, turns)
+        r = json.loads(json.dumps(episode.record()))
+        again = rollout.replay(r, question(0), episode.codec, search)
+        assert layout(again) == layout(episode) and again.tokens == episode.tokens
+        assert again.sampled == episode.sampled and again.images == episode.images
+        assert again.stop == Stop.ANSWERED and again.record() == r
+    failing, _ = hold(cfg, folder, [IMAGE, ANSWER], Search(lambda *_: Result("error", error="down")))
+    assert layout(rollout.replay(failing.record(), question(0), failing.codec, None)) == layout(failing)
+
+
+def test_conversations_that_cannot_be_had_from_their_record(cfg, folder):
+    episode, search = hold(cfg, folder, [IMAGE, TEXT, ANSWER])
+    r, codec = episode.record(), episode.codec
+    other = Search(lambda *_: Result("ok", (Hit("tilo", image=PICTURES["small"]),)))
+    with pytest.raises(ValueError, match="finds something else"):
+        rollout.replay(r, question(0), codec, other)
+    for turns in ([IMAGE, "hm"], [IMAGE, IMAGE]):
+        with pytest.raises(ValueError, match="without an answer"):
+            rollout.replay(hold(cfg, folder, turns)[0].record(), question(0), codec, search)
+    short = Codec(folder, replace(cfg, max_tokens=len(episode.tokens) - 1, max_prompt_tokens=40))
+    with pytest.raises(ValueError, match="longer than max_tokens"):
+        rollout.replay(r, question(0), short, search)

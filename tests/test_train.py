@@ -16,16 +16,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHORT_WORLD, question, replace
+from conftest import ROOT, SHORT_WORLD, guesser, question, replace
 from safetensors.torch import load_file
 
 import config
+import eval as evaluation
 import policy
+import results
 import reward
 import train
 from config import InputError
-from data import Result, Stop
+from data import Codec, Result, Stop, load_questions
 from rollout import EngineDied, TorchEngine, run
+from searchdb import SearchDB
+from tools import OfflineSearch
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 SHORT = [
@@ -547,3 +551,155 @@ def test_plot(tmp_path, capfd, monkeypatch):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
     with pytest.raises(InputError, match="nowhere.metrics.jsonl: cannot read"):
         train.plot((str(tmp_path / "nowhere"),))
+
+
+# ------------------------------------------------------------------------------------------ supervised cold start
+
+
+@pytest.fixture(scope="module")
+def talks(world, tmp_path_factory):
+    """Two conversations about each of 40 toy questions, some right: (folder with them as files, the episodes). The
+    files train and test hold different questions."""
+    place, cfg = world
+    codec, questions = Codec(place.model, cfg), load_questions([place.train])[:40]
+    search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
+    episodes = run(questions, guesser(codec, questions), search, codec, cfg, samples=2)
+    records = [evaluation.record(e, evaluation.score_episode(e, cfg)) for e in episodes]
+    path, header = tmp_path_factory.mktemp("talks"), {"config": {"mode": "agent", "files": [str(place.train)]}}
+    results.ResultFile(path / "train.jsonl", header).finish(records[:60])
+    results.ResultFile(path / "test.jsonl", header).finish(records[60:])
+    return path, episodes
+
+
+def loaded(world, *files, **changes):
+    place, cfg = world
+    codec, cfg = Codec(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)), **changes)
+    search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
+    return train.load_conversations(cfg, codec, search, (str(place.train), str(place.val)))
+
+
+def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
+    path, episodes = talks
+    right = [e for e in episodes[:60] if evaluation.score_episode(e, world[1]).reward >= 0.5]
+    read, left_out = loaded(world, path / "train.jsonl")
+    assert 10 < len(right) < 50 and sum(left_out.values()) == 60 - len(right)
+    assert [e.tokens for e in read] == [e.tokens for e in right]
+    assert [e.sampled for e in read] == [e.sampled for e in right]
+    assert [[p.key for p in e.images] for e in read] == [[p.key for p in e.images] for e in right]
+    everything, left_out = loaded(world, path / "train.jsonl", sft_min_reward=0.0)
+    assert len(everything) == 60 and not left_out
+
+
+def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, talks, codec):
+    """The targets of the packed rows, written by hand for a conversation with both searches."""
+    read, _ = loaded(world, talks[0] / "train.jsonl", talks[0] / "test.jsonl")
+    chosen = next(e for e in read if len(e.turns) == 3)
+    answer = chosen.question.answers[0]
+    model = policy.load_policy(world[0].model, codec, codec.cfg, torch.device("cpu"))
+    (row,) = policy.pack([chosen], codec, model, 1000)
+    assert codec.show(row.target.tolist()) == (
+        "<reason> hm.</reason><search><img></search><|im_end|>"
+        f"<reason> hm.</reason><text_search> {answer}</text_search><|im_end|>"
+        f"<reason> well.</reason><answer> {answer}</answer><|im_end|>"
+    )
+    shown = codec.show(chosen.tokens)
+    assert shown.count("<information>") == 2 and shown.count("<image>") == 4  # what is there and not learned
+    logp = torch.arange(1.0, len(row.target) + 1)
+    loss, count, stats = train.imitation_loss(replace(codec.cfg, loss_norm="tokens"), 0, row, logp, None)
+    assert (float(loss), float(count)) == (-float(logp.sum()), len(logp)) and float(stats["nll"]) == float(loss)
+
+
+def test_supervised_training_makes_held_out_answers_likelier(world, talks, arguments, tmp_path, device):
+    """Six steps on right answers: those about other questions become likelier, and a resumed run ends in the same
+    bits."""
+    path, _ = talks
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    sft = [*arguments, "--loss=sft", f"--train_files={path / 'train.jsonl'}", "--prompts_per_step=10", "--lr=1e-3"]
+    for run_dir, more in ((whole, ["--steps=6"]), (parts, ["--steps=3"]), (parts, ["--steps=6", "--resume=auto"])):
+        code, _ = run_train(sft, f"--run_dir={run_dir}", *more)
+        assert code == 0, run_dir.with_suffix(".log").read_text()
+    assert_same_run(whole, parts)
+    nll = [line["nll"] for line in metrics(whole)]
+    assert len(nll) == 6 and nll[-1] < nll[0]
+    held_out, _ = loaded(world, path / "test.jsonl")
+    means = []
+    for folder in (world[0].model, whole / "final"):
+        codec = held_out[0].codec
+        model = policy.load_policy(folder, codec, world[1], device)
+        rows = policy.pack(held_out, codec, model, 4096)
+        logps = policy.logprobs(model, rows, 1.0, device)
+        means.append(
+            [
+                float(lp[row.sequence == n].mean())
+                for lp, row in zip(logps, rows, strict=True)
+                for n in range(len(row.episodes))
+            ]
+        )
+    assert len(means[0]) == len(held_out) > 3
+    assert all(after > before + 0.2 for before, after in zip(*means, strict=True))
+
+
+def test_bad_conversations(world, talks, arguments, tmp_path, capfd):
+    path, _ = talks
+    header, records = results.read_results(path / "test.jsonl")
+    cases = {
+        "pipeline": ({"config": {"mode": "pipeline"}}, records, "only the agent's can be imitated"),
+        "other": (header, [records[0] | {"question": "who are you?"}], "say with --files what it is about"),
+        "wrong": (header, [r for r in records if not r["correct"]], "earned less than 0.5"),
+    }
+    for name, (its_header, its_records, said) in cases.items():
+        results.ResultFile(tmp_path / name, its_header).finish(its_records)
+        monkey = [*arguments, "--loss=sft", f"--train_files={tmp_path / name}", f"--run_dir={tmp_path / 'run'}"]
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+            patch.setattr(sys, "argv", ["train.py", *monkey])
+            config.run_main(train.main)
+        assert exit.value.code == 2 and said in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------- logging elsewhere
+
+
+def test_figures_are_flattened():
+    entry = {"loss": 1.5, "greedy": {"all": {"n": 3, "stops": {"answered": 2}}}, "name": "x", "none": None}
+    assert dict(train.flat(entry)) == {"loss": 1.5, "greedy/all/n": 3, "greedy/all/stops/answered": 2}
+
+
+@pytest.mark.parametrize(("log", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_package_is_one_line_at_start_up(arguments, log, module, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"--log={log}", f"--run_dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit):
+        config.run_main(train.main)
+    assert capfd.readouterr().err == f"error: log={log}: its package is not installed: pip install {log}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def logged(cfg, tmp_path, log):
+    """A run directory with two entries, which are in its metrics.jsonl whatever else they go to."""
+    run_dir = train.RunDir(replace(cfg, run_dir=str(tmp_path / "run"), log=log))
+    run_dir.prepare()
+    run_dir.log({"step": 0, "phase": "eval", "greedy": {"all": {"accuracy": 0.25}}})
+    run_dir.log({"step": 0, "phase": "train", "loss": 1.5})
+    assert [entry["phase"] for entry in run_dir.read_log()] == ["eval", "train"]
+    return run_dir.path
+
+
+def test_tensorboard(cfg, device, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path = logged(cfg, tmp_path, "tensorboard")
+    events = event_accumulator.EventAccumulator(str(path / "tensorboard")).Reload()
+    found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found == {"greedy/all/accuracy": [(0, 0.25)], "loss": [(0, 1.5)]}
+
+
+def test_wandb_offline(cfg, device, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path = logged(cfg, tmp_path, "wandb")
+    run = wandb.run
+    run.log({}, step=1)  # wandb takes a step's figures together when the next one begins
+    assert (run.summary["greedy/all/accuracy"], run.summary["loss"]) == (0.25, 1.5)
+    assert run.id == (path / "wandb.id").read_text() and list(path.glob(f"wandb/offline-run-*-{run.id}"))
+    run.finish()
