@@ -71,7 +71,8 @@ def init_distributed(cfg: Config) -> torch.device:
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
     if cfg.deterministic is None:
-        return device.type == "cpu" and not cfg.rollout_deadline  # the clock is not deterministic
+        repeatable = cfg.search in ("offline", "replay") and not cfg.search_url
+        return device.type == "cpu" and repeatable and not cfg.rollout_deadline  # clock and web are not deterministic
     return cfg.deterministic
 
 
