@@ -20,13 +20,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import reward
+import tools
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions
+from data import Codec, Episode, Question, Stop, Usage, decode_image, drop_overlong, load_questions
 from policy import init_distributed, is_deterministic, read_model
 from rollout import TorchEngine, run
-from searchdb import SearchDB
-from tools import OfflineSearch
 
 
 def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
@@ -93,6 +92,8 @@ def _figures(records, cfg):
     allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
     right = sum(r["correct"] for r in done)
     low, high = wilson(right, len(done))
+    usage = [call.get("usage", {}) for r in records for call in r["calls"]]
+    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
     return {
         "n": len(done),
         "accuracy": right / n,
@@ -106,6 +107,10 @@ def _figures(records, cfg):
         "format": sum(r["format_ok"] for r in done) / n,
         "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
         "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
+        "errors": dict(sorted(Counter(e for r in records for c in r["calls"] if (e := c.get("error_kind"))).items())),
+        "cost": used["cost"] / max(len(records), 1),
+        "cached": used["cached"] / max(len(usage), 1),
+        "usage": used,
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }
 
@@ -121,16 +126,18 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def table(summary: dict[str, dict]) -> str:
-    """The summary as text, one line for each data source."""
+    """The summary as text, one line for each data source. cost: of the searches, for a question; cached: the share of
+    searches that were answered from what was kept."""
     width = max(len(source) for source in summary)
-    lines = [f"{'':{width}}     n  accuracy (95 %)      search  image   text   both  format  turns  failed  stops"]
+    shares = "search  image   text   both  format  turns  failed   cost  cached"
+    lines = [f"{'':{width}}     n  accuracy (95 %)      {shares}  stops"]
     for source, f in summary.items():
         interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
         shares = "  ".join(f"{f[key]:5.3f}" for key in ("search_ratio", "image", "text", "both"))
         stops = ", ".join(f"{stop} {n}" for stop, n in f["stops"].items())
         lines.append(
             f"{source:{width}} {f['n']:5d}  {interval}  {shares}   {f['format']:5.3f}  {f['turns']:5.2f}"
-            f"  {f['tool_failures']:6d}  {stops}"
+            f"  {f['tool_failures']:6d}  {f['cost']:5.3f}   {f['cached']:5.3f}  {stops}"
         )
     return "\n".join(lines)
 
@@ -152,10 +159,9 @@ def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episod
     return episode
 
 
-def open_search(cfg: Config) -> OfflineSearch:
-    """The search of the configuration: an index of the user's, or the toy world's."""
-    index = cfg.search_index or toy.locate(cfg).index
-    return OfflineSearch(SearchDB(index), image_results=cfg.image_results, text_results=cfg.text_results)
+def open_search(cfg: Config):
+    """The search of the configuration; an offline one in an index of the user's, or the toy world's."""
+    return tools.open_search(cfg, cfg.search_index or toy.locate(cfg).index)
 
 
 def load_engine(folder, codec: Codec, cfg: Config, device) -> TorchEngine:
@@ -181,7 +187,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 def main() -> None:
     cfg = parse(sys.argv[1:])
     device = init_distributed(cfg)
-    if cfg.model == "toy" or not cfg.search_index:
+    if cfg.model == "toy" or (cfg.searches_index and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
     codec = Codec(folder, cfg)
@@ -190,6 +196,7 @@ def main() -> None:
         question = Question(id="asked", text=cfg.question, images=image)
         if drop_overlong([question], codec)[1]:
             raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+        tools.check_questions([question], cfg)
         ask(question, load_engine(folder, codec, cfg, device), open_search(cfg), codec, cfg)
         return
     questions, dropped = drop_overlong(
@@ -201,6 +208,9 @@ def main() -> None:
         raise InputError(
             "there is no question to evaluate on" + (f" ({dropped} over-long ones dropped)" if dropped else "")
         )
+    tools.check_questions(questions, cfg)
+    if dist.get_rank() == 0 and (line := tools.estimate(len(questions), cfg)):
+        print(line, file=sys.stderr)
     records = evaluate(
         questions, load_engine(folder, codec, cfg, device), open_search(cfg), codec, cfg,
         temperature=cfg.eval_temperature, progress="evaluating", ordered=is_deterministic(cfg, device),

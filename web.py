@@ -367,14 +367,15 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with its end mark."""
-    return [s.strip() for s in SENTENCE_END.split(text) if s.strip()]
+    """The sentences of a text, each with its end mark; what is longer than 500 characters is cut into pieces."""
+    found = (s.strip() for s in SENTENCE_END.split(text))
+    return [s[at : at + 500] for s in found for at in range(0, len(s), 500)]
 
 
 def passages(text: str, query: str, count: int) -> str:
     """The `count` sentences that fit the query best, in their order: each word of the query counts more the fewer
     sentences hold it. The first sentences, if none holds a word."""
-    found = [(s, set(_words(s))) for s in sentences(text) if len(s) <= 1000]
+    found = [(s, set(_words(s))) for s in sentences(text)]
     wanted = set(_words(query))
     holders = Counter(word for _, words in found for word in words & wanted)
     score = [sum(1 / holders[word] for word in words & wanted) for _, words in found]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-HOUSE = ["config", "data", "reward", "searchdb", "tools", "grpo", "policy", "rollout", "toy", "eval", "train"]
+HOUSE = ["config", "data", "reward", "web", "searchdb", "tools", "grpo", "policy", "rollout", "toy", "eval", "train"]
 
 
 @pytest.mark.parametrize("name", HOUSE)
