@@ -454,11 +454,11 @@ class SearchCache(_File):
         super().__init__(path, "mode=rw" if write else "mode=ro&immutable=1" if frozen else "mode=ro")
 
     def get(self, request: dict, count: bool = False) -> Result | None:
-        """The result kept for a request, if any; count: note that it was of use (needs `write`)."""
+        """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
         key = request_key(canonical(request))
         with self._connection() as db:
             row = db.execute("SELECT status, result FROM results WHERE key = ?", (key,)).fetchone()
-            if row and count:
+            if row and count and row[0] != "error":
                 db.execute("UPDATE results SET used = used + 1 WHERE key = ?", (key,))
             return row and _load_result(*row, partial(_image, db))
 

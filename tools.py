@@ -322,7 +322,7 @@ class WebSearch:
         meter.add(tokens=_count(usage.get("total_tokens")) if isinstance(usage, dict) else 0)
         try:
             said = answer["choices"][0]["message"]["content"]
-            summary = clean(said.rpartition("</think>")[2], 10 * MAX_TEXT)
+            summary = clean(plain_text(said.rpartition("</think>")[2][: 10 * MAX_TEXT]), 10 * MAX_TEXT)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise Failure("bad_response", "summariser: no message") from None
         if not summary or summary.startswith("<think>"):
@@ -495,10 +495,10 @@ class RemoteSearch:
         self.patience = 2 * cfg.search_deadline + 60  # the service's own deadline, and a restart
         self.client = Client(cfg.connect_timeout, cfg.search_deadline + 30, 1000, cfg.retry_pause)
 
-    def check(self) -> None:
-        """Raise InputError unless a service answers within a minute."""
+    def check(self, patience: float = 60.0) -> None:
+        """Raise InputError unless a service answers within so many seconds."""
         try:
-            self._ask("/health", min(60.0, self.patience))
+            self._ask("/health", patience)
         except Failure as failure:
             raise InputError(f"search_url={self.url}: {failure}; `python tools.py serve` starts one") from None
 

@@ -170,7 +170,10 @@ class Client:
                 headers["Content-Type"] = "application/json"
                 connection.request("POST", target, json.dumps(payload).encode(), headers)
             with connection.getresponse() as response:
-                return self._answer(response, meter, max_bytes, types)
+                answer = self._answer(response, meter, max_bytes, types)
+            if time.monotonic() >= deadline:
+                raise TimeoutError  # it may have been cut at a place that looks like an end
+            return answer
         finally:
             if guard:
                 guard.cancel()
