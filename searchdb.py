@@ -452,6 +452,7 @@ class SearchCache(_File):
         # In a folder that cannot be written SQLite can read a WAL database only if told that nobody writes to it.
         frozen = not write and not os.access(Path(path).absolute().parent, os.W_OK)
         super().__init__(path, "mode=rw" if write else "mode=ro&immutable=1" if frozen else "mode=ro")
+        self._writing = threading.Lock()  # SQLite would let this process's threads sleep and try again
 
     def get(self, request: dict, count: bool = False) -> Result | None:
         """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
@@ -459,7 +460,8 @@ class SearchCache(_File):
         with self._connection() as db:
             row = db.execute("SELECT status, result FROM results WHERE key = ?", (key,)).fetchone()
             if row and count and row[0] != "error":
-                db.execute("UPDATE results SET used = used + 1 WHERE key = ?", (key,))
+                with self._writing:
+                    db.execute("UPDATE results SET used = used + 1 WHERE key = ?", (key,))
             return row and _load_result(*row, partial(_image, db))
 
     def put(self, request: dict, result: Result) -> Result:
@@ -470,7 +472,7 @@ class SearchCache(_File):
 
     def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> None:
         """Keep many (request, time, result), all or none."""
-        with self._connection() as db:
+        with self._connection() as db, self._writing:
             db.execute("BEGIN IMMEDIATE")
             try:
                 for request, created, result in rows:
@@ -752,9 +754,10 @@ class _Ignored(str):
 
 
 def _reconstruct(cls, base, state):
-    if cls is not _PickledImage or base is not object:
+    """What `copyreg._reconstructor` does, for pictures and their notes alone (protocols 0 and 1)."""
+    if (cls, base) not in ((_PickledImage, object), (_Ignored, str)):
         raise pickle.UnpicklingError("only pictures may be reconstructed")
-    return cls()
+    return cls() if base is object else cls(state)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -762,6 +765,8 @@ class _Unpickler(pickle.Unpickler):
 
     allowed: dict[tuple[str, str], Callable | type] = {
         ("builtins", "object"): object,
+        ("builtins", "unicode"): str,
+        ("builtins", "str"): str,
         ("builtins", "set"): set,
         ("builtins", "frozenset"): frozenset,
         ("builtins", "bytearray"): bytearray,
