@@ -1,4 +1,4 @@
-"""The cache of results: content keys, hashes that are checked, threads, processes and a kill, parquet, FVQA's pickle."""
+"""The cache of results: content keys, checked hashes, threads, processes and a kill, parquet, FVQA's pickle."""
 
 import collections
 import copyreg
@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture, question
-from local_web import LocalWeb
+from hammer import asked, hammered
+from local_web import LocalWeb, wait_until
 from PIL import Image, PngImagePlugin
 
 import searchdb
@@ -41,10 +42,6 @@ def result(n=0, status="ok"):
         if status == "ok"
         else Result(status, error="why" * (status == "error"), error_kind="server" * (status == "error"))
     )
-
-
-def asked(n, kind="text"):
-    return {"kind": kind, "query": f"q{n}"}
 
 
 @pytest.fixture
@@ -132,45 +129,16 @@ def test_damage_is_an_error_not_an_empty_result(cache):
             cache.get(asked(0))
 
 
-HAMMER = """
-import random, sys
-from concurrent.futures import ThreadPoolExecutor
-sys.path.insert(0, {tests!r})
-from test_cache import asked, hammered
-from searchdb import SearchCache
-cache = SearchCache(sys.argv[1], write=True)
-print("ready", flush=True)
-def work(thread):
-    rng = random.Random(f"{{sys.argv[2]}} {{thread}}")
-    for _ in range(int(sys.argv[3])):
-        n = rng.randrange(200)
-        assert cache.put(asked(n), hammered(n)) == hammered(n) == cache.get(asked(n), count=True)
-with ThreadPoolExecutor(8) as pool:
-    list(pool.map(work, range(8)))
-"""
-
-
-def hammered(n):
-    """A result of n alone, with pictures that several results share."""
-    data = [hashlib.sha256(bytes([i])).digest() * 300 for i in (n % 7, n)]
-    return Result("ok", tuple(Hit(f"{n} {i}", image=d) for i, d in enumerate(data)))
-
-
 def test_two_processes_of_eight_threads_and_one_is_killed(tmp_path):
     path = tmp_path / "c.sqlite"
-    script = HAMMER.format(tests=str(ROOT / "tests"))
+    command = [sys.executable, str(ROOT / "tests" / "hammer.py"), str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = lambda seed, rounds: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", script, str(path), str(seed), str(rounds)], env=environment, stdout=subprocess.PIPE
-    )
-    victim, other = start(1, 10_000), start(2, 25)
-    assert victim.stdout.readline() == b"ready\n"
-    while not path.exists() or os.path.getsize(f"{path}-wal") < 200_000:  # in the middle of its work
-        time.sleep(0.01)
+    victim = subprocess.Popen([*command, "1", "100000"], env=environment)
+    other = subprocess.Popen([*command, "2", "40"], env=environment)
+    wal = path.with_name("c.sqlite-wal")
+    assert wait_until(lambda: wal.exists() and wal.stat().st_size > 200_000, 60)  # both are in the middle of it
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert other.wait(120) == 0 and victim.returncode == -signal.SIGKILL
-    other.stdout.close()
+    assert victim.wait() == -signal.SIGKILL and other.wait(120) == 0
     assert problems(path) == []
     with closing(SearchCache(path, write=True)) as cache:
         kept = [n for n in range(200) if cache.get(asked(n))]
