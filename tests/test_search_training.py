@@ -1,5 +1,5 @@
-"""Training on live search that fails: typed in the metrics, aborted conversations outside the baseline, a stop when most
-searches fail; accounts in the evaluation's table."""
+"""Training on live search that fails: typed in the metrics, aborted conversations outside the baseline, a stop when
+most searches fail; accounts in the evaluation's table."""
 
 import json
 import random
