@@ -53,6 +53,7 @@ APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other S
 INDEX_VERSION = 2  # rises when the tables or `embed` change; version 1, which had no table `settings`, is read, too
 CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # the same for a cache
 MAX_QUERY_WORDS = 64  # different words of a query that count; a model may well say ten thousand
+LARGE_INDEX = 100_000  # documents from which on words that a tenth of them hold are left out of queries
 THUMBNAIL_SIDE = 336  # pixels, at most
 LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
 
@@ -235,6 +236,7 @@ class SearchDB(_File):
         super().__init__(path)
         try:
             self.embedding = self._setting("image_embedding")
+            self._common = frozenset(self._setting("common_words").split())
             self._rowids, self._embeddings = self._load_embeddings()
         except (sqlite3.DatabaseError, ValueError) as error:  # ValueError: an embedding of another length
             self.close()
@@ -261,9 +263,10 @@ class SearchDB(_File):
         """The k best documents that hold any of the query's words, best first (equals: in the order they were indexed).
 
         Any string is a valid query: operators and quotes mean nothing, no words find nothing, words after the first
-        MAX_QUERY_WORDS different ones are left out. Raises sqlite3.DatabaseError if the file cannot be read.
+        MAX_QUERY_WORDS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
+        hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read.
         """
-        match = _match_expression(query)
+        match = _match_expression(query, self._common)
         if not match:
             return []
         sql = "SELECT title, url, text FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
@@ -293,10 +296,12 @@ class SearchDB(_File):
         return {"docs": docs, "images": len(self._rowids), "bytes": self.path.stat().st_size}
 
 
-def _match_expression(query: str) -> str:
-    """The query's words, quoted and OR-ed. Only letters and digits get through, so nothing in it is FTS5 syntax."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", query).lower())
-    return " OR ".join(f'"{word}"' for word in list(dict.fromkeys(words))[:MAX_QUERY_WORDS])
+def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
+    """The query's words, quoted and OR-ed, without common ones if there are others. Only letters and digits get
+    through, so nothing in it is FTS5 syntax."""
+    words = dict.fromkeys(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", query).lower()))
+    words = [word for word in words if word not in common] or list(words)
+    return " OR ".join(f'"{word}"' for word in words[:MAX_QUERY_WORDS])
 
 
 def _header(path):
@@ -346,6 +351,7 @@ def _build(path, docs, images, folder, skip_bad_rows, image_embedding):
             bad += _insert(db, columns, lambda row: _image_values(row, folder, embedder), images, skip_bad_rows)
             db.execute("INSERT INTO settings VALUES ('image_embedding', ?)", (_full_name(image_embedding),))
             db.execute("INSERT INTO docs(docs) VALUES ('optimize')")
+            db.execute("INSERT INTO settings VALUES ('common_words', ?)", (_common_words(db),))
             db.commit()  # the only one; returns when the bytes are on the disk
         temporary.replace(path)
     except sqlite3.OperationalError as error:
@@ -370,6 +376,16 @@ def _insert(db, columns, values, rows, skip_bad_rows):
 
 def _doc_values(row):
     return _strings(row, "title", "text")
+
+
+def _common_words(db):
+    """Words that over a tenth of the documents of a large index hold: every query with one would rank them all, for
+    seconds, and their weight in BM25 is small."""
+    ((count,),) = db.execute("SELECT count(*) FROM docs")
+    if count < LARGE_INDEX:
+        return ""
+    db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, docs, row)")
+    return " ".join(word for (word,) in db.execute("SELECT term FROM temp.words WHERE doc > ?", (count // 10,)))
 
 
 def _encoder(name):

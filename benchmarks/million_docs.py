@@ -51,7 +51,7 @@ def main(count, folder):
     built = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     names = [np.base_repr(n * 7919 + 1_000_003, 36).lower() for n in range(WORDS)]
-    queries = [" ".join(names[w] for w in draw(rng, int(rng.integers(2, 9)))) for _ in range(300)]
+    queries = [" ".join(names[w] for w in draw(rng, int(rng.integers(2, 9)))) for _ in range(200)]
     db, seconds = SearchDB(index), []
     for query in queries:
         started = time.monotonic()

@@ -685,3 +685,17 @@ def test_an_index_of_the_first_version_is_read(tmp_path):
         db.executescript("DROP TABLE settings; PRAGMA user_version = 1;")
     with closing(SearchDB(tmp_path / "i.sqlite")) as db:
         assert [hit.title for hit in db.image(PICTURE, 1) + db.text("b", 1)] == ["p", "a"]
+
+
+def test_a_large_index_leaves_common_words_out(tmp_path, monkeypatch):
+    """From LARGE_INDEX documents on: words that over a tenth of them hold, if the query has others."""
+    docs = [{"title": f"t{n}", "text": f"the word{n} tenth{n % 10} often{n % 9}"} for n in range(90)]
+    monkeypatch.setattr(searchdb, "LARGE_INDEX", 91)
+    build(tmp_path / "small.sqlite", docs)
+    monkeypatch.setattr(searchdb, "LARGE_INDEX", 90)
+    build(tmp_path / "large.sqlite", docs)
+    with closing(SearchDB(tmp_path / "small.sqlite")) as small, closing(SearchDB(tmp_path / "large.sqlite")) as large:
+        assert len(small.text("the word7", 99)) == 90 and [h.title for h in large.text("The word7", 99)] == ["t7"]
+        assert small.text("the word7", 1) == large.text("the word7", 1)
+        assert len(large.text("the", 99)) == 90 and len(large.text("the often3", 99)) == 90
+        assert len(large.text("the often3 tenth3", 99)) == 9  # a tenth is not over a tenth

@@ -90,7 +90,7 @@ def fetch(url, seconds=5.0, **options):
         name: options.pop(name) for name in ("retries", "pause", "allow_hosts", "read_timeout") if name in options
     }
     client = Client(**{"retries": 0, "pause": 0.01, **settings})
-    options = {"what": "it", "max_bytes": 1000, "types": ("*/*",), **options}
+    options = {"what": "it", "max_bytes": 1000, "types": ("text/*", "image/*"), **options}
     return client.fetch(url, Limit(4), Meter(), time.monotonic() + seconds, **options)
 
 
@@ -174,8 +174,8 @@ OK = (200, {"Content-Type": "text/plain"}, b"yes")
 
 
 def test_retry_after_is_honoured_in_seconds_and_as_a_date():
-    date = email.utils.formatdate(time.time() + 2, usegmt=True)
-    for value in ("1", date):
+    for value in ("1", "date"):
+        value = email.utils.formatdate(time.time() + 2.5, usegmt=True) if value == "date" else value
         with replies((429, {"Retry-After": value}, b""), OK) as (server, url):
             assert fetch(url, ours=True, retries=1) == b"yes"
             assert server.times[1] - server.times[0] >= 0.9
@@ -244,11 +244,11 @@ def test_certificates_are_checked(tmp_path):
     tls.load_cert_chain(certificate, key)
     with replies(OK, OK, tls=tls) as (server, url), pytest.MonkeyPatch.context() as patch:
         wrong = failure(url, ours=True)
-        assert wrong.kind == "connection" and "Certificate" in str(wrong)
+        assert wrong.kind == "connection" and "Cert" in str(wrong)
         patch.setattr(web, "_context", ssl.create_default_context(cafile=certificate))
         assert fetch(url, ours=True) == b"yes"
         wrong = failure(url.replace("localhost", "127.0.0.1"), ours=True)  # another name than the certificate's
-        assert wrong.kind == "connection" and "Certificate" in str(wrong)
+        assert wrong.kind == "connection" and "Cert" in str(wrong)
 
 
 def test_a_handshake_that_hangs_ends_at_the_deadline():
@@ -309,8 +309,6 @@ def test_passages_are_the_sentences_that_fit_best_in_their_order():
     text = "Nauru is small. The flag is blue. Cats sleep. The flag of Nauru has a star! A flag waves. Nauru."
     assert passages(text, "flag of Nauru", 1) == "The flag of Nauru has a star!"
     assert passages(text, "Cats?", 3) == "Cats sleep."  # only what holds a word
-    assert (
-        passages(text, "star of Nauru", 2) == "The flag of Nauru has a star!" + passages(text, "star of Nauru", 2)[29:]
-    )
+    assert passages(text, "star of Nauru", 2) == "Nauru is small. The flag of Nauru has a star!"
     assert passages(text, "zebra", 2) == "Nauru is small. The flag is blue."
     assert passages("", "x", 2) == ""
