@@ -217,7 +217,7 @@ def settings(server, **changes) -> dict:
     return {
         "search": "live", "serpapi_url": server.url, "reader_url": f"{server.url}/read", "allow_hosts": (server.host,),
         "image_base_url": "https://pictures.example", "serpapi_per_second": 0, "reader_per_second": 0,
-        "connect_timeout": 1.0, "read_timeout": 1.0, "search_deadline": 5.0, "retry_pause": 0.01, **changes,
+        "connect_timeout": 5.0, "read_timeout": 10.0, "search_deadline": 60.0, "retry_pause": 0.01, **changes,
     }  # fmt: skip
 
 
