@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ JUDGES = ("em", "sub_em", "llm")
 
 def _knob(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+SEARCHES = ("offline", "live", "record", "replay")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,38 @@ class Config:
     search_index: str = _knob("", "index of the offline search, from searchdb.py (none: the toy world's)")
     image_results: int = _knob(3, "hits of an image search shown to the model")
     text_results: int = _knob(3, "hits of a text search shown to the model")
+    search: str = _knob("offline", "the index, the web, the web and kept, or only what was kept", SEARCHES)
+    search_cache: str = _knob("", "file of kept results, for record and replay")
+    search_url: str = _knob("", "a running `tools.py serve`, which then answers in the way that it was told")
+    serve_address: str = _knob("127.0.0.1:8100", "host:port that `tools.py serve` listens on")
+    search_budget: int = _knob(0, "live searches a run may make, split over the ranks (0: no limit)")
+    search_deadline: float = _knob(120.0, "seconds for a search in all, retries included")
+    connect_timeout: float = _knob(5.0, "seconds to wait for a connection")
+    read_timeout: float = _knob(30.0, "seconds of silence after which an answer is given up")
+    search_retries: int = _knob(3, "further attempts after time-outs, broken connections, 429 and 5xx")
+    retry_pause: float = _knob(1.0, "seconds before the second attempt; doubles, with jitter; Retry-After is honoured")
+    max_failed_searches: float = _knob(0.5, "stop training when a larger share of a step's searches failed")
+    search_language: str = _knob("en", "language of live search results, two letters")
+    serpapi_url: str = _knob("https://serpapi.com", "live search engine; its key: SERPAPI_API_KEY")
+    serpapi_in_flight: int = _knob(16, "searches at once")
+    serpapi_per_second: float = _knob(10.0, "searches begun a second, split over the ranks (0: no limit)")
+    reader_url: str = _knob("https://r.jina.ai", "what reads pages; its key, if any: JINA_API_KEY")
+    reader_in_flight: int = _knob(32, "pages read at once")
+    reader_per_second: float = _knob(8.0, "pages begun a second, split over the ranks (0: no limit)")
+    page_characters: int = _knob(30_000, "characters of a page that are read, from its beginning")
+    summarizer_url: str = _knob(
+        "", "OpenAI-compatible base URL, as http://host:8000/v1 (none: best-matching sentences)"
+    )
+    summarizer_model: str = _knob("Qwen/Qwen3-32B", "the model there; its key, if any: SUMMARIZER_API_KEY")
+    summarizer_prompt: str = _knob("prompts/summarize.txt", "file with the request to the summariser")
+    summarizer_in_flight: int = _knob(64, "summaries at once")
+    summarizer_per_second: float = _knob(0.0, "summaries begun a second, split over the ranks (0: no limit)")
+    image_base_url: str = _knob("", "public URL of the folder that `tools.py images` wrote, for image search")
+    image_upload: str = _knob("", "or a command: gets a picture's path as last argument, prints its public URL")
+    allow_hosts: tuple[str, ...] = _knob((), "hosts (name:port) of results that may have private addresses")
+    price_search: float = _knob(0.01, "price of a live search, for the accounts")
+    price_reader: float = _knob(0.05, "price of a million tokens of read pages")
+    price_summarizer: float = _knob(0.0, "price of a million tokens of the summariser, read or written")
 
     # -- reward
     search_penalty: float = _knob(0.1, "share of a right answer's score lost by having searched")
@@ -175,6 +211,16 @@ class Config:
         _check_types(self)
         _check_ranges(self)
         _check_combinations(self)
+
+    @property
+    def searches_index(self) -> bool:
+        """True if searches are answered by a local index."""
+        return self.search == "offline" and not self.search_url
+
+    @property
+    def searches_web(self) -> bool:
+        """True if this process itself asks the web."""
+        return self.search in ("live", "record") and not self.search_url
 
 
 SECTIONS = {  # the first field of each section of --help
@@ -277,19 +323,24 @@ def _check_ranges(cfg):
         "tensor_parallel "
         "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
         "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch "
-        "judge_concurrency judge_timeout"
+        "judge_concurrency judge_timeout "
+        "search_deadline connect_timeout read_timeout retry_pause page_characters "
+        "serpapi_in_flight reader_in_flight summarizer_in_flight"
     ).split():
         _need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
     for name in (
         "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
         "clip_high kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
-        "toy_seed samples"
+        "toy_seed samples search_budget search_retries serpapi_per_second reader_per_second summarizer_per_second "
+        "price_search price_reader price_summarizer"
     ).split():
         _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
     for name in "importance_cap trust_bound".split():
         value = getattr(cfg, name)
         _need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
-    for name in "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward".split():
+    for (
+        name
+    ) in "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches".split():
         _need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
     for name in "adam_beta1 adam_beta2".split():
         _need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
@@ -337,8 +388,28 @@ def _check_combinations(cfg):
         not (cfg.deterministic and cfg.rollout_deadline),
         "deterministic and rollout_deadline exclude each other: a clock never cuts twice at the same place",
     )
-    if cfg.preset != "toy" and cfg.mode != "direct":
-        _need(cfg.search_index, f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one)")
+    _need(
+        cfg.search_url or cfg.search_cache or cfg.search not in ("record", "replay"),
+        f"search={cfg.search} needs --search_cache, the file of kept results",
+    )
+    _check_urls(cfg)
+    _need(
+        cfg.preset == "toy" or cfg.mode == "direct" or not cfg.searches_index or cfg.search_index,
+        f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one), or another --search",
+    )
+
+
+def _check_urls(cfg):
+    for name in "search_url serpapi_url reader_url summarizer_url image_base_url".split():
+        value = getattr(cfg, name)
+        _need(
+            re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value)
+            or not value
+            and name not in ("serpapi_url", "reader_url"),
+            f"{name}={value!r}: expected http(s)://host[:port][/path], without user, password or query",
+        )
+    host, _, port = cfg.serve_address.rpartition(":")
+    _need(host and port.isdigit() and int(port) < 65536, f"serve_address={cfg.serve_address!r}: expected host:port")
 
 
 def parse(argv: list[str] | None = None) -> Config:

@@ -12,6 +12,7 @@ second view, with one placeholder per image. Example, an image of 2 cells and a 
 """
 
 import base64
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -80,13 +81,48 @@ class Hit:
     image: bytes | None = field(default=None, repr=False)
 
 
+# Why a search failed. In the order of a request's way: what the model asked, our own limits, the network, the answer.
+ERROR_KINDS = (
+    "bad_call",  # no image, no query
+    "no_url",  # the image is only bytes, and there is no place to show it from
+    "budget",  # search_budget is used up
+    "not_recorded",  # a replay in which this was never kept
+    "index",  # the local index or the cache cannot be read
+    "blocked",  # not an address that may be fetched
+    "connection",
+    "timeout",
+    "rate_limit",  # 429
+    "quota",  # the account has no searches left
+    "server",  # 5xx
+    "refused",  # another status: a wrong key, a wrong request
+    "bad_response",  # cut short, too large, of the wrong type or form
+    "internal",  # a mistake in this code
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a search used of the web; all zero where it used none."""
+
+    searches: int = 0  # asked of the search engine, which bills them
+    pages: int = 0  # pages read and thumbnails fetched
+    bytes: int = 0  # received
+    tokens: int = 0  # of the summariser, read and written
+    cached: int = 0  # 1: answered from what was kept
+    cost: float = 0.0  # at the configured prices
+    seconds: float = 0.0  # waited for the web
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a search returned. status: ok | no_results | error (then `error` says what happened)."""
+    """What a search returned. status: ok | no_results | error (then `error` says what happened, and error_kind is one
+    of ERROR_KINDS). Results are equal if they say the same, whatever it cost."""
 
     status: str
     hits: tuple[Hit, ...] = ()
     error: str = ""
+    error_kind: str = ""
+    usage: Usage = field(default=Usage(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -224,6 +260,8 @@ class Episode:
                 "query": call.query,
                 "status": result.status,
                 "error": result.error,
+                "error_kind": result.error_kind,
+                "usage": dataclasses.asdict(result.usage),
                 "hits": [
                     {"title": h.title, "url": h.url, "text": h.text, "image": h.image and picture_key(h.image)}
                     for h in result.hits
@@ -559,12 +597,13 @@ def picture_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes to an upright RGB picture, transparency on white. Raises InputError for what is not a whole,
-    reasonably sized picture."""
+def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
+    """Encoded bytes to an upright RGB picture (of an animation the first), transparency on white. Raises InputError for
+    what is not a whole, reasonably sized picture. formats: Pillow's names of those allowed (default: all it reads);
+    max_pixels: default Pillow's limit."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
             raise Image.DecompressionBombError
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise InputError(f"field images: {image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")

@@ -27,15 +27,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import reward
+import tools
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Question, Stop, decode_image, drop_overlong, load_questions, path_of, write_questions
+from data import (
+    Codec,
+    Episode,
+    Question,
+    Stop,
+    Usage,
+    decode_image,
+    drop_overlong,
+    load_questions,
+    path_of,
+    write_questions,
+)
 from judge import LLMJudge, agreement, judge
 from policy import init_distributed, is_deterministic, read_model
 from results import ResultFile, accuracy, by_question, code_version, comparison, file_id, key_of, several
 from rollout import engine_limits, make_engine, run, share
-from searchdb import SearchDB
-from tools import OfflineSearch
 
 
 def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
@@ -113,6 +123,8 @@ def _figures(records, cfg):
     n = max(len(done), 1)
     kinds = [Counter(call["kind"] for call in r["calls"]) for r in done]
     allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
+    usage = [call.get("usage", {}) for r in records for call in r["calls"]]
+    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
     return {
         "n": len(done),
         **accuracy(by_question(records)),
@@ -125,21 +137,27 @@ def _figures(records, cfg):
         "format": sum(r["format_ok"] for r in done) / n,
         "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
         "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
+        "errors": dict(sorted(Counter(e for r in records for c in r["calls"] if (e := c.get("error_kind"))).items())),
+        "cost": used["cost"] / max(len(records), 1),
+        "cached": used["cached"] / max(len(usage), 1),
+        "usage": used,
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }
 
 
 def table(summary: dict[str, dict]) -> str:
-    """The summary as text, one line for each data source."""
+    """The summary as text, one line for each data source. cost: of the searches, for a question; cached: the share of
+    searches that were answered from what was kept."""
     width = max(len(source) for source in summary)
-    lines = [f"{'':{width}}     n  accuracy (95 %)      search  image   text   both  format  turns  failed  stops"]
+    shares = "search  image   text   both  format  turns  failed   cost  cached"
+    lines = [f"{'':{width}}     n  accuracy (95 %)      {shares}  stops"]
     for source, f in summary.items():
         interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
         shares = "  ".join(f"{f[key]:5.3f}" for key in ("search_ratio", "image", "text", "both"))
         stops = ", ".join(f"{stop} {n}" for stop, n in f["stops"].items())
         lines.append(
             f"{source:{width}} {f['n']:5d}  {interval}  {shares}   {f['format']:5.3f}  {f['turns']:5.2f}"
-            f"  {f['tool_failures']:6d}  {stops}"
+            f"  {f['tool_failures']:6d}  {f['cost']:5.3f}   {f['cached']:5.3f}  {stops}"
         )
     for source, f in summary.items():
         if "pass" in f:
@@ -237,10 +255,9 @@ def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episod
     return episode
 
 
-def open_search(cfg: Config) -> OfflineSearch:
-    """The search of the configuration: an index of the user's, or the toy world's."""
-    index = cfg.search_index or toy.locate(cfg).index
-    return OfflineSearch(SearchDB(index), image_results=cfg.image_results, text_results=cfg.text_results)
+def open_search(cfg: Config):
+    """The search of the configuration; an offline one in an index of the user's, or the toy world's."""
+    return tools.open_search(cfg, cfg.search_index or toy.locate(cfg).index)
 
 
 def question_files(cfg: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -264,7 +281,10 @@ def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Quest
 # Settings that change nothing about a conversation: an interrupted evaluation may go on with others.
 NEUTRAL = set(
     "out run_dir resume overwrite threads dist_timeout log concurrency tool_threads judges judge_url judge_model "
-    "judge_cache judge_concurrency judge_timeout balance toy_dir".split()
+    "judge_cache judge_concurrency judge_timeout balance toy_dir search_url serve_address search_budget "
+    "search_deadline connect_timeout read_timeout search_retries retry_pause max_failed_searches serpapi_in_flight serpapi_per_second "
+    "reader_in_flight reader_per_second summarizer_in_flight summarizer_per_second image_base_url image_upload "
+    "allow_hosts price_search price_reader price_summarizer".split()
 )
 
 
@@ -272,7 +292,7 @@ def header_of(cfg: Config, folder, codec: Codec, files, samples: int, temperatur
     """What a result file says about how it came about: settings, and ids of model, questions, prompts, search and
     code."""
     config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL or k.startswith("judge")}
-    index = cfg.search_index or str(toy.locate(cfg).index)
+    index = {"offline": cfg.search_index or str(toy.locate(cfg).index), "replay": cfg.search_cache}.get(cfg.search, "")
     return {
         "config": {**config, "files": list(files), "samples": samples, "eval_temperature": temperature},
         "model_id": file_id(folder) if Path(folder).is_dir() else str(folder),
@@ -302,7 +322,7 @@ def main() -> None:
         return compare_main(sys.argv[2:])
     cfg = parse(sys.argv[1:])
     device = init_distributed(cfg)
-    searching = cfg.mode != "direct" or cfg.question
+    searching = cfg.searches_index and (cfg.mode != "direct" or cfg.question)
     if cfg.model == "toy" or (searching and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
@@ -313,6 +333,7 @@ def main() -> None:
     question = Question(id="asked", text=cfg.question, images=image)
     if drop_overlong([question], codec)[1]:
         raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+    tools.check_questions([question], cfg)
     ask(question, load_engine(folder, codec, cfg, device, [question]), open_search(cfg), codec, cfg)
 
 
@@ -326,6 +347,10 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
     if not questions:
         dropped = f" ({dropped} over-long ones dropped)" if dropped else ""
         raise InputError(f"there is no question to evaluate on{dropped}")
+    if cfg.mode != "direct":
+        tools.check_questions(questions, cfg)
+        if dist.get_rank() == 0 and (line := tools.estimate(len(questions) * samples, cfg)):
+            print(line, file=sys.stderr)
     out = _out(folder, cfg)
     file = ResultFile(out, header_of(cfg, folder, codec, files, samples, temperature), dist.get_rank(), NEUTRAL)
     if "llm" in cfg.judges and dist.get_rank() == 0:

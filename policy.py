@@ -73,8 +73,9 @@ def init_distributed(cfg: Config) -> torch.device:
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    if cfg.deterministic is None:  # neither the clock nor vLLM's batches are
-        return device.type == "cpu" and cfg.engine == "torch" and not cfg.rollout_deadline
+    if cfg.deterministic is None:  # neither the clock nor the web nor vLLM's batches are
+        repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay") and not cfg.search_url
+        return device.type == "cpu" and repeatable and not cfg.rollout_deadline
     return cfg.deterministic
 
 

@@ -41,9 +41,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import config
+import tools
 import toy
 from config import Config, InputError, parse, run_main
-from data import Codec, Episode, Stop, drop_overlong, load_questions, path_of
+from data import ERROR_KINDS, Codec, Episode, Stop, Usage, drop_overlong, load_questions, path_of
 from eval import evaluate, open_search, question_files, record, score_episode, summarize
 from grpo import (
     group_advantages,
@@ -299,12 +300,44 @@ def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dic
         "turns": sum(len(e.turns) for e, _ in done),
         "tokens": sum(len(e.tokens) for e, _ in done),
         "tool_failures": sum(r.status == "error" for e in episodes for _, r in e.calls),
+        **search_metrics([result for e in episodes for _, result in e.calls]),
         **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
         "done": len(done),
     }
     sums = all_sum(sums, device)
     n = max(sums.pop("done"), 1.0)
-    return {k: v if k.startswith(("stop/", "tool_")) else v / n for k, v in sums.items()}
+    return {
+        k: v if k.startswith(("stop/", "tool_", "errors/", "search/", "seconds/")) else v / n for k, v in sums.items()
+    }
+
+
+def search_metrics(results) -> dict[str, float]:
+    """Sums: errors by kind, what was used, and seconds waited for the web."""
+    used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
+    return {
+        **{f"errors/{kind}": sum(r.error_kind == kind for r in results) for kind in ERROR_KINDS},
+        "search/calls": len(results),
+        "seconds/search": used.pop("seconds"),
+        **{f"search/{name}": value for name, value in used.items()},
+    }
+
+
+class SearchDown(Exception):
+    """Most searches of a step failed: its conversations say nothing about the policy."""
+
+
+def check_searches(episodes: list[Episode], cfg: Config, device) -> None:
+    """Raise SearchDown, on all ranks, if more than max_failed_searches of the step's searches failed, and more than a
+    few. What the model asked wrongly is not counted."""
+    kinds = Counter(r.error_kind for e in episodes for _, r in e.calls if r.error_kind != "bad_call")
+    sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
+    calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
+    if failed >= FEW_FAILURES and failed > cfg.max_failed_searches * calls:
+        said = ", ".join(f"{kind} {n:.0f}" for kind, n in sums.items() if n)
+        raise SearchDown(f"{failed:.0f} of {calls:.0f} searches failed ({said}): more than max_failed_searches")
+
+
+FEW_FAILURES = 5  # by themselves no reason to stop
 
 
 def signal_metrics(advantages: dict[int, float], cfg: Config, device) -> dict[str, float]:
@@ -383,7 +416,8 @@ class RunDir:
             raise InputError(message) from None
         if self.elsewhere and self.saved():
             raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        inputs = [cfg.model, cfg.search_index, cfg.toy_dir, *map(path_of, (*cfg.train_files, *cfg.val_files))]
+        inputs = [cfg.model, cfg.search_index, cfg.search_cache, cfg.toy_dir]
+        inputs += map(path_of, (*cfg.train_files, *cfg.val_files))
         inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
         if cfg.overwrite and inside:
             raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
@@ -509,7 +543,11 @@ def flat(figures: dict, prefix: str = ""):
 MAY_CHANGE = set(
     "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
     "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
-    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance".split()
+    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance "
+    "search search_cache search_url serve_address search_budget search_deadline connect_timeout read_timeout "
+    "search_retries retry_pause max_failed_searches serpapi_url serpapi_in_flight serpapi_per_second reader_url "
+    "reader_in_flight reader_per_second summarizer_url summarizer_in_flight summarizer_per_second image_base_url "
+    "image_upload allow_hosts price_search price_reader price_summarizer".split()
 )
 
 
@@ -569,7 +607,7 @@ class Run:
         self.device = init_distributed(cfg)
         self.ordered = is_deterministic(cfg, self.device)
         self.dir = RunDir(cfg)
-        if cfg.model == "toy" or not (cfg.train_files and cfg.search_index):
+        if cfg.model == "toy" or not cfg.train_files or (cfg.searches_index and not cfg.search_index):
             toy.ensure(cfg)
         world, rank = toy.locate(cfg), dist.get_rank()
         folder = str(world.model) if cfg.model == "toy" else cfg.model
@@ -584,6 +622,7 @@ class Run:
         limits = engine_limits(folder, cfg, self.device, [*asked, *self.val])
         if rank == 0:
             print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
+        tools.check_questions([*self.train, *self.val], cfg)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
         self.questions = {q.id: q for q in asked}
         self.reference = None
@@ -609,6 +648,15 @@ class Run:
                 f"{len(self.val)} validation questions; {self.dir.path}",
                 file=sys.stderr,
             )
+            if line := tools.estimate(self._conversations(), cfg):
+                print(line, file=sys.stderr)
+
+    def _conversations(self):
+        """How many this run will hold."""
+        steps = self.cfg.steps - self.state["step"]
+        validations = 2 + (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 2
+        a_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
+        return steps * a_step + validations * 2 * len(self.val)  # greedy and sampled
 
     def _questions(self, files, what):
         quiet = dist.get_rank() != 0
@@ -683,6 +731,7 @@ class Run:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
         episodes = self.rollout(step)
+        check_searches(episodes, cfg, self.device)
         rolled_out = time.monotonic()
         penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
         scores = [score_episode(e, cfg, penalty) for e in episodes]
@@ -820,6 +869,11 @@ class Run:
             except EngineDied as error:
                 again = "the last checkpoint is as it was, --resume auto goes on from it"
                 sys.exit(f"error: step {step}: {error}; {again}")
+            except SearchDown as error:
+                if step:
+                    self.dir.save(step, self.policy, self.optimizer, self.state)
+                message = f"error: step {step}: {error}. --resume auto goes on from here."
+                sys.exit(message if dist.get_rank() == 0 else 1)
             self.dir.log(metrics)
             self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
             names = ("nll",) if cfg.loss == "sft" else ("reward", "accuracy", "search_ratio")

@@ -50,7 +50,19 @@ def another(field):
         return "0.375", 0.375
     if HINTS[field.name] == tuple[str, ...]:
         return "some file.pq", ("some file.pq",)
+    if field.name.endswith("_url"):
+        return "http://host:8000/v1", "http://host:8000/v1"
+    if field.name == "serve_address":
+        return "0.0.0.0:80", "0.0.0.0:80"
     return "some text", "some text"
+
+
+NEEDED = {  # by what a field has to be accompanied
+    "image": {"question": "q"},
+    "preset": {"search_index": "i"},
+    "search": {"search_cache": "c"},
+    "tensor_parallel": {"engine": "vllm"},
+}
 
 
 # ----------------------------------------------------------------------------------------------------- presets
@@ -102,9 +114,7 @@ def test_preset_folders_of_prompts_exist():
 @pytest.mark.parametrize("joined", [True, False], ids=["--key=value", "--key value"])
 def test_every_field_can_be_set_both_ways_and_changes_nothing_else(field, joined):
     text, value = another(field)
-    needed = {
-        "image": {"question": "q"}, "preset": {"search_index": "i"}, "tensor_parallel": {"engine": "vllm"}
-    }.get(field.name, {})  # fmt: skip
+    needed = NEEDED.get(field.name, {})
     argv = [f"--{field.name}={text}"] if joined else [f"--{field.name}", text]
     cfg = parse([*argv, *(f"--{key}={needed[key]}" for key in needed)])
     assert getattr(cfg, field.name) == value != field.default and type(getattr(cfg, field.name)) is type(value)
@@ -208,9 +218,11 @@ POSITIVE = (
     "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
     "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps "
-    "judge_concurrency judge_timeout"
+    "judge_concurrency judge_timeout "
+    "search_deadline connect_timeout read_timeout retry_pause page_characters serpapi_in_flight reader_in_flight "
+    "summarizer_in_flight"
 ).split()
-SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward".split()
+SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches".split()
 
 
 def test_every_number_has_a_lower_bound_and_shares_an_upper_one():
@@ -234,7 +246,8 @@ def test_choices(field):
     message = refused(f"--{field.name}=other")
     assert field.name in message and all(choice in message for choice in field.metadata["choices"])
     for choice in field.metadata["choices"]:
-        assert getattr(Config(**{field.name: choice}), field.name) == choice
+        needed = NEEDED["search"] if field.name == "search" else {}
+        assert getattr(Config(**{field.name: choice, **needed}), field.name) == choice
     assert "qwen2.5-vl-7b-paper" in refused("--preset=qwen3") and "qwen2.5-vl-7b" in refused(preset="qwen3")
 
 
@@ -263,6 +276,14 @@ def test_choices(field):
     ("judge_url", dict(judge_url="ftp://judge/v1")),
     ("judge_url password", dict(judge_url="https://me:secret@judge/v1")),
     ("label mode", dict(label=True, mode="direct")),
+    ("record search_cache", dict(search="record")),
+    ("replay search_cache", dict(search="replay")),
+    ("reader_url", dict(reader_url="")),
+    ("search_url", dict(search_url="localhost:8100")),
+    ("serpapi_url", dict(serpapi_url="https://name:word@host")),  # no secrets in config.json
+    ("serpapi_url", dict(serpapi_url="https://host/?api_key=x")),
+    ("serve_address", dict(serve_address="localhost")),
+    ("serve_address", dict(serve_address="localhost:99999")),
 ])  # fmt: skip
 def test_impossible_combinations(words, values):
     message = refused(**values)
@@ -275,7 +296,9 @@ def test_impossible_combinations(words, values):
     dict(updates_per_step=20), dict(resume="auto"), dict(question="what?"), dict(question="what?", image="a.jpg"),
     dict(attention="flash", dtype="bf16"), dict(attention="segments", device="cpu", dtype="fp32"),
     dict(rollout_deadline=5.0), dict(rollout_deadline=5.0, deterministic=False),
-    dict(preset="qwen2.5-vl-7b", search_index="i"),
+    dict(preset="qwen2.5-vl-7b", search_index="i"), dict(preset="qwen2.5-vl-7b", search="live"),
+    dict(preset="qwen2.5-vl-7b", search_url="http://node0:8100"), dict(search="record", search_url="http://node0:8100"),
+    dict(search="replay", search_cache="c"), dict(summarizer_url="http://127.0.0.1:8000/v1"),
 ])  # fmt: skip
 def test_possible_combinations_at_the_edge(values):
     assert dataclasses.asdict(Config(**values)).items() >= values.items()

@@ -122,7 +122,7 @@ def here(world):
 def guessing(monkeypatch):
     """eval.py with an engine that is right now and then; the short world's model never is."""
 
-    def engine(folder, codec, cfg, device):
+    def engine(folder, codec, cfg, device, questions):
         place = toy.locate(cfg)
         return guesser(codec, load_questions(cfg.files or [place.val, place.train]))
 

@@ -11,6 +11,7 @@ HOUSE = [
     "config",
     "data",
     "reward",
+    "web",
     "searchdb",
     "tools",
     "grpo",

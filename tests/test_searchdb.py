@@ -621,3 +621,91 @@ def test_main_counts_the_rows_it_leaves_out(tmp_path, jsonl, capsys):
     args = ["index", "--docs", str(jsonl / "docs.jsonl"), "--out", str(tmp_path / "s"), "--skip_bad_rows"]
     searchdb.main(args)
     assert capsys.readouterr().out.startswith(f"left out 2 bad rows\n{tmp_path / 's'}: 3 documents, 0 images")
+
+
+# --- other embeddings -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny random CLIP vision tower in a folder, and what transformers itself makes of a picture."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path_factory.mktemp("encoder")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+    def vector(data):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        with torch.no_grad():
+            out = model(**processor.preprocess([image], return_tensors="pt")).pooler_output[0].tolist()
+        length = math.sqrt(sum(x * x for x in out))
+        return [x / length for x in out]
+
+    return folder, vector
+
+
+def test_images_by_a_vision_encoder(tmp_path, encoder):
+    folder, vector = encoder
+    rows = [{"image": data, "title": f"p{n}"} for n, data in enumerate(noise_pictures(12))]
+    (tmp_path / "images.jsonl").write_text(
+        "".join(json.dumps({"image": f"{n}.png", "title": row["title"]}) + "\n" for n, row in enumerate(rows))
+    )
+    for n, row in enumerate(rows):
+        (tmp_path / f"{n}.png").write_bytes(row["image"])
+    index = ["index", "--images", str(tmp_path / "images.jsonl"), "--out", str(tmp_path / "i.sqlite")]
+    searchdb.main([*index, "--image_embedding", str(folder)])
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        for query in noise_pictures(3, seed=5):
+            wanted = vector(query)
+            scores = [sum(a * b for a, b in zip(vector(row["image"]), wanted, strict=True)) for row in rows]
+            order = sorted(range(12), key=lambda n, scores=scores: -scores[n])
+            assert [hit.title for hit in db.image(query, 12)] == [f"p{n}" for n in order]
+            assert np.linalg.norm(db._embed(Image.open(io.BytesIO(query)).convert("RGB"))) == pytest.approx(1)
+        searched = [hit.title for hit in db.image(rows[3]["image"], 12)]
+    build(tmp_path / "p.sqlite", images=rows)
+    with closing(SearchDB(tmp_path / "p.sqlite")) as db:
+        assert [hit.title for hit in db.image(rows[3]["image"], 12)] != searched
+
+
+def test_an_encoder_that_is_not_there_is_one_line(tmp_path, encoder):
+    folder, _ = encoder
+    rows = [{"image": PICTURE, "title": "p"}]
+    with pytest.raises(InputError, match="image_embedding .*cannot load") as error:
+        build(tmp_path / "i.sqlite", images=rows, image_embedding=str(tmp_path))
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+    build(tmp_path / "i.sqlite", images=rows, image_embedding=str(folder))
+    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
+        db.execute("UPDATE settings SET value = ?", (str(tmp_path / "gone"),))
+        db.commit()
+    with pytest.raises(InputError, match="gone.*cannot load"):
+        SearchDB(tmp_path / "i.sqlite")
+
+
+def test_an_index_of_the_first_version_is_read(tmp_path):
+    """It had no table of settings, and embeddings of pixels."""
+    build(tmp_path / "i.sqlite", [{"title": "a", "text": "b"}], [{"image": PICTURE, "title": "p"}])
+    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
+        db.executescript("DROP TABLE settings; PRAGMA user_version = 1;")
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        assert [hit.title for hit in db.image(PICTURE, 1) + db.text("b", 1)] == ["p", "a"]
+
+
+def test_a_large_index_leaves_common_words_out(tmp_path, monkeypatch):
+    """From LARGE_INDEX documents on: words that over a tenth of them hold, if the query has others."""
+    docs = [{"title": f"t{n}", "text": f"the word{n} tenth{n % 10} often{n % 9}"} for n in range(90)]
+    monkeypatch.setattr(searchdb, "LARGE_INDEX", 91)
+    build(tmp_path / "small.sqlite", docs)
+    monkeypatch.setattr(searchdb, "LARGE_INDEX", 90)
+    build(tmp_path / "large.sqlite", docs)
+    with closing(SearchDB(tmp_path / "small.sqlite")) as small, closing(SearchDB(tmp_path / "large.sqlite")) as large:
+        assert len(small.text("the word7", 99)) == 90 and [h.title for h in large.text("The word7", 99)] == ["t7"]
+        assert small.text("the word7", 1) == large.text("the word7", 1)
+        assert len(large.text("the", 99)) == 90 and len(large.text("the often3", 99)) == 90
+        assert len(large.text("the often3 tenth3", 99)) == 9  # a tenth is not over a tenth

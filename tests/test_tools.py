@@ -152,8 +152,8 @@ def test_nothing_found_is_not_an_error(db, tmp_path):
 )
 def test_failures_are_said(db, call, question, why):
     result = OfflineSearch(db).search(call, question)
-    assert (result.status, result.hits) == ("error", ())
-    assert result.error.startswith("InputError: ") and why in result.error
+    assert (result.status, result.hits, result.error_kind) == ("error", (), "bad_call")
+    assert why in result.error
 
 
 def test_a_file_damaged_under_way_is_an_error_not_an_empty_result(path, db):
@@ -162,7 +162,8 @@ def test_a_file_damaged_under_way_is_an_error_not_an_empty_result(path, db):
         file.seek(4096)
         file.write(b"\xff" * (size - 4096))
     result = OfflineSearch(db).search(text("red"), ask())
-    assert (result.status, result.hits) == ("error", ()) and result.error.startswith("DatabaseError: ")
+    assert (result.status, result.hits, result.error_kind) == ("error", (), "index")
+    assert result.error.startswith("DatabaseError: ")
 
 
 class Broken:
@@ -177,7 +178,7 @@ class Broken:
 
 def test_an_unreadable_file_is_an_error():
     result = OfflineSearch(Broken(sqlite3.OperationalError("disk I/O error"))).search(text("red"), ask())
-    assert result == Result("error", error="OperationalError: disk I/O error")
+    assert result == Result("error", error="OperationalError: disk I/O error", error_kind="index")
 
 
 @pytest.mark.parametrize("error", [sqlite3.ProgrammingError, KeyError, ValueError, TypeError])

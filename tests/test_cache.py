@@ -1,0 +1,425 @@
+"""The cache of results: content keys, checked hashes, threads, processes and a kill, parquet, FVQA's pickle."""
+
+import collections
+import copyreg
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, picture, question
+from hammer import asked, hammered
+from local_web import LocalWeb, wait_until
+from PIL import Image, PngImagePlugin
+
+import searchdb
+from config import Config, InputError
+from data import Call, Hit, Result
+from searchdb import SearchCache, SearchDB, build, canonical, import_fvqa, request_key
+from tools import open_search
+from web import Client
+
+JPEG = picture(1, format="JPEG")
+
+
+def result(n=0, status="ok"):
+    hits = (Hit(f"t{n}", f"https://x.example/{n}", "ä\x00\n東京", JPEG), Hit("no picture"))
+    return (
+        Result(status, hits)
+        if status == "ok"
+        else Result(status, error="why" * (status == "error"), error_kind="server" * (status == "error"))
+    )
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with closing(SearchCache(tmp_path / "c.sqlite", write=True)) as cache:
+        yield cache
+
+
+def problems(path):
+    with closing(SearchCache(path)) as cache:
+        return list(cache.verify())
+
+
+def test_what_is_put_is_got(cache):
+    for n, status in enumerate(("ok", "no_results", "error")):
+        assert cache.get(asked(n)) is None
+        assert cache.put(asked(n), result(n, status)) == result(n, status) == cache.get(asked(n))
+    assert cache.get({"query": "q0", "kind": "text"}) == result(0)  # the order of a request's parts means nothing
+    with cache._connection() as db:
+        assert db.execute("SELECT count(*) FROM images").fetchone() == (1,)  # equal pictures are kept once
+    assert list(cache.verify()) == []
+
+
+def test_the_first_answer_stays_unless_it_is_an_error(cache):
+    assert cache.put(asked(0), result(0, "error")) == result(0, "error")
+    assert cache.put(asked(0), result(1)) == result(1)
+    assert cache.put(asked(0), result(2)) == result(1)
+    assert cache.put(asked(0), result(2, "error")) == result(1)
+
+
+def test_statistics(cache):
+    assert cache.stats()["results"] == 0 and cache.stats()["hit_rate"] == 0
+    for n in range(3):
+        cache.put(asked(n, "image" if n else "text"), result(n))
+    cache.put(asked(9), result(9, "error"))
+    for _ in range(4):
+        cache.get(asked(1, "image"), count=True)
+    cache.get(asked(9), count=True)  # an error that is found is no help
+    stats = cache.stats()
+    assert stats["counts"] == {"image ok": 2, "text error": 1, "text ok": 1}
+    assert (stats["found"], stats["hit_rate"], stats["images"], stats["image_bytes"]) == (4, 0.5, 1, len(JPEG))
+    assert abs(stats["oldest"] - time.time()) < 100 and stats["newest"] >= stats["oldest"]
+
+
+def test_reading_changes_nothing_and_needs_no_writable_folder(tmp_path, cache):
+    cache.put(asked(0), result())
+    cache.close()
+    before = (tmp_path / "c.sqlite").read_bytes()
+    with closing(SearchCache(tmp_path / "c.sqlite")) as reader:
+        assert reader.get(asked(0)) == result()
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.put(asked(1), result())
+    os.chmod(tmp_path, 0o500)
+    try:
+        with closing(SearchCache(tmp_path / "c.sqlite")) as reader:
+            assert reader.get(asked(0)) == result()
+    finally:
+        os.chmod(tmp_path, 0o700)
+    assert (tmp_path / "c.sqlite").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "sql, found",
+    [
+        ("UPDATE images SET data = x'00'", "bytes have another hash"),
+        ("UPDATE results SET result = replace(result, 't0', 't1')", "content has another hash"),
+        ("UPDATE results SET status = 'no_results'", "content has another hash"),
+        ("UPDATE results SET request = replace(request, 'q0', 'q1')", "request has another hash"),
+        ("DELETE FROM images", "is missing"),
+    ],
+)
+def test_verify_finds_what_was_changed(cache, sql, found):
+    cache.put(asked(0), result())
+    with cache._connection() as db:
+        db.execute(sql)
+    assert any(found in line for line in cache.verify())
+
+
+def test_damage_is_an_error_not_an_empty_result(cache):
+    cache.put(asked(0), result())
+    for sql in ("UPDATE results SET result = '{}'", "UPDATE results SET result = '['"):
+        with cache._connection() as db:
+            db.execute(sql)
+        with pytest.raises(sqlite3.DatabaseError, match="damaged"):
+            cache.get(asked(0))
+
+
+def test_two_processes_of_eight_threads_and_one_is_killed(tmp_path):
+    path = tmp_path / "c.sqlite"
+    command = [sys.executable, str(ROOT / "tests" / "hammer.py"), str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    victim = subprocess.Popen([*command, "1", "100000"], env=environment)
+    other = subprocess.Popen([*command, "2", "40"], env=environment)
+    wal = path.with_name("c.sqlite-wal")
+    assert wait_until(lambda: wal.exists() and wal.stat().st_size > 200_000, 60)  # both are in the middle of it
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL and other.wait(120) == 0
+    assert problems(path) == []
+    with closing(SearchCache(path, write=True)) as cache:
+        kept = [n for n in range(200) if cache.get(asked(n))]
+        assert len(kept) > 50 and all(cache.get(asked(n)) == hammered(n) for n in kept)
+        cache.put(asked(1000), result())  # and it can be written on
+    assert problems(path) == [] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_cache_that_many_make_at_once_is_made_once(tmp_path):
+    start = threading.Barrier(8)
+
+    def make(n):
+        start.wait()
+        with closing(SearchCache(tmp_path / "c.sqlite", write=True)) as cache:
+            return cache.put(asked(n), result(n))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(make, range(8))) == [result(n) for n in range(8)]
+    with closing(SearchCache(tmp_path / "c.sqlite")) as cache:
+        assert cache.stats()["results"] == 8
+
+
+# --- files, command line, parquet -----------------------------------------------------------------------------------
+
+
+def command(*args):
+    run = subprocess.run([sys.executable, str(ROOT / "searchdb.py"), *map(str, args)], capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_the_command_line_of_a_cache(tmp_path, cache):
+    for n in range(3):
+        cache.put(asked(n), result(n))
+    path, parquet = tmp_path / "c.sqlite", tmp_path / "snapshot.parquet"
+    code, out, err = command("verify", path)
+    assert (code, err) == (0, "") and "every hash is right" in out
+    with cache._connection() as db:
+        db.execute("DELETE FROM images")
+    code, out, err = command("verify", path)
+    assert code == 2 and out.count("\n") == 3 and err == f"error: {path}: 3 problems\n"
+    searchdb.main(["stats", str(path)])
+    with pytest.raises(InputError, match="is missing"):
+        searchdb.main(["export", str(path), "--out", str(parquet)])
+    assert not list(tmp_path.glob("*.parquet*"))
+
+
+def test_statistics_in_a_line(tmp_path, cache, capsys):
+    cache.put(asked(0), result())
+    cache.get(asked(0), count=True)
+    searchdb.main(["stats", str(tmp_path / "c.sqlite")])
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "1 results (1 text ok)" in line and "hit rate 50%" in line and "1 images" in line
+
+
+def test_parquet_and_back(tmp_path, cache, capsys):
+    kept = {n: result(n, ("ok", "no_results", "error")[n % 3]) for n in range(600)}
+    cache.put_all([(canonical(asked(n)), 1e9 + n, r) for n, r in kept.items()])
+    parquet = tmp_path / "snapshot.parquet"
+    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(parquet)])
+    table = pq.read_table(parquet)
+    assert table.num_rows == 600
+    row = next(row for row in table.to_pylist() if json.loads(row["request"]) == asked(3))
+    assert row["hits"][0] == {"title": "t3", "url": "https://x.example/3", "text": "ä\x00\n東京", "image": JPEG}
+    assert (row["status"], row["created"]) == ("ok", 1e9 + 3)
+    again = tmp_path / "again.sqlite"
+    searchdb.main(["import", str(parquet), "--out", str(again)])
+    assert "600 results" in capsys.readouterr().out and problems(again) == []
+    with closing(SearchCache(again)) as copy:
+        assert list(copy.rows()) == list(cache.rows())
+        assert all(copy.get(asked(n)) == r for n, r in kept.items())
+    searchdb.main(["export", str(again), "--out", str(tmp_path / "b.parquet")])
+    assert (tmp_path / "b.parquet").read_bytes() == parquet.read_bytes()
+
+
+def test_imports_add_and_do_not_replace(tmp_path, cache):
+    cache.put(asked(0), result(0))
+    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(tmp_path / "s.parquet")])
+    with closing(SearchCache(tmp_path / "d.sqlite", write=True)) as other:
+        other.put(asked(0), result(7))
+        other.put(asked(1), result(1))
+        searchdb.main(["import", str(tmp_path / "s.parquet"), "--out", str(tmp_path / "d.sqlite")])
+        assert [other.get(asked(n)) for n in (0, 1)] == [result(7), result(1)]
+
+
+def test_bad_files_are_one_line(tmp_path, cache):
+    import pyarrow as pa
+
+    cache.put(asked(0), result())
+    good = tmp_path / "good.parquet"
+    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(good)])
+    (tmp_path / "text").write_text("x" * 200)
+    rows = pq.read_table(good).to_pylist()
+    schema = pq.read_schema(good)
+    bad = [
+        {"request": "[1, 2"},
+        {"request": '{"a":  1}'},
+        {"status": "fine"},
+        {"hits": None},
+        {"error": None, "created": None},
+    ]
+    for n, change in enumerate(bad):
+        pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], **change}], schema), tmp_path / f"bad{n}.parquet")
+        with pytest.raises(InputError, match=f"bad{n}.parquet, row 2"):
+            searchdb.main(["import", str(tmp_path / f"bad{n}.parquet"), "--out", str(tmp_path / "d.sqlite")])
+        with closing(SearchCache(tmp_path / "d.sqlite")) as untouched:
+            assert untouched.stats()["results"] == 0
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    for args, why in (
+        (["import", "text", "--out", "d.sqlite"], "not a readable parquet"),
+        (["import", "none", "--out", "d.sqlite"], "none"),
+        (["import", "other.parquet", "--out", "d.sqlite"], "not an exported cache"),
+        (["import", "good.parquet", "--out", "text"], "not a search cache"),
+        (["import", "good.parquet", "--out", "none/c.sqlite"], "cannot make"),
+        (["export", "text", "--out", "x.parquet"], "not a search cache"),
+        (["export", "none", "--out", "x.parquet"], "no such search cache"),
+        (["export", "c.sqlite", "--out", "none/x.parquet"], "cannot write"),
+        (["verify", "text"], "not a search cache"),
+        (["stats", "text"], "not a search index"),
+    ):  # fmt: skip
+        args = [str(tmp_path / a) if n in (1, 3) else a for n, a in enumerate(args)]
+        with pytest.raises(InputError, match=why) as error:
+            searchdb.main(args)
+        assert "\n" not in str(error.value)
+
+
+def test_an_index_is_no_cache_and_a_cache_no_index(tmp_path, cache):
+    build(tmp_path / "i.sqlite", [{"title": "a", "text": "b"}])
+    with pytest.raises(InputError, match="not a search cache"):
+        SearchCache(tmp_path / "i.sqlite")
+    with pytest.raises(InputError, match="not a search index"):
+        SearchDB(tmp_path / "c.sqlite")
+    with pytest.raises(InputError, match="not a search index"):
+        build(tmp_path / "c.sqlite", [])
+
+
+# --- FVQA's pickle --------------------------------------------------------------------------------------------------
+
+
+def pil(data):
+    return Image.open(io.BytesIO(data))
+
+
+def write_pickle(path, content, protocol=None):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_fvqa_s_pickle_with_pictures(tmp_path, cache, protocol):
+    png = pil(picture(2))
+    png.info["note"] = PngImagePlugin.iTXt("a note", "en", "note")
+    palette = pil(picture(3)).quantize(64, dither=Image.Dither.NONE)
+    pictures = [pil(JPEG), png, palette, pil(JPEG).convert("RGBA"), pil(JPEG).convert("L")]
+    entry = {"tool_returned_web_title_list": [f"t{n}" for n in range(6)], "tool_returned_images_urls": pictures}
+    content = {"fvqa_1": entry, "fvqa_2": {**entry, "tool_returned_images_urls": []}}
+    path = write_pickle(tmp_path / "p", collections.OrderedDict(content), protocol)
+    assert import_fvqa(path, cache) == (2, [])
+    kept = cache.get({"data_id": "fvqa_1"})
+    assert kept.status == "ok" and [hit.title for hit in kept.hits] == [f"t{n}" for n in range(5)]
+    for hit, image in zip(kept.hits, pictures, strict=True):
+        assert pil(hit.image).format == "JPEG" and hit.image == searchdb._jpeg(image.convert("RGB"))
+    assert cache.get({"data_id": "fvqa_2"}) == Result("no_results")
+    assert list(cache.verify()) == []
+
+
+def test_fvqa_s_urls_are_fetched_if_live_and_listed_if_not(tmp_path, cache, capsys):
+    with LocalWeb(lambda path, _: "html" if "bad" in path else None) as server:
+        urls = [
+            f"{server.url}/thumb/1.jpg",
+            f"{server.url}/thumb/bad.jpg",
+            "file:///etc/passwd",
+            "http://10.0.0.1/x.jpg",
+        ]
+        entry = {"tool_returned_web_title_list": list("abcd"), "tool_returned_images_urls": urls}
+        path = write_pickle(tmp_path / "p", {7: entry})
+        searchdb.main(["import-fvqa", str(path), "--out", str(tmp_path / "offline.sqlite")])
+        out = capsys.readouterr().out
+        assert "1 entries" in out and "4 pictures missing" in out and "--live" in out and not server.log
+        listed = (tmp_path / "offline.sqlite.missing.tsv").read_text().splitlines()
+        assert listed == [f"7\t{url}" for url in urls]
+        client = Client(allow_hosts=(server.host,), retries=0, connect_timeout=1)
+        assert import_fvqa(path, cache, client) == (1, [("7", url) for url in urls[1:]])
+    hits = cache.get({"data_id": "7"}).hits
+    assert [hit.title for hit in hits] == list("abcd") and [hit.image is None for hit in hits] == [False] + 3 * [True]
+
+
+def test_fvqa_answers_by_data_id_where_the_picture_is_unknown(tmp_path):
+    entry = {"tool_returned_web_title_list": list("abcde"), "tool_returned_images_urls": [pil(JPEG)] * 5}
+    path = write_pickle(tmp_path / "p", {"train_1": entry})
+    searchdb.main(["import-fvqa", str(path), "--out", str(tmp_path / "c.sqlite")])
+    search = open_search(Config(search="replay", search_cache=str(tmp_path / "c.sqlite"), image_results=3))
+    known = question(0)
+    object.__setattr__(known, "data_id", "train_1")
+    result = search.search(Call("image"), known)
+    assert [hit.title for hit in result.hits] == ["a", "b", "c"] and result.usage.cached == 1
+    assert search.search(Call("image"), question(1)).error_kind == "not_recorded"
+    with closing(SearchCache(tmp_path / "c.sqlite", write=True)) as cache:  # the content goes first
+        cache.put(search.request(Call("image"), known), Result("no_results"))
+    assert search.search(Call("image"), known) == Result("no_results")
+
+
+class Run:
+    def __init__(self, function, *args):
+        self.reduced = function, args
+
+    def __reduce__(self):
+        return self.reduced
+
+
+HARMFUL = [
+    Run(os.system, "touch {mark}"),
+    Run(eval, "open('{mark}', 'w')"),
+    Run(exec, "open('{mark}', 'w')"),
+    Run(getattr, "x", "upper"),
+    Run(Image.open, "{mark}"),
+    Run(subprocess.Popen, ["touch", "{mark}"]),
+    Run(copyreg._reconstructor, subprocess.Popen, object, None),
+    Run(open, "{mark}", "w"),
+    Run(__import__, "os"),
+    Run(collections.deque),
+    np.zeros(3),
+    random.Random(0),
+]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("number", range(len(HARMFUL)))
+def test_a_pickle_that_is_a_program_is_refused(tmp_path, cache, number, protocol):
+    harmful, mark = HARMFUL[number], tmp_path / "mark"
+    if isinstance(harmful, Run):
+        function, args = harmful.reduced
+        args = [a.format(mark=mark) if isinstance(a, str) else a for a in args]
+        harmful = Run(function, *[[x.format(mark=mark) for x in a] if isinstance(a, list) else a for a in args])
+    entry = {"tool_returned_web_title_list": ["t"], "tool_returned_images_urls": [harmful]}
+    path = write_pickle(tmp_path / "p", {"x": entry}, protocol)
+    with pytest.raises(InputError, match="not a pickle of plain data") as error:
+        import_fvqa(path, cache)
+    assert "\n" not in str(error.value) and not mark.exists() and cache.stats()["results"] == 0
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ([1, 2], "expected a dictionary"),
+        ({"x": 3}, "entry x: expected a dictionary"),
+        ({"x": {}}, "two lists"),
+        ({"x": {"tool_returned_web_title_list": "t", "tool_returned_images_urls": []}}, "two lists"),
+        (b"no pickle", "not a pickle"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_pickle_of_something_else_is_one_line(tmp_path, cache, content, why):
+    path = tmp_path / "p"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        write_pickle(path, content)
+    with pytest.raises(InputError, match=why):
+        import_fvqa(path, cache)
+
+
+def test_a_pickled_picture_that_lies_is_refused(tmp_path, cache):
+    """A state of Pillow's with too few bytes, of a billion pixels, with an unknown mode, that is no state."""
+
+    class Lie(Image.Image):
+        def __init__(self, state):
+            self.state = state
+
+        def __reduce_ex__(self, protocol):
+            return copyreg._reconstructor, (Image.Image, object, None), self.state
+
+    sound = [{}, "RGB", (2, 2), None, b"\0" * 12]
+    for place, value in ((4, b"\0"), (2, (50_000, 20_000)), (1, "XYZ"), (2, (0, 0)), (2, "ab"), (4, 7)):
+        state = list(sound)
+        state[place] = value
+        entry = {"tool_returned_web_title_list": ["t"], "tool_returned_images_urls": [Lie(state)]}
+        with pytest.raises(InputError, match="entry x: a picture that cannot be read"):
+            import_fvqa(write_pickle(tmp_path / "p", {"x": entry}), cache)
+    entry = {"tool_returned_web_title_list": ["t"], "tool_returned_images_urls": [Lie(sound)]}
+    assert import_fvqa(write_pickle(tmp_path / "p", {"x": entry}), cache) == (1, [])
+
+
+def test_keys_are_content():
+    assert request_key(canonical({"b": 1, "a": "ä"})) == hashlib.sha256('{"a":"ä","b":1}'.encode()).hexdigest()

@@ -1,0 +1,561 @@
+"""Live search against a local web: documented formats, every fault typed and in bounded time, keys that stay secret;
+recording and replaying; the service; what start-up refuses."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+from conftest import picture, question
+from local_web import EVIL, JINA, SERPAPI, SUMMARIZER, LocalWeb, settings, wait_until
+from PIL import Image
+
+import tools
+from config import Config, InputError
+from data import ERROR_KINDS, Call, Codec, Question, Result, Usage
+from rollout import ScriptedEngine, run
+from tools import RemoteSearch, SearchServer, WebSearch, open_search
+
+IMAGE, FOUNDER = Call("image"), Call("text", "who is the founder?")
+SECRETS = (SERPAPI, JINA, SUMMARIZER)
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for name, value in zip(tools.KEYS, SECRETS, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def server():
+    with LocalWeb() as server:
+        yield server
+
+
+def live(server, **changes):
+    return WebSearch(Config(**settings(server, **changes)))
+
+
+def summarized(server):
+    return {"summarizer_url": f"{server.url}/v1", "summarizer_model": "summariser"}
+
+
+def only(part, fault, times=99):
+    """A fault of the first requests of each path that holds `part`."""
+    return lambda path, number: fault if part in path and number <= times else None
+
+
+# ------------------------------------------------------------------------------------------------ what works
+
+
+def test_image_search_is_google_lens_with_thumbnails(server):
+    result = live(server).search(IMAGE, question(3))
+    assert (result.status, len(result.hits), result.error_kind) == ("ok", 3, "")
+    sha = hashlib.sha256(question(3).images[0]).hexdigest()
+    asked, _, _ = server.log[0]
+    assert f"engine=google_lens&type=visual_matches&url=https%3A%2F%2Fpictures.example%2F{sha}.png&hl=en" in asked
+    for n, hit in enumerate(result.hits):
+        assert hit.title.endswith(f"& more {n}") and "<b>" not in hit.title and hit.url == f"https://pages.example/{n}"
+        image = Image.open(io.BytesIO(hit.image))
+        assert (image.format, image.size) == ("JPEG", (90, 60))
+    assert (result.usage.searches, result.usage.pages, result.usage.cached) == (1, 3, 0)
+    assert result.usage.cost == pytest.approx(0.01) and result.usage.bytes > 3 * 500 and result.usage.seconds > 0
+
+
+def test_a_question_s_own_url_goes_first(server):
+    asked = dataclasses.replace(question(), image_url="https://museum.example/a b.jpg")
+    live(server).search(IMAGE, asked)
+    assert "url=https%3A%2F%2Fmuseum.example%2Fa+b.jpg" in server.log[0][0]
+
+
+def test_text_search_reads_pages_and_picks_their_best_sentences(server):
+    result = live(server).search(FOUNDER, question())
+    assert [hit.url for hit in result.hits] == [f"https://pages.example/{n}/{FOUNDER.query[:20]}" for n in range(3)]
+    assert all(f"The founder is F{n}." in hit.text and "x.example" not in hit.text for n, hit in enumerate(result.hits))
+    reads = [(headers, payload) for path, headers, payload in server.log if path == "/read"]
+    assert sorted(payload["url"] for _, payload in reads) == sorted(hit.url for hit in result.hits)
+    assert all(h["Authorization"] == f"Bearer {JINA}" and "application/json" in h["Accept"] for h, _ in reads)
+    assert result.usage.cost == pytest.approx(0.01 + 3 * 1000 * 0.05 / 1e6)
+    assert (result.usage.searches, result.usage.pages, result.usage.tokens) == (1, 3, 0)
+
+
+def test_pages_are_summarised_towards_the_query_in_five_sentences(server):
+    search = live(server, **summarized(server), price_summarizer=2.0, page_characters=20)
+    result = search.search(FOUNDER, question())
+    assert [hit.text for hit in result.hits] == [" ".join(f"Sentence {n}." for n in range(5))] * 3
+    asked = [payload for path, _, payload in server.log if path == "/v1/chat/completions"]
+    assert all(p["temperature"] == 0 and p["model"] == "summariser" for p in asked) and len(asked) == 3
+    content = asked[0]["messages"][0]["content"]
+    assert FOUNDER.query in content and "# Page" in content and "founders" not in content  # the first 20 characters
+    assert result.usage.tokens == 600 and result.usage.cost == pytest.approx(0.01 + 0.00015 + 600 * 2 / 1e6)
+
+
+def test_a_page_s_text_fills_no_hole_of_the_prompt(server, tmp_path):
+    """A query that is itself a hole stays a query."""
+    live(server, **summarized(server)).search(Call("text", "{page}"), question())
+    content = [payload for path, _, payload in server.log if path.startswith("/v1/chat")][0]["messages"][0]["content"]
+    assert "Question: {page}" in content
+
+
+def test_a_page_that_fails_is_replaced_by_the_next(server):
+    server.fault = lambda path, _: "page" if "pages.example/0" in path or "pages.example/2" in path else None
+    result = live(server).search(FOUNDER, question())
+    assert [hit.url.split("/")[3] for hit in result.hits] == ["1", "3", "4"]
+    server.fault = only("-1.jpg", "html")
+    assert [hit.url[-1] for hit in live(server).search(IMAGE, question()).hits] == ["0", "2", "3"]
+    server.fault = lambda path, _: "page" if "/read" in path and "pages.example/5" not in path else None
+    result = live(server).search(FOUNDER, question())
+    assert result.status == "ok" and len(result.hits) == 1  # fewer than k are still an answer
+
+
+def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
+    search = live(server)
+    assert search.search(Call("text", "nothing"), question()) == Result("no_results")
+    server.fault = only("/read", "page")
+    result = search.search(FOUNDER, question())
+    assert (result.status, result.hits, result.error_kind) == ("error", (), "refused")
+    assert "6 results" in result.error
+
+
+def test_an_upload_command_makes_a_picture_public(server, tmp_path):
+    script = tmp_path / "up load.py"
+    script.write_text("import sys; print('uploading'); print('https://up.example/' + sys.argv[-1].split('/')[-1])")
+    search = live(server, image_base_url="", image_upload=f"{sys.executable} '{script}'")
+    assert search.search(IMAGE, question()).status == "ok"
+    assert "url=https%3A%2F%2Fup.example%2F" in server.log[0][0]
+    for body, kind in (("print('file:///etc/passwd')", "no_url"), ("raise SystemExit(3)", "no_url")):
+        script.write_text(body)
+        assert search.search(IMAGE, question(2)).error_kind == kind
+    assert live(server, image_base_url="").search(IMAGE, question()).error_kind == "no_url"
+
+
+# ------------------------------------------------------------------------------------------------ what fails
+
+
+@pytest.mark.parametrize(
+    "part, fault, kind",
+    [
+        ("/search.json", "429", "rate_limit"),
+        ("/search.json", "429 later", "rate_limit"),  # an hour from now: no use waiting
+        ("/search.json", "500", "server"),
+        ("/search.json", "503", "server"),
+        ("/search.json", "quota", "quota"),
+        ("/search.json", "truncated", "bad_response"),
+        ("/search.json", "cut", "connection"),
+        ("/search.json", "wrong types", "bad_response"),
+        ("/search.json", "list", "bad_response"),
+        ("/search.json", "html", "bad_response"),
+        ("/search.json", "huge", "bad_response"),
+        ("/search.json", "gzip bomb", "bad_response"),
+        ("/search.json", "redirects", "bad_response"),
+        ("/search.json", "loopback", "bad_response"),
+        ("/search.json", "hang", "timeout"),
+        ("/search.json", "drip", "timeout"),
+        ("/read", "wrong types", "bad_response"),
+        ("/read", "hang", "timeout"),
+        ("/read", "huge", "bad_response"),
+        ("/v1/chat", "wrong types", "bad_response"),
+        ("/v1/chat", "500", "server"),
+        ("/thumb", "redirects", "bad_response"),
+        ("/thumb", "loopback", "blocked"),
+        ("/thumb", "bomb", "bad_response"),
+        ("/thumb", "html", "bad_response"),
+        ("/thumb", "huge", "bad_response"),
+        ("/thumb", "drip", "timeout"),
+    ],
+)
+def test_every_fault_is_typed(server, part, fault, kind):
+    server.fault = only(part, fault)
+    patience = (0.2, 1.5) if fault in ("hang", "drip") else (10.0, 60.0)  # only these are about the clock
+    limits = dict(search_retries=1, image_results=1, text_results=1)
+    limits |= dict(zip(("read_timeout", "search_deadline"), patience, strict=True))
+    search = live(server, **limits, **summarized(server))
+    result = search.search(IMAGE if part == "/thumb" else FOUNDER, question())
+    assert (result.status, result.error_kind, result.hits) == ("error", kind, ()), result.error
+    assert result.error and not any(secret in result.error for secret in SECRETS)
+
+
+def test_a_redirect_never_reaches_a_private_address(server):
+    with closing(socket.create_server(("127.0.0.1", 0))) as private:
+        private.settimeout(0.2)
+        server.elsewhere = f"http://localhost:{private.getsockname()[1]}/latest/meta-data"
+        server.fault = only("/thumb", "loopback")
+        assert live(server).search(IMAGE, question()).error_kind == "blocked"
+        with pytest.raises(TimeoutError):
+            private.accept()
+
+
+@pytest.mark.parametrize("fault", ["hang", "429", "500", "503", "cut"])
+def test_what_passes_is_tried_again(server, fault):
+    server.fault = only("", fault, times=2)
+    patience = dict(read_timeout=0.5 if fault == "hang" else 10.0, search_deadline=60.0)
+    search = live(server, **patience, text_results=1, **summarized(server))
+    assert search.search(FOUNDER, question()).status == "ok"
+    assert set(server.asked.values()) == {3}
+    server.asked.clear()
+    live(server, **patience, search_retries=1).search(FOUNDER, question())
+    assert set(server.asked.values()) == {2}
+
+
+def test_what_does_not_pass_is_not_tried_again(server):
+    for fault in ("truncated", "quota", "html"):
+        server.asked.clear()
+        server.fault = only("/search.json", fault)
+        live(server).search(FOUNDER, question())
+        assert set(server.asked.values()) == {1}
+
+
+def test_hostile_text_is_harmless_text(server, codec):
+    server.fault = lambda *_: "evil"
+    for call in (IMAGE, FOUNDER):
+        for changes in ({}, summarized(server)):
+            result = live(server, **changes).search(call, question())
+            for text in (text for hit in result.hits for text in (hit.title, hit.url, hit.text)):
+                assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
+                text.encode()  # no half characters
+            assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
+            ids, pictures = codec.result_turn(call, result, question(), codec.im_end)
+            turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
+            bare, _ = codec.result_turn(call, turn, question(), codec.im_end)
+            for special in (codec.im_end, codec.image_pad, codec.vision_start):  # it opened no turn, added no image
+                assert ids.count(special) == bare.count(special)
+    assert "<script>" in EVIL
+
+
+def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind():
+    """One search in five hangs; other requests are refused, broken, endless, hostile. 24 threads."""
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    others = ["429", "500", "truncated", "cut", "wrong types", "list", "redirects", "loopback", "bomb", "evil", "drip"]
+
+    def fault(path, number):
+        draw = random.Random(f"{path} {number}")
+        if "/search.json" in path and draw.random() < 0.2:
+            return "hang"
+        return draw.choice(others) if draw.random() < 0.2 else None
+
+    with LocalWeb(fault) as server:
+        limits = dict(read_timeout=0.4, search_deadline=4.0, search_retries=2, image_results=1, text_results=1)
+        search = live(server, **limits, serpapi_in_flight=64, reader_in_flight=64)
+        calls = [IMAGE if n % 2 else Call("text", f"query {n}") for n in range(1000)]
+        one = question()
+        with ThreadPoolExecutor(24) as pool:
+            futures = [pool.submit(search.search, call, one) for call in calls]
+            results = [future.result() for future in futures]
+    kinds = Counter(r.error_kind or r.status for r in results)
+    assert all(r.status in ("ok", "error") and (r.status == "error") == (r.error_kind in ERROR_KINDS) for r in results)
+    assert {"ok", "timeout", "bad_response"} <= set(kinds) and kinds["internal"] == 0, kinds
+    assert max(r.usage.seconds for r in results) < 30  # of a deadline of four seconds, on a busy machine
+    assert wait_until(lambda: set(threading.enumerate()) == threads)
+    assert wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+
+
+def test_the_budget_ends_live_calls_cleanly(server, monkeypatch):
+    search = live(server, search_budget=3)
+    kinds = [search.search(Call("text", f"q{n}"), question()).error_kind for n in range(5)]
+    assert kinds == ["", "", "", "budget", "budget"]
+    assert sum("/search.json" in path for path, *_ in server.log) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")  # two ranks share it
+    search = live(server, search_budget=3)
+    assert [search.search(FOUNDER, question()).error_kind for _ in range(3)] == ["", "", "budget"]
+
+
+def test_limits_hold_for_all_threads_together(server):
+    """Two in flight, and twenty begun a second: ten searches need at least 9/20 of a second."""
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def count(path, number):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+
+    server.fault = count
+    search = live(server, serpapi_in_flight=2, serpapi_per_second=20.0)
+    started = time.monotonic()
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda n: search.search(Call("text", f"nothing {n}"), question()), range(10)))
+    assert time.monotonic() - started > 9 / 20 and most[0] <= 2
+    search = live(server, serpapi_in_flight=2)
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda n: search.search(Call("text", f"nothing {n}"), question()), range(10)))
+    assert most[0] == 2
+
+
+def test_keys_appear_nowhere(server, tmp_path, capfd):
+    """Not in errors, even if a provider echoes them, not in the cache, not on the terminal."""
+    cfg = Config(**settings(server, search="record", search_cache=str(tmp_path / "c.sqlite"), **summarized(server)))
+    search = open_search(cfg)
+    search.search(FOUNDER, question())
+    search.inner.keys["SERPAPI_API_KEY"] = "wrong-but-secret"  # the server repeats it in its message
+    result = search.search(Call("text", "another"), question())
+    assert result.error_kind == "refused" and "***" in result.error and "wrong-but-secret" not in result.error
+    search.cache.close()
+    written = b"".join(file.read_bytes() for file in tmp_path.iterdir()) + json.dumps(dataclasses.asdict(cfg)).encode()
+    shown = capfd.readouterr()
+    for secret in (*SECRETS, "wrong-but-secret"):
+        assert secret.encode() not in written and secret not in shown.out + shown.err
+
+
+# ------------------------------------------------------------------------------------------------- start-up
+
+
+def refused(function, *args) -> str:
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert not any(secret in str(error.value) for secret in SECRETS)
+    return str(error.value)
+
+
+def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
+    cfg = Config(**settings(server, **summarized(server)))
+    open_search(cfg)
+    assert sorted(p.split("?")[0] for p, *_ in server.log) == ["/account.json", "/read", "/v1/models"]
+    for name, words in zip(tools.KEYS, ("SerpApi", "reader", "summariser"), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "not-the-key")
+            message = refused(open_search, cfg)
+            assert words in message and "401" in message and "not-the-key" not in message
+    monkeypatch.delenv("SERPAPI_API_KEY")
+    assert "SERPAPI_API_KEY" in refused(open_search, cfg)
+    monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
+    open_search(dataclasses.replace(cfg, search_budget=6000))
+    assert "5,958 searches left" in capfd.readouterr().err
+    down = dataclasses.replace(cfg, serpapi_url="http://127.0.0.1:9", search_retries=0)
+    assert "connection" in refused(open_search, down).lower()
+
+
+def test_images_without_an_address_are_refused_at_start_up(server):
+    questions = [question(0), dataclasses.replace(question(1), image_url="https://a.example/b.jpg")]
+    bytes_only = Config(**settings(server, image_base_url=""))
+    message = refused(tools.check_questions, questions, bytes_only)
+    assert "1 of 2" in message and "--image_base_url" in message and "--image_upload" in message
+    for changes in (dict(image_base_url="https://x.example"), dict(image_upload="up"), dict(max_image_searches=0)):
+        tools.check_questions(questions, dataclasses.replace(bytes_only, **changes))
+    tools.check_questions(questions[1:], bytes_only)
+    tools.check_questions(questions, Config())
+
+
+def test_searches_are_estimated_before_a_run():
+    assert tools.estimate(100, Config()) == ""
+    line = tools.estimate(100, Config(search="live", price_search=0.02))
+    assert "at most 200 searches" in line and "4.00" in line and "no budget" in line
+    assert "ends them earlier" in tools.estimate(100, Config(search="live", search_budget=199))
+    assert "within" in tools.estimate(100, Config(search="live", search_budget=200))
+    assert "100 searches" in tools.estimate(100, Config(search="live", max_turns=2))
+
+
+def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_path, server):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "who?"}],
+            "reward_model": {"ground_truth": "bako"},
+            "images": [{"bytes": b}],
+        }
+        for b in (picture(1), picture(2, format="JPEG"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    tools.main(["images", "--files", str(tmp_path / "q.parquet"), "--out", str(tmp_path / "out")])
+    base = live(server)
+    for n, row in enumerate(rows):
+        url = base.public_url(Question("q", "", images=(row["images"][0]["bytes"],)), time.monotonic() + 1)
+        name = url.removeprefix("https://pictures.example/")
+        assert name.endswith((".png", ".jpg")[n])
+        assert (tmp_path / "out" / name).read_bytes() == row["images"][0]["bytes"]
+    with pytest.raises(InputError, match="command"):
+        tools.main(["sing"])
+    with pytest.raises(InputError, match="--files"):
+        tools.main(["images"])
+
+
+# --------------------------------------------------------------------------------------------- record, replay
+
+
+def record(server, path, **changes):
+    return open_search(Config(**settings(server, search="record", search_cache=str(path), **changes)))
+
+
+def replay(path, **changes):
+    return open_search(Config(search="replay", search_cache=str(path), **changes))
+
+
+TURNS = [
+    "<reason>?</reason><search><img></search>",
+    "<reason>?</reason><text_search>{}</text_search>",
+    "<reason>!</reason><answer>bako</answer>",
+]
+
+
+def episodes(search, folder, cfg):
+    """Conversations of twelve questions, three samples each, that search by image and by words."""
+    codec = Codec(folder, dataclasses.replace(cfg, max_tokens=900, max_tokens_per_turn=100))
+    questions = [question(n) for n in range(12)]
+    number = {codec.picture(q.images[0]).key: n for n, q in enumerate(questions)}
+
+    def script(prompt, images, sampling):
+        n = number[images[0].key]
+        return TURNS[prompt.count("<|im_start|>assistant") - 1].format("nothing" if n == 3 else f"founder {n}")
+
+    return run(questions, ScriptedEngine(codec, script), search, codec, codec.cfg, samples=3)
+
+
+def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_path, folder, cfg):
+    path = tmp_path / "c.sqlite"
+    with LocalWeb(lambda path, _: "500" if "founder 7" in path or "-2.jpg" in path else None) as server:
+        search = record(server, path, text_results=2, search_retries=0)
+        first = episodes(search, folder, cfg)
+        asked = sum("/search.json" in p for p, *_ in server.log)
+        assert asked <= 12 + 12 + 2  # one for each image and query, however many samples; errors are tried again
+        search.cache.close()
+    again = episodes(replay(path, text_results=2), folder, cfg)
+    assert {r.status for e in first for _, r in e.calls} == {"ok", "no_results", "error"}
+    for a, b in zip(first, again, strict=True):
+        assert (a.tokens, a.sampled, a.calls, a.stop) == (b.tokens, b.sampled, b.calls, b.stop)
+        assert [p.data for p in a.images] == [p.data for p in b.images]
+        for p, q in zip(a.images, b.images, strict=True):
+            assert bool((a.codec.pixels(p) == b.codec.pixels(q)).all())
+    used = [r.usage for e in again for _, r in e.calls]
+    assert all(u == Usage(cached=1) for u in used)
+
+
+def test_a_miss_in_a_replay_is_an_error_that_says_so(server, tmp_path):
+    path = tmp_path / "c.sqlite"
+    record(server, path).search(FOUNDER, question())
+    search = replay(path)
+    assert search.search(FOUNDER, question()).status == "ok"
+    others = [{"text_results": 2}, {"search_language": "fr"}, {"summarizer_url": "http://x/v1"}]
+    for call, changes in ((IMAGE, {}), (Call("text", "?"), {}), *((FOUNDER, other) for other in others)):
+        result = replay(path, **changes).search(call, question())
+        assert (result.status, result.error_kind) == ("error", "not_recorded") and "c.sqlite" in result.error
+    assert search.search(Call("text", " "), question()).error_kind == "bad_call"
+    with pytest.raises(InputError, match="no such search cache"):
+        replay(tmp_path / "none.sqlite")
+
+
+def test_a_recording_finds_what_it_has_and_tries_errors_again(server, tmp_path):
+    search = record(server, tmp_path / "c.sqlite", search_retries=0)
+    server.fault = only("/search.json", "500", times=1)
+    assert search.search(FOUNDER, question()).error_kind == "server"
+    assert replay(tmp_path / "c.sqlite").search(FOUNDER, question()).error_kind == "server"
+    found = search.search(FOUNDER, question())
+    assert found.status == "ok" and found.usage.searches == 1
+    kept = search.search(FOUNDER, question())
+    assert kept == found and kept.usage == Usage(cached=1)
+    server.fault = lambda *_: None
+    first = search.search(IMAGE, question())
+    assert [search.search(IMAGE, question()), replay(tmp_path / "c.sqlite").search(IMAGE, question())] == [first] * 2
+    stats = search.cache.stats()
+    assert (stats["results"], stats["found"], stats["hit_rate"]) == (2, 2, 0.5)  # the replays did not count
+
+
+def test_calls_that_ask_the_same_at_once_cost_one_search(server, tmp_path):
+    server.fault = lambda *_: time.sleep(0.05)
+    search = record(server, tmp_path / "c.sqlite")
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda _: search.search(FOUNDER, question()), range(16)))
+    assert len(set(results)) == 1 and sum("/search.json" in p for p, *_ in server.log) == 1
+    assert sum(r.usage.cached for r in results) == 15 and sum(r.usage.searches for r in results) == 1
+
+
+def test_what_cannot_be_kept_is_an_error(server, tmp_path):
+    search = record(server, tmp_path / "c.sqlite")
+    with search.cache._connection() as db:
+        db.execute("DROP TABLE images")
+    assert search.search(IMAGE, question()).error_kind == "index"
+    search.cache.close()
+    with pytest.raises(ValueError, match="closed"):
+        search.search(IMAGE, question())
+
+
+# -------------------------------------------------------------------------------------------------- the service
+
+
+class Service:
+    """`tools.py serve` in threads of this process."""
+
+    def __init__(self, search, address="127.0.0.1:0"):
+        self.server = SearchServer(address, search)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def test_the_service_gives_the_same_results(server, tmp_path):
+    service = Service(record(server, tmp_path / "c.sqlite", search_budget=3))
+    search = open_search(Config(search_url=service.url, retry_pause=0.01))
+    try:
+        assert isinstance(search, RemoteSearch)
+        here = [
+            search.search(call, question()) for call in (IMAGE, FOUNDER, Call("text", "nothing"), Call("text", " "))
+        ]
+        there = replay(tmp_path / "c.sqlite")
+        assert here == [
+            there.search(call, question()) for call in (IMAGE, FOUNDER, Call("text", "nothing"), Call("text", ""))
+        ]
+        assert here[0].usage.searches == 1 and search.search(IMAGE, question()).usage == Usage(cached=1)
+        assert search.search(Call("text", "one more"), question()).error_kind == "budget"  # one for all clients
+    finally:
+        service.close()
+
+
+def test_a_restart_of_the_service_costs_retries_not_calls(server, tmp_path):
+    inner = record(server, tmp_path / "c.sqlite")
+    service = Service(inner)
+    address = service.url.removeprefix("http://")
+    search = open_search(Config(search_url=service.url, retry_pause=0.02))
+    results = []
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(search.search, Call("text", f"q{n % 5}"), question()) for n in range(20)]
+        service.close()
+        futures += [pool.submit(search.search, Call("text", f"q{n % 5}"), question()) for n in range(5)]
+        time.sleep(0.2)
+        service = Service(inner, address)
+        results = [future.result(30) for future in futures]
+    service.close()
+    assert {r.status for r in results} == {"ok"}
+
+
+def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
+    service = Service(record(server, tmp_path / "c.sqlite"))
+    try:
+        empty = {"kind": "image", "query": "", "image": None, "image_url": None, "data_id": None}
+        odd = [{**empty, "kind": "video"}, {**empty, "image": "?"}, {**empty, "data_id": 3}]
+        for body in (b"", b"[]", b"{}", b"\xff", b"[" * 100_000, *(json.dumps(o).encode() for o in odd)):
+            with closing(socket.create_connection(service.server.server_address, 5)) as raw:
+                raw.sendall(b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                assert raw.makefile("rb").readline().split()[1] == b"400"
+        search = RemoteSearch(Config(search_url=service.url))
+        assert search.search(IMAGE, Question("q", "", images=(b"no picture",))).error_kind == "bad_call"
+        assert search.search(FOUNDER, question()).status == "ok"
+    finally:
+        service.close()
+
+
+def test_no_service_is_one_line_at_start_up(server):
+    """Nobody there; somebody else there."""
+    with pytest.raises(InputError, match="tools.py serve"):
+        RemoteSearch(Config(search_url="http://127.0.0.1:9", retry_pause=0.1)).check(0.3)
+    with pytest.raises(InputError, match="404"):
+        RemoteSearch(Config(search_url=server.url)).check()
+    with pytest.raises(InputError, match="cannot listen"):
+        SearchServer(server.host, None)

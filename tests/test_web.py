@@ -1,0 +1,314 @@
+"""HTTP from below: addresses, certificates, retries, limits of bytes; and text from the web."""
+
+import email.utils
+import http.server
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from contextlib import closing, contextmanager
+
+import pytest
+from local_web import LocalWeb
+
+import web
+from web import (
+    Client,
+    Failure,
+    Limit,
+    Meter,
+    clean,
+    inline_text,
+    is_public,
+    is_web_url,
+    passages,
+    plain_text,
+    sentences,
+)
+
+
+@pytest.mark.parametrize(
+    "address, public",
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("10.0.0.1", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),  # metadata of clouds
+        ("100.64.0.1", False),  # carriers' NAT
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),  # IPv4 in IPv6
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::7f00:1", False),  # NAT64
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::", False),  # 6to4
+    ],
+)
+def test_public_addresses(address, public):
+    assert is_public(address) == public
+
+
+@pytest.mark.parametrize(
+    "url, sound",
+    [
+        ("https://a.example/x?y=z#w", True),
+        ("http://a.example:8080", True),
+        ("https://münchen.example/straße ö", True),
+        ("ftp://a.example/", False),
+        ("file:///etc/passwd", False),
+        ("data:image/png;base64,AAAA", False),
+        ("javascript:alert(1)", False),
+        ("//a.example", False),
+        ("https://", False),
+        ("https://a.example:99999/", False),
+        ("https://[::1", False),
+        ("https://" + "a" * 300 + ".example/", True),  # its host does not resolve: that is found out later
+        ("https://a.example/" + "x" * 3000, False),
+        ("https://a\n.example/", False),
+        ("", False),
+        (None, False),
+        (3, False),
+    ],
+)
+def test_web_urls(url, sound):
+    assert is_web_url(url) == sound
+
+
+def fetch(url, seconds=5.0, **options):
+    settings = {
+        name: options.pop(name) for name in ("retries", "pause", "allow_hosts", "read_timeout") if name in options
+    }
+    client = Client(**{"retries": 0, "pause": 0.01, **settings})
+    options = {"what": "it", "max_bytes": 1000, "types": ("text/*", "image/*"), **options}
+    return client.fetch(url, Limit(4), Meter(), time.monotonic() + seconds, **options)
+
+
+def failure(*args, **options):
+    with pytest.raises(Failure) as error:
+        fetch(*args, **options)
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "0x7f.1", "2130706433", "127.1", "[::1]", "[::ffff:127.0.0.1]"]
+)
+def test_no_spelling_of_loopback_gets_through(host):
+    with closing(socket.create_server(("127.0.0.1", 0))) as private:
+        private.settimeout(0.05)
+        wrong = failure(f"http://{host}:{private.getsockname()[1]}/")
+        assert wrong.kind in ("blocked", "connection")  # some resolvers do not know the odd ones
+        with pytest.raises(TimeoutError):
+            private.accept()
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch):
+    """A name that is public when it is looked up first, and loopback when it is looked up again."""
+    answers, connected = iter([["93.184.216.34"], ["127.0.0.1"]]), []
+
+    def resolve(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(answers)]
+
+    def connect(address, timeout):
+        connected.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(web.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(web.socket, "create_connection", connect)
+    assert failure("http://rebind.example/").kind == "connection" and connected == [("93.184.216.34", 80)]
+    assert failure("http://rebind.example/").kind == "blocked" and len(connected) == 1
+
+
+def test_an_allowed_host_is_one_host_and_port():
+    with LocalWeb() as server:
+        port = server.server_address[1]
+        assert fetch(f"{server.url}/thumb/1.jpg", max_bytes=10**6, allow_hosts=(server.host,))
+        for allowed in ((), ("127.0.0.1",), (f"127.0.0.1:{port + 1}",), (f"localhost:{port}",)):
+            assert failure(f"{server.url}/thumb/1.jpg", allow_hosts=allowed).kind == "blocked"
+
+
+class Counted(http.server.BaseHTTPRequestHandler):
+    """Answers with the next of the server's replies: status, headers, body."""
+
+    def do_GET(self):
+        self.server.times.append(time.monotonic())
+        status, headers, body = self.server.replies.pop(0)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def replies(*answers, tls=None):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Counted)
+    server.replies, server.times = list(answers), []
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server, f"{'https' if tls else 'http'}://localhost:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+OK = (200, {"Content-Type": "text/plain"}, b"yes")
+
+
+def test_retry_after_is_honoured_in_seconds_and_as_a_date():
+    for value in ("1", "date"):
+        value = email.utils.formatdate(time.time() + 2.5, usegmt=True) if value == "date" else value
+        with replies((429, {"Retry-After": value}, b""), OK) as (server, url):
+            assert fetch(url, ours=True, retries=1) == b"yes"
+            assert server.times[1] - server.times[0] >= 0.9
+    with replies((503, {"Retry-After": "9"}, b""), OK) as (server, url):
+        assert failure(url, ours=True, retries=1, seconds=2.0).kind == "server"  # it would come too late
+        assert len(server.replies) == 1
+    for nonsense in ("soon", "-1", "9" * 400, "\x00"):
+        assert (web._seconds(nonsense) or 0) <= 1e9
+
+
+def test_pauses_between_attempts_double_and_end_at_the_deadline(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(web.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
+    monkeypatch.setattr(web, "_address", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
+    message = str(failure("http://a.example/", retries=6, pause=1.0, seconds=500.0))
+    assert "7 attempts" in message and len(pauses) == 6
+    assert all(0.5 <= pause / 2**n <= 1.0 for n, pause in enumerate(pauses[:5])) and pauses[5] <= 30.0
+    assert len(set(pauses)) == 6  # jitter
+    pauses.clear()
+    failure("http://a.example/", retries=6, pause=1.0, seconds=3.0)
+    assert 1 <= len(pauses) < 4
+
+
+@pytest.mark.parametrize(
+    "reply, kind",
+    [
+        ((200, {"Content-Type": "image/svg+xml"}, b"<svg/>"), "bad_response"),
+        ((200, {}, b"x"), "bad_response"),
+        ((200, {"Content-Type": "text/plain", "Content-Encoding": "br"}, b"x"), "bad_response"),
+        ((200, {"Content-Type": "text/plain", "Content-Encoding": "gzip"}, b"no gzip"), "connection"),
+        ((200, {"Content-Type": "text/plain"}, b"x" * 1001), "bad_response"),
+        ((204, {}, b""), "refused"),
+        ((404, {}, b'{"error": "gone"}'), "refused"),
+        ((302, {}, b""), "refused"),
+        ((302, {"Location": "gopher://a.example"}, b""), "blocked"),
+    ],
+)
+def test_answers_that_are_none(reply, kind):
+    with replies(reply) as (server, url):
+        host = url.split("/")[2]
+        assert failure(url, types=("text/plain", "image/png"), allow_hosts=(host,)).kind == kind
+
+
+def test_redirects_are_followed_a_few_times_and_never_with_a_key():
+    def to(path):
+        return (301, {"Location": path}, b"")
+
+    with replies(to("/a"), to("b?c=1"), to("/d"), to("//LOCAL/e"), OK) as (server, url):
+        host = url.split("/")[2]
+        server.replies[3] = to(f"//{host}/e")
+        assert fetch(url, allow_hosts=(host,)) == b"yes"
+    with replies(*[to("/x")] * 5) as (server, url):
+        assert "redirects" in str(failure(url, allow_hosts=(url.split("/")[2],)))
+    with replies(to("/a"), OK) as (server, url):
+        assert "redirects" in str(failure(url, ours=True, bearer="secret")) and len(server.replies) == 1
+
+
+def test_certificates_are_checked(tmp_path):
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {certificate}"
+    try:
+        subprocess.run([*command.split(), "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs openssl to make a certificate")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with replies(OK, OK, tls=tls) as (server, url), pytest.MonkeyPatch.context() as patch:
+        wrong = failure(url, ours=True)
+        assert wrong.kind == "connection" and "Cert" in str(wrong)
+        patch.setattr(web, "_context", ssl.create_default_context(cafile=certificate))
+        assert fetch(url, ours=True) == b"yes"
+        wrong = failure(url.replace("localhost", "127.0.0.1"), ours=True)  # another name than the certificate's
+        assert wrong.kind == "connection" and "Cert" in str(wrong)
+
+
+def test_a_handshake_that_hangs_ends_at_the_deadline():
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        assert failure(url, ours=True, seconds=0.3).kind == "timeout"
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("  a \t b\x00c \x1b[31m d\x9f", "a b c [31m d"),
+        ("a\r\n\n\n  b", "a\nb"),
+        ("x" * 50, "x" * 20),
+        ("half \ud83d of", "half \ufffd of"),
+        ("<|im_end|>", "<|im_end|>"),
+        (b"bytes", ""),
+        (None, ""),
+        (["a"], ""),
+    ],
+)
+def test_clean(text, expected):
+    assert clean(text, 20) == expected
+
+
+def test_html_becomes_text():
+    page = "<!doctype html><html><head><title>T</title><style>p{}</style><script>if (a < b) evil()</script></head>"
+    page += "<body><p>One &amp; <b>two</b></p><p onclick='x()'>three<br>four</p><noscript>no</noscript>"
+    assert clean(plain_text(page + "<script>never closed"), 100) == "T\nOne & two\nthree\nfour"
+    assert clean(plain_text("# Title\n\n![logo](http://x/y.png) see [the *page*](http://x) 2 < 3"), 99) == (
+        "# Title\nsee the *page* 2 < 3"
+    )
+    assert inline_text("<b>A</b> &lt;b&gt; &amp; c <answer>") == " A  <b> & c <answer>" and inline_text(7) == ""
+
+
+@pytest.mark.parametrize(
+    "piece", ["<", "<a ", "<!--", "<![CDATA[", "&", "&#", "[", "![", "](", "<p", "</", "<script>", "\"'<"]
+)
+def test_hostile_pages_are_read_in_time(piece):
+    """120,000 characters: what is read of a page at most."""
+    page = "<p>" + piece * (120_000 // len(piece))
+    started = time.process_time()
+    passages(clean(plain_text(page[:120_000]), 30_000), "a b", 5)
+    inline_text(page)
+    assert time.process_time() - started < 5
+
+
+def test_sentences():
+    text = 'One. Two! "Three?" 4.5 is a number\nA line. 一。二！'
+    assert sentences(text) == ["One.", "Two!", '"Three?', "4.5 is a number", "A line.", "一。", "二！"]
+    assert [len(s) for s in sentences("x" * 1200)] == [500, 500, 200]
+
+
+def test_passages_are_the_sentences_that_fit_best_in_their_order():
+    text = "Nauru is small. The flag is blue. Cats sleep. The flag of Nauru has a star! A flag waves. Nauru."
+    assert passages(text, "flag of Nauru", 1) == "The flag of Nauru has a star!"
+    assert passages(text, "Cats?", 3) == "Cats sleep."  # only what holds a word
+    assert passages(text, "star of Nauru", 2) == "Nauru is small. The flag of Nauru has a star!"
+    assert passages(text, "zebra", 2) == "Nauru is small. The flag is blue."
+    assert passages("", "x", 2) == ""
