@@ -282,9 +282,9 @@ def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Quest
 NEUTRAL = set(
     "out run_dir resume overwrite threads dist_timeout log concurrency tool_threads judges judge_url judge_model "
     "judge_cache judge_concurrency judge_timeout balance toy_dir search_url serve_address search_budget "
-    "search_deadline connect_timeout read_timeout search_retries retry_pause max_failed_searches serpapi_in_flight serpapi_per_second "
-    "reader_in_flight reader_per_second summarizer_in_flight summarizer_per_second image_base_url image_upload "
-    "allow_hosts price_search price_reader price_summarizer".split()
+    "search_deadline connect_timeout read_timeout search_retries retry_pause max_failed_searches serpapi_in_flight "
+    "serpapi_per_second reader_in_flight reader_per_second summarizer_in_flight summarizer_per_second image_base_url "
+    "image_upload allow_hosts price_search price_reader price_summarizer".split()
 )
 
 

@@ -505,7 +505,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
 
 class SloppyPolicy:
     """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
-    is well-formed, and blind to need: no search .40, image search .16, image and text search .44."""
+    is well-formed, and blind to need: no search .40, image search .25, image and text search .35."""
 
     def __init__(self, codec: Codec):
         self.codec = codec
@@ -519,7 +519,7 @@ class SloppyPolicy:
     def __call__(self, prompt: str, images, sampling) -> str:
         thing, what = self.asked[images[0].key]
         die = random.Random(images[0].key)
-        plan = die.choices(["", "image", "image text"], [0.40, 0.16, 0.44])[0]
+        plan = die.choices(["", "image", "image text"], [0.40, 0.25, 0.35])[0]
         belief = getattr(thing, what) if thing.known else "unknown"
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
         if not results:
