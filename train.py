@@ -622,7 +622,7 @@ class Run:
         limits = engine_limits(folder, cfg, self.device, [*asked, *self.val])
         if rank == 0:
             print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
-        tools.check_questions([*self.train, *self.val], cfg)
+        tools.check_questions([*asked, *self.val], cfg)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
         self.questions = {q.id: q for q in asked}
         self.reference = None
@@ -648,11 +648,11 @@ class Run:
                 f"{len(self.val)} validation questions; {self.dir.path}",
                 file=sys.stderr,
             )
-            if line := tools.estimate(self._conversations(), cfg):
+            if line := tools.estimate(self._how_many(), cfg):
                 print(line, file=sys.stderr)
 
-    def _conversations(self):
-        """How many this run will hold."""
+    def _how_many(self):
+        """How many conversations this run will hold."""
         steps = self.cfg.steps - self.state["step"]
         validations = 2 + (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 2
         a_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt

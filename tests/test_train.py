@@ -528,7 +528,7 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "5 training and 3 validation questions" in done.stderr
+    assert "5 training questions and 3 validation questions" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ the curves
