@@ -355,6 +355,7 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
 
     monkeypatch.setattr(train, "train_step", fails)
     (tmp_path / "run/rollouts/step-000000.jsonl").unlink()
+    whole.first = -1  # the sampler's weights are no longer the trainer's: no first look
     with pytest.raises(policy.NonFinite):
         whole.step(0)
     assert (tmp_path / "run/rollouts/step-000000.jsonl").exists()  # to be looked at
