@@ -638,6 +638,9 @@ class VLLMEngine:
             launcher = dict(distributed_executor_backend="external_launcher")
         else:
             launcher = {}
+        batch = limits.tokens + limits.conversations  # a whole prompt beside a token for all the others
+        if device.type == "cpu":  # never split a prompt: vLLM 0.32 cannot take back the random number of a part of one
+            batch = limits.tokens * limits.conversations
         args = EngineArgs(
             model=str(folder), tokenizer=str(codec.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
             seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
@@ -646,7 +649,7 @@ class VLLMEngine:
             gpu_memory_utilization=0.05,  # not used: the cache's size is given
             limit_mm_per_prompt={"image": limits.images, "video": 0}, max_model_len=limits.tokens,
             max_num_seqs=limits.conversations, block_size=limits.block, kv_cache_memory_bytes=limits.cache_bytes,
-            max_num_batched_tokens=limits.tokens + limits.conversations,  # a prompt beside a token for all the others
+            max_num_batched_tokens=batch,
             **launcher,
         )  # fmt: skip
         try:
