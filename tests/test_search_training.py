@@ -188,7 +188,8 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "photo.png").write_bytes(question(1).images[0])
     here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--model={place.model}", "--max_tokens=900"]
     asked = [*here, f"--image={tmp_path / 'photo.png'}", "--question=who founded it?"]
-    monkeypatch.setattr(evaluation, "load_engine", lambda folder, codec, cfg, device, questions: Talker(codec, [question(1)]))
+    talker = lambda folder, codec, cfg, device, questions: Talker(codec, [question(1)])  # noqa: E731
+    monkeypatch.setattr(evaluation, "load_engine", talker)
     monkeypatch.setattr(Talker, "step", ScriptedEngine.step)
 
     def main(*arguments):
