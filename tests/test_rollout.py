@@ -17,6 +17,7 @@ from test_policy import PICTURES, Plain, save_sharp_model, wide_range
 import config
 import policy
 import rollout
+from config import InputError
 from data import Call, Codec, Episode, Hit, Question, Result, Stop
 from rollout import Generate, Reply, Sampling, ScriptedEngine, TorchEngine, converse, run, turn_seed
 
@@ -532,6 +533,13 @@ def test_share(monkeypatch):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         parts.append(rollout.share(list(range(10)), cfg))
     assert parts == [[0, 3, 6, 9], [], [1, 4, 7], [], [2, 5, 8], []]
+
+
+def test_a_vllm_for_another_torch_is_one_line(monkeypatch):
+    monkeypatch.setattr(rollout, "_version", lambda package: "0.32.0" if package == "vllm" else None)
+    monkeypatch.setattr(rollout.importlib.metadata, "requires", lambda package: ["numpy", "torch==1.0.0+cpu"])
+    with pytest.raises(InputError, match="vllm 0.32.0 needs torch 1.0.0, this is torch 2"):
+        rollout._import_vllm(torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------- TorchEngine

@@ -491,6 +491,18 @@ def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
     assert [p.name for p in whole.dir.saved()] == ["step-000001"]
 
 
+def test_a_gap_at_the_first_step_stops_the_run(arguments, tmp_path, monkeypatch):
+    """The sampler holds other weights than the trainer."""
+    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1", "--max_mismatch=0.01"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    whole = train.Run(cfg)
+    whole.first = 0
+    stale = [(name, value + 0.05 * torch.randn_like(value)) for name, value in policy.full_weights(whole.policy)]
+    whole.engine.load_weights(stale, version=0)
+    with pytest.raises(InputError, match="sampler and trainer disagree .* check that both hold the same weights"):
+        whole.step(0)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_without_vllm(arguments, tmp_path, capfd):
     line = refused(capfd, *arguments, f"--run_dir={tmp_path / 'run'}", "--engine=vllm")
