@@ -223,8 +223,14 @@ class Browser:
         self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": presses}]})
 
     def click(self, selector):
-        (_, element), *_ = self.call("/element", {"using": "css selector", "value": selector}).items()
-        self.call(f"/element/{element}/click", {})
+        """The page may redraw what was found before it is clicked: then look again."""
+        for attempt in range(10):
+            (_, element), *_ = self.call("/element", {"using": "css selector", "value": selector}).items()
+            try:
+                return self.call(f"/element/{element}/click", {})
+            except RuntimeError as error:
+                if attempt == 9 or "stale element" not in str(error):
+                    raise
 
     def until(self, script, wanted):
         """Wait for an expression of the page to have a value."""
