@@ -27,13 +27,11 @@ class InputError(ValueError):
 
 MODES = ("agent", "direct", "pipeline")
 JUDGES = ("em", "sub_em", "llm")
+SEARCHES = ("offline", "live", "record", "replay")
 
 
 def _knob(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
-
-
-SEARCHES = ("offline", "live", "record", "replay")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,9 @@ class Config:
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
     overwrite: bool = _knob(False, "start anew: delete what is in run_dir (eval.py: the results in out)")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
-    deterministic: bool | None = _knob(None, "same seed, same bits; calls answered in order (default: on a CPU, yes)")
+    deterministic: bool | None = _knob(
+        None, "same seed, same bits; calls answered in order (default: on a CPU without vLLM, web or deadline)"
+    )
     threads: int = _knob(1, "CPU threads a process; more help larger models only (0: cores / processes)")
     dist_timeout: float = _knob(30.0, "minutes a rank waits for the others before it gives up")
     log: str = _knob(
@@ -313,36 +313,36 @@ def _choices(f):
     return tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
 
 
+POSITIVE = """
+    toy_pretrain_steps toy_teach_steps toy_warmup_steps prompts_per_step samples_per_prompt max_turns
+    max_tokens_per_turn max_tokens max_prompt_tokens concurrency tensor_parallel tool_threads image_results text_results
+    updates_per_step epochs_per_step max_tokens_per_batch keep_last min_pixels thumb_min_pixels lr temperature
+    max_grad_norm dist_timeout sigmoid_midpoint max_mismatch judge_concurrency judge_timeout search_deadline
+    connect_timeout read_timeout retry_pause page_characters serpapi_in_flight reader_in_flight summarizer_in_flight
+"""
+NOT_NEGATIVE = """
+    seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps clip_high
+    kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature toy_seed samples
+    search_budget search_retries serpapi_per_second reader_per_second summarizer_per_second price_search price_reader
+    price_summarizer
+"""
+SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches"
+
+
 def _check_ranges(cfg):
     for f in dataclasses.fields(cfg):
         value, choices = getattr(cfg, f.name), _choices(f)
         _need(not choices or value in choices, f"{f.name}={value!r}: choose one of {', '.join(choices or ())}")
-    for name in (
-        "toy_pretrain_steps toy_teach_steps toy_warmup_steps "
-        "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
-        "tensor_parallel "
-        "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
-        "min_pixels thumb_min_pixels lr temperature max_grad_norm dist_timeout sigmoid_midpoint max_mismatch "
-        "judge_concurrency judge_timeout "
-        "search_deadline connect_timeout read_timeout retry_pause page_characters "
-        "serpapi_in_flight reader_in_flight summarizer_in_flight"
-    ).split():
+    for name in POSITIVE.split():
         _need(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0")
-    for name in (
-        "seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps "
-        "clip_high kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature "
-        "toy_seed samples search_budget search_retries serpapi_per_second reader_per_second summarizer_per_second "
-        "price_search price_reader price_summarizer"
-    ).split():
+    for name in NOT_NEGATIVE.split():
         _need(getattr(cfg, name) >= 0, f"{name}={getattr(cfg, name)}: must not be negative")
-    for name in "importance_cap trust_bound".split():
+    for name in ("importance_cap", "trust_bound"):
         value = getattr(cfg, name)
         _need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
-    for (
-        name
-    ) in "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches".split():
+    for name in SHARES.split():
         _need(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)}: must be between 0 and 1")
-    for name in "adam_beta1 adam_beta2".split():
+    for name in ("adam_beta1", "adam_beta2"):
         _need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
     _need(max(cfg.seed, cfg.toy_seed) < 2**63, "seed and toy_seed must be below 2**63")
 

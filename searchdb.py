@@ -46,7 +46,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError, run_main
-from data import Hit, Result, decode_image
+from data import Hit, Result, decode_image, first_line
 from web import Client, Failure, Limit, Meter, clean, is_web_url
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
@@ -137,13 +137,13 @@ def _salient_box(image):
 
 def web_thumbnail(data: bytes) -> bytes:
     """A fetched picture as the JPEG that is shown and kept. Raises InputError if it is none, or too large."""
-    return _jpeg(decode_image(data, WEB_FORMATS, WEB_PIXELS))
+    return _thumbnail(decode_image(data, WEB_FORMATS, WEB_PIXELS))
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def _thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
     small, buffer = image.copy(), io.BytesIO()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(buffer, "JPEG", quality=90)
+    small.save(buffer, format, quality=90)  # PNG knows no quality
     return buffer.getvalue()
 
 
@@ -161,8 +161,7 @@ class Encoder:
             self.processor = AutoImageProcessor.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
         except Exception as error:  # on what it cannot load, transformers raises about anything
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"image_embedding {name!r}: cannot load it ({line})") from None
+            raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
         self.device, self.torch, self.lock = device, torch, threading.Lock()
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -175,13 +174,6 @@ class Encoder:
             out = out.last_hidden_state.mean(1) if pooled is None else pooled
         vector = out.flatten().float().cpu().numpy()
         return vector / max(np.linalg.norm(vector), np.float32(1e-6))
-
-
-def _thumbnail(image: Image.Image) -> bytes:
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(buffer, "PNG" if max(small.size) <= LOSSLESS_SIDE else "JPEG", quality=90)  # PNG knows no quality
-    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------ search
@@ -419,7 +411,8 @@ def _image_values(row, folder, embedder):
         image = decode_image(data)
     except InputError as error:  # names the field of a question
         raise InputError(f"field image: {str(error).removeprefix('field images: ')}") from None
-    return *strings, _thumbnail(image), embedder(image).astype(np.float32).tobytes()
+    format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
+    return *strings, _thumbnail(image, format), embedder(image).astype(np.float32).tobytes()
 
 
 def _as_dict(row):
@@ -648,7 +641,7 @@ def import_parquet(path: str | Path, cache: SearchCache) -> int:
     try:
         cache.put_all(rows())
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}, row {count}: not an exported cache ({type(error).__name__}: {error})") from None
     return count
@@ -766,7 +759,7 @@ class _PickledImage:
         image = Image.frombytes(mode, (width, height), data)
         if mode in ("P", "PA") and palette:
             image.putpalette(palette)
-        return _jpeg(image.convert("RGB"))
+        return _thumbnail(image.convert("RGB"))
 
 
 class _Ignored(str):

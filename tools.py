@@ -51,7 +51,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import Config, InputError, parse, run_main
-from data import Call, Hit, Question, Result, Usage, decode_image, load_questions
+from data import Call, Hit, Question, Result, Usage, decode_image, load_questions, read_prompt
 from searchdb import THUMBNAIL_SIDE, WEB_IMAGE_BYTES, SearchCache, SearchDB, canonical, request_key, web_thumbnail
 from web import Client, Failure, Limit, Meter, clean, inline_text, is_web_url, passages, plain_text, sentences
 
@@ -138,7 +138,7 @@ class WebSearch:
 
     def __init__(self, cfg: Config):
         ranks = int(os.environ.get("WORLD_SIZE", 1))  # each has a share of what is limited for all
-        self.cfg, self.prompt = cfg, read_prompt(cfg)
+        self.cfg, self.prompt = cfg, summarizer_prompt(cfg)
         self.keys = {name: os.environ.get(name, "").strip() for name in KEYS}
         self.client = Client(
             cfg.connect_timeout, cfg.read_timeout, cfg.search_retries, cfg.retry_pause, cfg.allow_hosts
@@ -387,18 +387,12 @@ def _count(number):
     return max(0, number) if isinstance(number, int) and not isinstance(number, bool) else 0
 
 
-def read_prompt(cfg: Config) -> str:
+def summarizer_prompt(cfg: Config) -> str:
     """The request to the summariser. Raises InputError."""
-    path = Path(cfg.summarizer_prompt)
-    if not path.is_absolute() and not path.exists():
-        path = Path(__file__).parent / path
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
+    text = read_prompt(Path(cfg.summarizer_prompt))
     for hole in ("{query}", "{page}"):
         if hole not in text:
-            raise InputError(f"{path}: expected {hole}")
+            raise InputError(f"{cfg.summarizer_prompt}: expected {hole}")
     return text
 
 
@@ -421,7 +415,7 @@ class CachedSearch:
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg = cache, inner, cfg
-        self._version = hashlib.sha256(read_prompt(cfg).encode()).hexdigest()[:16]
+        self._version = hashlib.sha256(summarizer_prompt(cfg).encode()).hexdigest()[:16]
         self._pending: dict[str, Future] = {}
         self._lock = threading.Lock()
 

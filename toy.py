@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -41,8 +42,7 @@ from tqdm import tqdm
 import searchdb
 from config import Config, InputError, parse, run_main
 from data import PROMPT_FILES, Codec, Episode, Question
-from grpo import token_weights
-from policy import export_hf, init_distributed, load_policy, pack, update
+from policy import export_hf, imitation_loss, init_distributed, load_policy, pack, update
 from rollout import Reply, ScriptedEngine, run
 from tools import OfflineSearch
 
@@ -107,16 +107,8 @@ def ensure(cfg: Config) -> Toy:
     if dist.get_rank() == 0 and not toy.model.exists():
         print(f"building the toy world in {toy.folder} (once; a few minutes)", file=sys.stderr)
         alone = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-        names = (
-            "toy_dir",
-            "toy_seed",
-            "toy_pretrain_steps",
-            "toy_teach_steps",
-            "toy_warmup_steps",
-            "threads",
-            "device",
-        )
-        args = [f"--{name}={getattr(cfg, name)}" for name in names]
+        names = "toy_dir toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps threads device"
+        args = [f"--{name}={getattr(cfg, name)}" for name in names.split()]
         done = subprocess.run([sys.executable, __file__, *args], env=alone, stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
@@ -464,15 +456,10 @@ class _Optimizers:
 def imitate(model, optimizer, make, steps: int, title: str, codec: Codec, cfg: Config, device) -> None:
     """Supervised steps on the sampled tokens of the episodes that make() returns, through the trainer's packing and
     update. Batches are made in a process of its own meanwhile: drawing takes half as long as learning."""
-
-    def row_loss(number, row, logp, entropy):
-        weights, count = token_weights(row.sequence, "tokens")
-        return -(logp * weights).sum(), count, {}
-
     batches = _Batches(lambda: pack(make(), codec, model, cfg.max_tokens_per_batch), steps)
     loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork")
     for rows in (bar := tqdm(loader, title, total=steps)):
-        sums = update(model, optimizer, rows, row_loss, cfg, device)
+        sums = update(model, optimizer, rows, partial(imitation_loss, "tokens"), cfg, device)
         bar.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
 
@@ -551,14 +538,18 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
     lessons = Lessons(things, codec, f"warm-up {cfg.toy_seed}")
     policy, rng = SloppyPolicy(codec), random.Random(f"warm-up {cfg.toy_seed}")
     engine = ScriptedEngine(codec, policy)
-    search = OfflineSearch(searchdb.SearchDB(toy.index), image_results=cfg.image_results, text_results=cfg.text_results)
+
+    @cache
+    def search():  # opened where it is used: a connection of SQLite must not be taken through a fork
+        index = searchdb.SearchDB(toy.index)
+        return OfflineSearch(index, image_results=cfg.image_results, text_results=cfg.text_results)
 
     def batch():
         questions = []
         for i in range(28):
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
-        episodes = run(questions, engine, search, codec, cfg, ordered=True)
+        episodes = run(questions, engine, search(), codec, cfg, ordered=True)
         return episodes + lessons.knowing(16) + lessons.seeing(6) + lessons.copying(6)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"

@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +64,7 @@ from policy import (
     even_rows,
     export_hf,
     full_weights,
+    imitation_loss,
     init_distributed,
     is_deterministic,
     load_policy,
@@ -92,19 +93,19 @@ class Batch:
     uncounted: float  # what the conversations that need not be run add to the denominator
     old: list[torch.Tensor] | None = None  # [S] of each row: log-probs before the first update
     ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
-    episode_gaps: dict[str, float] = field(default_factory=dict)  # name -> mean |trainer - sampler| log-prob, nats
 
 
 def train_step(
     policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device,
-    episode_gaps: dict[str, float] | None = None,
+    gaps: dict[str, torch.Tensor] | None = None,
 ) -> dict:  # fmt: skip
     """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
 
-    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. episode_gaps, if
-    given, is filled: episode_name -> how far its sampled tokens' log-probs are from the sampler's, mean, nats, of the
-    episodes that are run. Raises NonFinite.
+    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. gaps, if given, is
+    filled with those of the episodes that are run: episode_name -> trainer's minus sampler's log-prob [S], nats.
+    Raises NonFinite.
     """
+    gaps = {} if gaps is None else gaps
     batches = [
         make_batch(
             [i for i, its_part in enumerate(parts) if its_part == part],
@@ -118,7 +119,7 @@ def train_step(
             batch.old = logprobs(policy, batch.rows, cfg.temperature, device)
         if reference:
             batch.ref = logprobs(reference, batch.rows, cfg.temperature, device)
-    totals, gaps = Counter(), []
+    totals = Counter()
     for _ in range(cfg.epochs_per_step):
         for batch in batches:
             loss = partial(row_loss, batch, cfg, gaps)
@@ -128,22 +129,20 @@ def train_step(
                 names = gather([batch.names[i] for i in error.episodes]) or gather(batch.names)
                 raise NonFinite(f"{error} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})", []) from None
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
-    for batch in batches if episode_gaps is not None else ():
-        episode_gaps |= batch.episode_gaps
     per_token = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
         "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
         **per_token,
-        **gap_metrics(gaps),
+        **gap_metrics(list(gaps.values())),
     }
 
 
 def gap_metrics(gaps: list[torch.Tensor]) -> dict[str, float]:
-    """gaps: [S] of each row, trainer's minus sampler's log-prob. The largest of all ranks, and percentiles of the ratio
-    of the two probabilities (1 where they agree)."""
-    gaps = np.concatenate([np.zeros(0, np.float32), *gather([gap.cpu().numpy() for gap in gaps])])
+    """gaps: [S] of each conversation, trainer's minus sampler's log-prob. The largest of all ranks, and percentiles of
+    the ratio of the two probabilities (1 where they agree)."""
+    gaps = np.concatenate([np.zeros(0, np.float32), *gather([gap.numpy() for gap in gaps])])
     if not len(gaps):
         return {"mismatch/max": 0.0}
     low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
@@ -165,10 +164,8 @@ def gather(items: list) -> list:
 
 
 def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
-    """Pack the chosen episodes. Those with an advantage of 0 have a gradient of 0, unless KL or entropy bonus have one,
-    or their log-probs decide whether they count: they are in the denominator, but not run."""
-    every = cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound
-    idle = [i for i in chosen if advantages[i] == 0 and not every]
+    """Pack the chosen episodes; the idle ones are in the denominator, but not run."""
+    idle = [i for i in chosen if is_idle(advantages[i], cfg)]
     active = [i for i in chosen if i not in idle]
     rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
@@ -176,12 +173,18 @@ def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Conf
     return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
 
 
+def is_idle(advantage: float, cfg: Config) -> bool:
+    """Without an advantage there is no gradient, unless KL or entropy bonus have one, or the log-probs decide whether
+    the conversation counts."""
+    return advantage == 0 and not (cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound)
+
+
 def episode_name(episode: Episode) -> str:
     """Tells the step's conversations apart."""
     return f"{episode.question_id} sample {episode.sample}"
 
 
-def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, row: Row, logp, entropy):
+def row_loss(batch: Batch, cfg: Config, gaps: dict[str, torch.Tensor], number: int, row: Row, logp, entropy):
     """(loss, count, stats) of a row for `policy.update`: sums over its sampled tokens, logp and entropy [S]."""
     old_logp = batch.old[number].to(logp.device) if batch.old else logp.detach()
     advantages = batch.advantages[row.episodes].to(logp.device).index_select(0, row.sequence)  # [S]
@@ -194,11 +197,9 @@ def row_loss(batch: Batch, cfg: Config, gaps: list[torch.Tensor], number: int, r
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
     gap = mismatch(old_logp, row.sampler_logp)
-    gaps.append(old_logp - row.sampler_logp)
-    away = gaps[-1].abs()
-    sums = away.new_zeros(len(row.episodes)).index_add(0, row.sequence, away)
-    means = sums / torch.bincount(row.sequence, minlength=len(row.episodes)).clamp(min=1)
-    batch.episode_gaps |= zip([batch.names[i] for i in row.episodes], means.tolist(), strict=True)
+    lengths = torch.bincount(row.sequence, minlength=len(row.episodes)).tolist()
+    parts = (old_logp - row.sampler_logp).cpu().split(lengths)
+    gaps |= zip([batch.names[i] for i in row.episodes], parts, strict=True)
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     keep = None
     if cfg.trust_bound:
@@ -222,8 +223,8 @@ def balance(episodes: list[Episode], advantages: list[float], numbers, questions
         groups[numbers[episode.question_id]].append((episode, advantage))
     if dist.get_world_size() == 1:
         return [pair for number in sorted(groups) for pair in groups[number]]
-    every = cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound
-    loads = [(n, sum(len(e.tokens) for e, a in pairs if a or every), dist.get_rank()) for n, pairs in groups.items()]
+    load = lambda pairs: sum(len(e.tokens) for e, a in pairs if not is_idle(a, cfg))  # noqa: E731
+    loads = [(number, load(pairs), dist.get_rank()) for number, pairs in groups.items()]
     goal = spread(gather(loads), len(numbers) // cfg.updates_per_step, dist.get_world_size())
     outbox = [[] for _ in range(dist.get_world_size())]
     for number, pairs in groups.items():
@@ -244,12 +245,6 @@ def spread(loads: list[tuple[int, int, int]], part: int, ranks: int) -> dict[int
         goal[number] = place
         total[number // part, place] += load
     return goal
-
-
-def imitation_loss(cfg: Config, number: int, row: Row, logp, entropy):
-    """As `row_loss`, for conversations to imitate: the negative log-likelihood of what the model said in them."""
-    weights, count = token_weights(row.sequence, cfg.loss_norm)
-    return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
 
 
 def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, ...]) -> tuple[list[Episode], Counter]:
@@ -656,6 +651,8 @@ class Run:
         steps = self.cfg.steps - self.state["step"]
         validations = 2 + (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 2
         a_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
+        if self.cfg.loss == "sft":  # its conversations have been held
+            a_step = 0
         return steps * a_step + validations * 2 * len(self.val)  # greedy and sampled
 
     def _questions(self, files, what):
@@ -747,12 +744,12 @@ class Run:
         mine = balance(chosen, signals, numbers, self.questions, self.codec, cfg)
         # Mini-batches are runs of the step's questions.
         parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
-        episode_gaps = {}
-        write = lambda: self._write_rollouts(step, episodes, scores, advantages, episode_gaps)  # noqa: E731
+        gaps = {}
+        write = lambda: self._write_rollouts(step, episodes, scores, advantages, gaps)  # noqa: E731
         try:
             learned = train_step(
                 self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
-                parts, self.codec, cfg, self.device, episode_gaps,
+                parts, self.codec, cfg, self.device, gaps,
             )  # fmt: skip
         except NonFinite:  # on all ranks
             write()  # to be looked at
@@ -781,7 +778,7 @@ class Run:
             group["lr"] = learning_rate(step, cfg)
         rows = even_rows(pack(mine, self.codec, self.policy, cfg.max_tokens_per_batch), self.codec, self.device)
         plain = dataclasses.replace(cfg, temperature=1.0)  # what a model says is learned as it is, whatever is sampled
-        sums = update(self.policy, self.optimizer, rows, partial(imitation_loss, cfg), plain, self.device)
+        sums = update(self.policy, self.optimizer, rows, partial(imitation_loss, cfg.loss_norm), plain, self.device)
         if self.val:
             self.engine.load_weights(full_weights(self.policy), version=step + 1)
         seconds = time.monotonic() - started
@@ -840,7 +837,8 @@ class Run:
             )
 
     def _write_rollouts(self, step, episodes, scores, advantages, gaps):
-        gaps = dict(gather(list(gaps.items())))  # conversations were trained on where there was room
+        # Conversations were trained on where there was room.
+        gaps = dict(gather([(name, gap.abs().sum().item() / max(1, len(gap))) for name, gap in gaps.items()]))
         mine = [
             {**record(e, s), "step": step, "advantage": advantages.get(i), "logp_gap": gaps.get(episode_name(e))}
             for i, (e, s) in enumerate(zip(episodes, scores, strict=True))

@@ -537,7 +537,7 @@ def test_caches_are_bounded_and_forget_what_was_used_least(codec):
     makes = []
 
     def get(key, limit=3, size=len):
-        return data._cached(cache, key, lambda: makes.append(key) or key * 2, limit, size)
+        return data.cached(cache, key, lambda: makes.append(key) or key * 2, limit, size)
 
     assert [get(key) for key in "abcadb"] == ["aa", "bb", "cc", "aa", "dd", "bb"]
     assert makes == [*"abcdb"] and list(cache) == [*"adb"]  # b went for d, c for b
