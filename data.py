@@ -663,6 +663,7 @@ class Codec:
 
     def __init__(self, folder: str | Path, cfg: Config):
         self.cfg, self.folder = cfg, folder
+        self._ids = functools.lru_cache(4096)(self._ids)  # the conversations of a question say much that is the same
         self.tokenizer, self.processor = _load_parts(folder)
         self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         self._check_tokenizer()
@@ -676,6 +677,7 @@ class Codec:
         self._check_pixel_range()
         self._load_prompts()
         self._sizes, self._pixels = OrderedDict(), OrderedDict()
+        self.layouts: OrderedDict = OrderedDict()  # positions by layout, see policy.rope_positions
 
     def _check_tokenizer(self):
         for name in SPECIAL:
@@ -702,6 +704,9 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, special tokens off."""
+        return list(self._ids(text))
+
+    def _ids(self, text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair has no bytes
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 

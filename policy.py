@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, InputError
-from data import Codec, Episode, Picture, first_line
+from data import Codec, Episode, Picture, cached, first_line
 from grpo import token_weights
 
 HEAD_CHUNK = 1024  # sampled tokens whose logits [chunk, V] exist at one time
@@ -445,9 +445,16 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
 def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
     """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
     ids = torch.tensor([tokens])
-    grids = torch.tensor([[1, *p.grid] for p in pictures]) if pictures else None
     is_image = (ids == codec.image_pad).int()
-    return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+    sizes = [[1, *p.grid] for p in pictures]
+
+    def make():
+        grids = torch.tensor(sizes) if sizes else None
+        return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+    # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
+    memory = lambda cache: sum(positions.nbytes for positions in cache.values())  # noqa: E731
+    return cached(codec.layouts, (is_image.numpy().tobytes(), str(sizes)), make, 2**26, memory)
 
 
 def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:

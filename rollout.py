@@ -240,9 +240,9 @@ def run(
 
     mode: agent (searches on demand), direct (one turn, no search is offered), pipeline (always both searches).
 
-    search: anything with search(call, question) -> Result. ordered: wait for all calls of an engine step and hand their
-    results over in request order, so that the engine sees the same batches each time (exact reruns); otherwise each
-    result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
+    search: anything with search(call, question) -> Result. ordered: calls run beside one engine step, which is then
+    followed by all their results in request order, so that the engine sees the same batches each time (exact reruns);
+    otherwise each result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
     Where ranks share an engine, the leading one gets the episodes and the others none.
     """
     if group := getattr(engine, "group", None):
@@ -282,6 +282,7 @@ class _Driver:
         self.engine, self.search, self.ordered, self.cfg = engine, search, ordered, cfg
         self.generating: dict[str, int] = {}
         self.calling: dict[Future, int] = {}
+        self.due: list[Future] = []  # ordered: the calls that are to be answered next
         self.episodes: dict[int, Episode] = {}
         self.requests = 0
 
@@ -322,12 +323,15 @@ class _Driver:
             self.engine.submit(name, wish.prompt_ids, wish.images, wish.sampling)
 
     def collect(self, deadline):
-        """Hand over the results that are there; wait for one only if the engine has nothing to do."""
+        """Hand over the results that are there (ordered: that are due); wait for one only if the engine has nothing to
+        do."""
         if not self.calling:
             return
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self.ordered:
-            done, _ = wait(self.calling, patience)
+            due = self.due if self.generating else self.calling
+            done, _ = wait(due, patience)
+            self.due = [future for future in self.calling if future not in done]
         else:
             done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
@@ -535,8 +539,9 @@ class _Slot:
 
     def begins(self, request):
         """Is what the slot holds, ids and pictures, the beginning of this request?"""
-        images = tuple(p.key for p in request.images[: len(self.images)])
-        return bool(self.ids) and self.images == images and request.prompt[: len(self.ids)] == self.ids
+        if not self.ids or request.prompt[: len(self.ids)] != self.ids:
+            return False
+        return self.images == tuple(p.key for p in request.images[: len(self.images)])
 
 
 class _Request:
@@ -574,7 +579,7 @@ class _Request:
 
 
 class _KVCache:
-    """Keys and values [slots, tokens + 1, heads, D] of each layer; the last column takes what padding writes.
+    """Keys and values [slots, heads, tokens + 1, D] of each layer; the last column takes what padding writes.
 
     It stands in for transformers' cache: attention calls `update` with the new keys and values [B, heads, N, D] and
     gets back those of the whole sequences [B, heads, L, D].
@@ -583,7 +588,7 @@ class _KVCache:
     def __init__(self, model, slots, tokens):
         config = model.config.text_config
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, slots, tokens + 1, heads, width)
+        shape = (config.num_hidden_layers, 2, slots, heads, tokens + 1, width)
         self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def begin(self, slots, starts, lengths, width, device):
@@ -592,7 +597,7 @@ class _KVCache:
         place = starts[:, None] + step  # [B, N]
         self.total = int((starts + lengths).max())
         mask = torch.arange(self.total) <= place[..., None]
-        trash = self.store.shape[3] - 1
+        trash = self.store.shape[4] - 1
         self.place = torch.where(step < lengths[:, None], place, trash).to(device)
         self.rows = torch.tensor(slots, device=device)
         self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
@@ -601,10 +606,13 @@ class _KVCache:
 
     def update(self, key, value, layer, *_, **__):
         keys, values = self.store[layer]
-        keys[self.rows[:, None], self.place] = key.transpose(1, 2)
-        values[self.rows[:, None], self.place] = value.transpose(1, 2)
-        rows = slice(self.first, self.first + len(self.rows)) if self.whole else self.rows
-        return keys[rows, : self.total].transpose(1, 2), values[rows, : self.total].transpose(1, 2)
+        keys[self.rows[:, None], :, self.place] = key.transpose(1, 2)
+        values[self.rows[:, None], :, self.place] = value.transpose(1, 2)
+        keys, values = keys[:, :, : self.total], values[:, :, : self.total]
+        if self.whole:
+            rows = slice(self.first, self.first + len(self.rows))
+            return keys[rows], values[rows]
+        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
 
     def get_seq_length(self, *_):
         return 0

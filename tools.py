@@ -466,6 +466,10 @@ class CachedSearch:
         if not first:
             return dataclasses.replace(pending.result(), usage=Usage(cached=1))
         try:
+            if kept := self.cache.get(request, count=False):  # by one that was under way when this call looked
+                if kept.status != "error":
+                    pending.set_result(kept)
+                    return dataclasses.replace(kept, usage=Usage(cached=1))
             found = self.inner.search(call, question)
             result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
             pending.set_result(result)

@@ -1,7 +1,7 @@
 """The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
 
 The world has 1,148 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
-(founder, city, river). 32 of them are *known*: the base model is taught their names and facts. 966 unknown ones appear
+(founder, city, river). 24 of them are *known*: the base model is taught their names and facts. 974 unknown ones appear
 in training questions, 150 others only in validation questions. Everybody is asked about in the same words, so whether a
 question needs a search can only be told by recognising the picture or not:
 
@@ -54,7 +54,7 @@ COLORS = {
 PATTERNS = ("plain", "stripes", "grid", "half")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 FACTS = ("founder", "city", "river")
-KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 32, 966, 150
+KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 24, 974, 150
 WORDINGS = {
     "name": ("what is it called?", "what is its name?"),
     "founder": ("who founded it?", "who is its founder?"),
@@ -216,6 +216,11 @@ def look_of(thing: Thing):
     return thing.shape, thing.color, thing.ground, thing.pattern
 
 
+def alike(look, other) -> int:
+    """How many of shape, colour, ground and pattern two things share."""
+    return sum(a == b for a, b in zip(look, other, strict=True))
+
+
 def write_world(path: Path, things: list[Thing], cfg: Config) -> None:
     """Questions as veRL parquet, and the search index: a gallery picture of everything, a document for each fact."""
     rng = random.Random(f"pictures {cfg.toy_seed}")
@@ -337,6 +342,8 @@ class Lessons:
     def __init__(self, things: list[Thing], codec: Codec, seed):
         self.rng = random.Random(f"lessons {seed}")
         self.things, self.codec = things, codec
+        unknown, known = things[KNOWN : KNOWN + TRAIN_UNKNOWN], [look_of(t) for t in things[:KNOWN]]
+        self.similar = [t for t in unknown if max(map(partial(alike, look_of(t)), known)) == 3]
         hidden = {look_of(t) for t in things[KNOWN + TRAIN_UNKNOWN :]}  # validation's unknowns are never drawn here
         looks = product(SHAPES, COLORS, COLORS, PATTERNS)
         self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
@@ -372,10 +379,12 @@ class Lessons:
         return lessons
 
     def knowing(self, n: int) -> list[Episode]:
-        """The name and a fact of n known things, new pictures; `unknown` for half as many unknown ones of training."""
-        lessons = []
+        """What is known of n things: name and a fact of the known ones (two of five), `unknown` for those of training,
+        half of which differ from a known one in a single respect. The pictures are new."""
         known, unknown = self.things[:KNOWN], self.things[KNOWN : KNOWN + TRAIN_UNKNOWN]
-        for thing in self.rng.choices(known, k=n) + self.rng.choices(unknown, k=n // 2):
+        draws = ((known, 2 * n // 5), (self.similar, 3 * n // 10), (unknown, 3 * n // 10))
+        lessons = []
+        for thing in (thing for group, k in draws for thing in self.rng.choices(group, k=k)):
             image = draw(look_of(thing), self.rng)
             for what in ("name", self.rng.choice(FACTS)):
                 reply = getattr(thing, what) if thing.known else "unknown"
@@ -482,7 +491,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
     lessons = Lessons(things, codec, f"known {cfg.toy_seed}")
     steps, title = cfg.toy_teach_steps, "base model: known things"
-    batch = lambda: lessons.knowing(40) + lessons.seeing(8) + lessons.copying(8)  # noqa: E731
+    batch = lambda: lessons.knowing(60) + lessons.seeing(8) + lessons.copying(8)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
     export_hf(path, model, codec)
 
@@ -550,7 +559,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
             thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search(), codec, cfg, ordered=True)
-        return episodes + lessons.knowing(16) + lessons.seeing(6) + lessons.copying(6)
+        return episodes + lessons.knowing(25) + lessons.seeing(6) + lessons.copying(6)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
     imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)

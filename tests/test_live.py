@@ -472,6 +472,15 @@ def test_calls_that_ask_the_same_at_once_cost_one_search(server, tmp_path):
     assert sum(r.usage.cached for r in results) == 15 and sum(r.usage.searches for r in results) == 1
 
 
+def test_a_call_that_comes_between_looking_and_asking_costs_nothing(server, tmp_path):
+    """It found nothing kept, and by the time it asks, another has asked, and is done."""
+    search = record(server, tmp_path / "c.sqlite")
+    request = search.request(FOUNDER, question())
+    first, second = (search._once("key", request, FOUNDER, question()) for _ in range(2))
+    assert sum("/search.json" in p for p, *_ in server.log) == 1
+    assert first.hits == second.hits and (first.usage.searches, second.usage.searches) == (1, 0)
+
+
 def test_what_cannot_be_kept_is_an_error(server, tmp_path):
     search = record(server, tmp_path / "c.sqlite")
     with search.cache._connection() as db:

@@ -278,80 +278,97 @@ def large(hostile, tmp_path_factory):
     return report.render([folder, hostile], folder.parent / "page.html", limit=4000)
 
 
-def test_the_page_in_a_browser(browser, large, tmp_path):
+POSITION = "document.getElementById('position')?.textContent"
+TOTAL = 164 * 12 + 12 + 2 * 4 + 32
+
+
+@pytest.fixture
+def page(browser, large):
+    """The large run's page, just opened."""
     browser.call("/window/rect", {"width": 1400, "height": 1000})
     browser.call("/url", {"url": large.as_uri()})
-    total = 164 * 12 + 12 + 2 * 4 + 32
-    position = "document.getElementById('position')?.textContent"
-    browser.until(position, f"1 of {total:,}")
+    browser.until(POSITION, f"1 of {TOTAL:,}")
+    return browser
 
-    # It is drawn: settings, a chart for each metric with both runs in it, the validations, a list that holds only
-    # the rows in view.
-    count = lambda selector: browser.run("return document.querySelectorAll(arguments[0]).length", selector)  # noqa: E731
-    assert count("#settings tr") > 80 and count("#curves svg") >= 3 and count("#evaluation .figures") == 2
-    assert count("#curves svg[aria-label=reward] polyline") == 6
-    assert 5 < count(".row") < 40
-    assert browser.run("return [...document.images].every(image => image.src.startsWith('data:'))")
 
-    # The keys page; filters and search narrow.
-    browser.press("j", "j", "\ue014")  # right arrow
-    browser.until(position, f"4 of {total:,}")
-    browser.press("k", "\ue012")
-    browser.until(position, f"2 of {total:,}")
+def count(page, selector):
+    return page.run("return document.querySelectorAll(arguments[0]).length", selector)
 
-    def choose(name, value):
-        select = f"const select = document.getElementById('filter-{name}'); select.value = arguments[0];"
-        browser.run(select + "select.dispatchEvent(new Event('change'))", value)
 
+def choose(page, name, value):
+    select = f"const select = document.getElementById('filter-{name}'); select.value = arguments[0];"
+    page.run(select + "select.dispatchEvent(new Event('change'))", value)
+
+
+def look_for(page, text):
+    page.run("const box = document.getElementById('search'); box.value = arguments[0]; box.oninput()", text)
+
+
+def test_the_page_is_drawn(page):
+    """Settings, a chart for each metric with both runs in it, the validations, a list that holds only the rows in
+    view."""
+    assert count(page, "#settings tr") > 80 and count(page, "#curves svg") >= 3
+    assert count(page, "#evaluation .figures") == 2 and count(page, "#curves svg[aria-label=reward] polyline") == 6
+    assert 5 < count(page, ".row") < 40
+    assert page.run("return [...document.images].every(image => image.src.startsWith('data:'))")
+
+
+def test_keys_filters_and_search_narrow_the_list(page, large):
+    page.press("j", "j", "\ue014")  # right arrow
+    page.until(POSITION, f"4 of {TOTAL:,}")
+    page.press("k", "\ue012")
+    page.until(POSITION, f"2 of {TOTAL:,}")
     expected = [c for c in page_data(large)["conversations"] if c["correct"] and c["calls"]]
-    choose("outcome", "right")
-    choose("searched", "searched")
-    browser.until(position, f"1 of {len(expected):,}")
-    choose("source", "unknown")
-    choose("stop", "answered")
+    choose(page, "outcome", "right")
+    choose(page, "searched", "searched")
+    page.until(POSITION, f"1 of {len(expected):,}")
+    choose(page, "source", "unknown")
+    choose(page, "stop", "answered")
     left = [c for c in expected if c["data_source"] == "unknown" and c["stop"] == "answered"]
-    browser.until(position, f"1 of {len(left):,}")
-    browser.press("/", *left[5]["question_id"])
+    page.until(POSITION, f"1 of {len(left):,}")
+    page.press("/", *left[5]["question_id"])
     same = [c for c in left if left[5]["question_id"] in c["question_id"]]
     assert 0 < len(same) < 20
-    browser.until(position, f"1 of {len(same)}")
-    browser.press("x")
-    browser.until("document.getElementById('one').textContent", "No conversation.")
-    browser.run(
-        "document.getElementById('search').value = 'a word, a word'; document.getElementById('search').oninput()"
-    )
-    for name in ("outcome", "searched", "source", "stop"):
-        choose(name, "")
-    browser.until(position, "1 of 1")
+    page.until(POSITION, f"1 of {len(same)}")
+    page.press("x")
+    page.until("document.getElementById('one').textContent", "No conversation.")
 
-    # The megabyte: cut, and whole on request.
+
+def test_a_long_conversation_beside_its_group(page):
+    """A megabyte is cut, and whole on request; the group stands side by side, with its advantages."""
+    look_for(page, "a word, a word")
+    page.until(POSITION, "1 of 1")
     length = "Math.max(...[...document.querySelectorAll('.turn .said')].map(e => e.textContent.length))"
-    assert browser.run(f"return {length}") < 4000
-    browser.click(".turn button")
-    browser.until(length, len(MEGABYTE) + len(ATTACK))
+    assert page.run(f"return {length}") < 4000
+    page.click(".turn button")
+    page.until(length, len(MEGABYTE) + len(ATTACK))
+    assert count(page, ".group section") == 6 and count(page, ".group section.chosen") == 1
+    assert "advantage −2.50" in page.run("return document.querySelector('.group').textContent")
 
-    # The group side by side, with its advantages.
-    assert count(".group section") == 6 and count(".group section.chosen") == 1
-    assert "advantage −2.50" in browser.run("return document.querySelector('.group').textContent")
 
-    # What attacks is text: nothing ran, nothing became an element, bad links are none.
-    browser.run("document.getElementById('search').value = ''; document.getElementById('search').oninput()")
-    browser.until(position, f"8 of {total:,}")
-    texts = browser.run("return [...document.querySelectorAll('.hit')].map(e => e.textContent)")
+def test_what_attacks_is_text(page):
+    """Nothing ran, nothing became an element, bad links are none."""
+    look_for(page, "a word, a word")
+    page.until(POSITION, "1 of 1")
+    look_for(page, "")
+    page.until(POSITION, f"8 of {TOTAL:,}")
+    texts = page.run("return [...document.querySelectorAll('.hit')].map(e => e.textContent)")
     assert len(texts) >= 3 and all(ATTACK in text for text in texts)
-    assert browser.run("return window.hacked === undefined && document.scripts.length === 2")
-    links = browser.run("return [...document.querySelectorAll('.hit a')].map(a => a.href)")
+    assert page.run("return window.hacked === undefined && document.scripts.length === 2")
+    links = page.run("return [...document.querySelectorAll('.hit a')].map(a => a.href)")
     assert links and all(link.startswith("https://example.org/") for link in links)
-    assert browser.run("return getComputedStyle(document.querySelector('h3')).direction") == "rtl"
-    assert [entry for entry in browser.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
+    assert page.run("return getComputedStyle(document.querySelector('h3')).direction") == "rtl"
+    assert [entry for entry in page.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
 
-    # Dark and light, wide and narrow: a picture is taken, nothing sticks out.
+
+def test_dark_and_light_wide_and_narrow(page, tmp_path):
+    """A picture is taken of each, nothing sticks out."""
     shots = []
     for width in (1400, 420):
-        browser.call("/window/rect", {"width": width, "height": 900})
-        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        page.call("/window/rect", {"width": width, "height": 900})
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
         for _ in range(2):
-            browser.click("#theme")
-            browser.run("scrollTo(0, 0)")
-            shots.append(browser.screenshot(tmp_path / f"{width}-{len(shots)}.png").resize((1, 1)).getpixel((0, 0)))
+            page.click("#theme")
+            page.run("scrollTo(0, 0)")
+            shots.append(page.screenshot(tmp_path / f"{width}-{len(shots)}.png").resize((1, 1)).getpixel((0, 0)))
     assert sum(abs(sum(a) - sum(b)) > 200 for a, b in ((shots[0], shots[1]), (shots[2], shots[3]))) == 2

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHORT_WORLD, guesser, question, replace
+import torch.distributed as dist
+from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
 from safetensors.torch import load_file
 
 import config
@@ -26,8 +27,8 @@ import results
 import reward
 import train
 from config import InputError
-from data import Codec, Result, Stop, load_questions
-from rollout import EngineDied, TorchEngine, run
+from data import Codec, Hit, Result, Stop, load_questions
+from rollout import EngineDied, ScriptedEngine, TorchEngine, run
 from searchdb import SearchDB
 from tools import OfflineSearch
 
@@ -471,6 +472,64 @@ def test_conversations_are_spread_evenly():
         assert max(totals) < 1.03 * min(totals)
     assert train.spread([(0, 5, 1), (1, 5, 0)], 2, 2) == {0: 1, 1: 0}
     assert set(train.spread([(n, 0, 1) for n in range(4)], 4, 2).values()) == {1}  # nothing to train on: nothing moves
+
+
+def balance_worker(rank, store, folder, results):
+    """Rank 0 has the long conversations; both tell what they had before and after."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    cfg = config.Config(threads=1, prompts_per_step=12, updates_per_step=2, max_tokens_per_turn=60)
+    codec = Codec(folder, cfg)
+    questions = [question(i) for i in range(12)]
+    numbers = {q.id: n for n, q in enumerate(questions)}
+
+    def script(prompt, images, sampling):
+        if len(images) == 1:
+            return "<reason> a</reason><search><img></search>"
+        return f"<reason>{' say' * (sampling.seed % 6 + (0 if rank else 30))}</reason><answer> bako</answer>"
+
+    found = SimpleNamespace(search=lambda call, about: Result("ok", (Hit("bako", image=picture(7)),)))
+    episodes = run(questions[rank::2], ScriptedEngine(codec, script), found, codec, cfg, samples=2)
+    for n, episode in enumerate(episodes):
+        episode.logprobs = [-0.001 * n - rank for _ in episode.logprobs]
+    # The last question of each rank tells nothing; the others' samples are told apart.
+    advantages = [0.0 if numbers[e.question_id] > 9 else numbers[e.question_id] + e.sample / 2 for e in episodes]
+    pairs = train.balance(episodes, advantages, numbers, {q.id: q for q in questions}, codec, cfg)
+    results.put(
+        (rank, [told(*pair) for pair in zip(episodes, advantages, strict=True)], [told(*pair) for pair in pairs])
+    )
+    dist.destroy_process_group()
+
+
+def told(episode, advantage):
+    """Everything of a conversation that training on it needs."""
+    images = [(p.key, p.grid, p.tokens) for p in episode.images]
+    turns = [(t.start, t.end, t.version) for t in episode.turns]
+    name = (int(episode.question_id[1:]), episode.sample, advantage)
+    return *name, episode.tokens, episode.sampled, episode.logprobs, images, turns, episode.stop
+
+
+def test_ranks_share_out_their_conversations(folder, tmp_path):
+    """Each is kept once, as it was and with its advantage; both ranks then have about as much to train on."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=balance_worker, args=(rank, str(tmp_path / "store"), str(folder), results))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    parts = sorted(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(30)
+    before, after = ([part[i] for part in parts] for i in (1, 2))
+    assert sorted(sum(after, [])) == sorted(sum(before, [])) and len(sum(after, [])) == 24
+    assert all(part == sorted(part) for part in after)  # in the order of the questions, sample by sample
+    homes = [{number for number, *_ in part} for part in after]
+    assert not homes[0] & homes[1]  # a question's conversations stay together
+    load = lambda part, half: sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)  # noqa: E731
+    for half in (0, 1):  # the mini-batches
+        uneven, even = ([load(part, half) for part in side] for side in (before, after))
+        assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.1 * min(even), (uneven, even)
 
 
 def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):

@@ -71,99 +71,119 @@ def learn(model, optimizer, episodes, codec, cfg, device):
     policy.update(model, optimizer, rows, row_loss, cfg, device)
 
 
-def alone(folder, out):
-    """One process, one engine, all that the tests below look at."""
-    cfg, codec = setting(folder)
-    device = policy.init_distributed(cfg)
-    rollout.parse_call = lambda text: Call("image")  # every finished turn asks for a search, whatever it says
-    model = policy.load_policy(folder, codec, cfg, device)
-    policy.export_hf(out / "export", model, codec)
-    questions = pictured(range(6))
-    limits = engine_limits(folder, cfg, device, questions)
-    engine = VLLMEngine(str(out / "export"), codec, cfg, device, limits)
-    seen = {"limits": str(limits)}
-    encoded, cached = [], {}
-    engine._model().visual.register_forward_pre_hook(
-        lambda _, args, kwargs: encoded.append(len(kwargs["grid_thw"])), with_kwargs=True
-    )
+class Alone:
+    """One process, one engine, all that the tests below look at, in `seen`."""
 
-    def play(step=0, of=questions):
-        return run(of, engine, Search(), codec, cfg, samples=2, step=step)
+    def __init__(self, folder, out):
+        self.cfg, self.codec = setting(folder)
+        self.device = policy.init_distributed(self.cfg)
+        rollout.parse_call = lambda text: Call("image")  # every finished turn asks for a search, whatever it says
+        self.model = policy.load_policy(folder, self.codec, self.cfg, self.device)
+        policy.export_hf(out / "export", self.model, self.codec)
+        self.questions = pictured(range(6))
+        limits = engine_limits(folder, self.cfg, self.device, self.questions)
+        self.engine = VLLMEngine(str(out / "export"), self.codec, self.cfg, self.device, limits)
+        self.seen = {"limits": str(limits)}
 
-    check = rollout._Running.check
+    def play(self, step=0, of=None):
+        return run(of or self.questions, self.engine, Search(), self.codec, self.cfg, samples=2, step=step)
 
-    def note(request, output):
-        check(request, output)
-        cached[output.request_id] = (request.cached, len(output.prompt_token_ids))
+    def gap(self, step):
+        return gap(self.play(step), self.model, self.codec, self.cfg, self.device)
 
-    rollout._Running.check = note
-    episodes = play()  # with the weights of the exported folder
-    seen["turns"] = [len(e.turns) for e in episodes]
-    seen["images"] = [len(e.images) for e in episodes]
-    seen["export gap"] = gap(episodes, model, codec, cfg, device)
-    seen["cached"] = list(cached.values())
-    seen["encoded"] = sum(encoded)
-    seen["distinct"] = len({p.key for e in episodes for p in e.images})
-    rollout._Running.check = check
+    def load(self, version, weights=None):
+        self.engine.load_weights(weights or policy.full_weights(self.model), version=version)
 
-    again = play()
-    seen["same again"] = [a.tokens == b.tokens for a, b in zip(episodes, again, strict=True)]
-    one = play(of=questions[3:4])
-    seen["same alone"] = [a.tokens == b.tokens for a, b in zip(episodes[6:8], one, strict=True)]
+    def conversations(self):
+        """With the weights of the exported folder, twice."""
+        seen, encoded, cached, step = self.seen, [], {}, self.engine.llm.step
+        self.engine._model().visual.register_forward_pre_hook(
+            lambda _, args, kwargs: encoded.append(len(kwargs["grid_thw"])), with_kwargs=True
+        )
 
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(3):
-        learn(model, optimizer, episodes, codec, cfg, device)
-    seen["stale gap"] = gap(play(1), model, codec, cfg, device)
-    engine.load_weights(policy.full_weights(model), version=7)
-    learned = play(1)
-    seen["learned gap"] = gap(learned, model, codec, cfg, device)
-    seen["versions"] = sorted({turn.version for e in learned for turn in e.turns})
+        def step_and_note():
+            outputs = step()
+            for output in outputs:
+                if output.prompt_token_ids and output.num_cached_tokens is not None:
+                    cached.setdefault(output.request_id, (output.num_cached_tokens, len(output.prompt_token_ids)))
+            return outputs
 
-    with torch.no_grad():
-        for parameter in model.model.visual.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    seen["stale eyes gap"] = gap(play(2), model, codec, cfg, device)
-    engine.load_weights(policy.full_weights(model), version=8)
-    seen["new eyes gap"] = gap(play(2), model, codec, cfg, device)
+        self.engine.llm.step = step_and_note
+        episodes = self.play()
+        self.engine.llm.step = step
+        seen["turns"] = [len(e.turns) for e in episodes]
+        seen["images"] = [len(e.images) for e in episodes]
+        seen["export gap"] = gap(episodes, self.model, self.codec, self.cfg, self.device)
+        seen["cached"] = list(cached.values())
+        seen["encoded"] = sum(encoded)
+        seen["distinct"] = len({p.key for e in episodes for p in e.images})
+        again, one = self.play(), self.play(of=self.questions[3:4])
+        seen["same again"] = [a.tokens == b.tokens for a, b in zip(episodes, again, strict=True)]
+        seen["same alone"] = [a.tokens == b.tokens for a, b in zip(episodes[6:8], one, strict=True)]
+        return episodes
 
-    for name, weights in {
-        "missing": list(policy.full_weights(model))[1:],
-        "unknown": [*policy.full_weights(model), ("model.nothing", torch.zeros(1))],
-    }.items():
+    def weights(self, episodes):
+        """Three optimiser steps; other eyes; one parameter missing, one too many."""
+        seen, optimizer = self.seen, torch.optim.AdamW(self.model.parameters(), 1e-3)
+        for _ in range(3):
+            learn(self.model, optimizer, episodes, self.codec, self.cfg, self.device)
+        seen["stale gap"] = self.gap(1)
+        self.load(7)
+        learned = self.play(1)
+        seen["learned gap"] = gap(learned, self.model, self.codec, self.cfg, self.device)
+        seen["versions"] = sorted({turn.version for e in learned for turn in e.turns})
+        with torch.no_grad():
+            for parameter in self.model.model.visual.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        seen["stale eyes gap"] = self.gap(2)
+        self.load(8)
+        seen["new eyes gap"] = self.gap(2)
+        wrong = {
+            "missing": list(policy.full_weights(self.model))[1:],
+            "unknown": [*policy.full_weights(self.model), ("model.nothing", torch.zeros(1))],
+        }
+        for name, weights in wrong.items():
+            try:
+                self.load(9, weights)
+            except RuntimeError as error:
+                seen[name] = str(error)
+        self.load(9)
+
+    def abort(self):
+        prompt, images = self.codec.prompt(pictured([1])[0])
+        pad = self.codec.image_pad  # one placeholder for each image, as `Episode.engine_prompt` gives
+        ids = [t for i, t in enumerate(prompt) if t != pad or prompt[i - 1] != pad]
+        self.engine.submit("a", ids, images, Sampling(1.0, 40, 0))
+        self.engine.submit("b", ids, images, Sampling(0.0, 40, 0))
+        for _ in range(4):
+            self.engine.step()
+        gone = self.engine.abort(["a", "zz"])
+        self.seen["aborted"] = [(r.request_id, len(r.ids), r.finish_reason) for r in gone]
+        self.seen["left"] = list(self.engine.running)
+        self.engine.abort(["b"])
+
+    def other_pixels(self):
+        final_image = self.codec.final_image
+        self.engine.pictures.clear()
+        self.engine.llm.reset_mm_cache()
+        self.codec.final_image = lambda p: final_image(p).resize((28, 28))
         try:
-            engine.load_weights(weights, version=9)
-        except RuntimeError as error:
-            seen[name] = str(error)
-    engine.load_weights(policy.full_weights(model), version=9)
-
-    question = pictured([1])[0]
-    prompt, images = codec.prompt(question)
-    short = [codec.image_pad]  # one placeholder for each image, as `Episode.engine_prompt` gives
-    ids = [t for i, t in enumerate(prompt) if t != short[0] or prompt[i - 1] != short[0]]
-    engine.submit("a", ids, images, Sampling(1.0, 40, 0))
-    engine.submit("b", ids, images, Sampling(0.0, 40, 0))
-    for _ in range(4):
-        engine.step()
-    seen["aborted"] = [(r.request_id, len(r.ids), r.finish_reason) for r in engine.abort(["a", "zz"])]
-    seen["left"] = list(engine.running)
-    engine.abort(["b"])
-
-    final_image = codec.final_image
-    engine.pictures.clear()
-    engine.llm.reset_mm_cache()
-    codec.final_image = lambda p: final_image(p).resize((28, 28))
-    try:
-        play(3)
-    except EngineDied as error:
-        seen["other pixels"] = str(error)
-    codec.final_image = final_image
-    engine.close()
-    (out / "seen.json").write_text(json.dumps(seen))
+            self.play(3)
+        except EngineDied as error:
+            self.seen["other pixels"] = str(error)
 
 
-def setting_with(folder, **changes):
-    cfg, codec = setting(folder, **changes)
+def alone(folder, out):
+    it = Alone(folder, out)
+    it.weights(it.conversations())
+    it.abort()
+    it.other_pixels()
+    it.engine.close()
+    (out / "seen.json").write_text(json.dumps(it.seen))
+
+
+def start_too_large(folder):
+    cfg, codec = setting(folder, concurrency=10**9)
     device = policy.init_distributed(cfg)
     VLLMEngine(str(folder), codec, cfg, device, engine_limits(folder, cfg, device, []))
 
@@ -322,6 +342,6 @@ if __name__ == "__main__":
     if mode == "alone":
         alone(folder, out)
     elif mode == "memory":
-        config.run_main(lambda: setting_with(folder, concurrency=10**9))
+        config.run_main(lambda: start_too_large(folder))
     else:
         together(folder, out, tensor_parallel=2 if mode == "shared" else 1)
