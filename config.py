@@ -54,6 +54,9 @@ class Config:
     log: str = _knob(
         "", "also log to this, beside metrics.jsonl (its package must be there)", ("", "tensorboard", "wandb")
     )
+    plan: bool = _knob(False, "print how much memory a run with these settings needs, and do nothing else")
+    gpus: int = _knob(0, "--plan: how many GPUs there are (0: those of this machine, at least one)")
+    gpu_memory: float = _knob(80.0, "--plan: GiB of each of them")
     shard_size: int = _knob(0, "ranks that share one copy of the weights, HSDP across them (0: all ranks)")
 
     # -- model
@@ -317,14 +320,14 @@ POSITIVE = """
     toy_pretrain_steps toy_teach_steps toy_warmup_steps prompts_per_step samples_per_prompt max_turns
     max_tokens_per_turn max_tokens max_prompt_tokens concurrency tensor_parallel tool_threads image_results text_results
     updates_per_step epochs_per_step max_tokens_per_batch keep_last min_pixels thumb_min_pixels lr temperature
-    max_grad_norm dist_timeout sigmoid_midpoint max_mismatch judge_concurrency judge_timeout search_deadline
+    gpu_memory max_grad_norm dist_timeout sigmoid_midpoint max_mismatch judge_concurrency judge_timeout search_deadline
     connect_timeout read_timeout retry_pause page_characters serpapi_in_flight reader_in_flight summarizer_in_flight
 """
 NOT_NEGATIVE = """
     seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps clip_high
     kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature toy_seed samples
     search_budget search_retries serpapi_per_second reader_per_second summarizer_per_second price_search price_reader
-    price_summarizer
+    price_summarizer gpus
 """
 SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches"
 
@@ -394,7 +397,7 @@ def _check_combinations(cfg):
     )
     _check_urls(cfg)
     _need(
-        cfg.preset == "toy" or cfg.mode == "direct" or not cfg.searches_index or cfg.search_index,
+        cfg.preset == "toy" or cfg.mode == "direct" or cfg.plan or not cfg.searches_index or cfg.search_index,
         f"preset {cfg.preset} needs --search_index (python searchdb.py index builds one), or another --search",
     )
 

@@ -22,7 +22,7 @@ import importlib.metadata
 import os
 import re
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -235,6 +235,7 @@ def run(
     ordered: bool = False,
     progress: Callable[[Episode], None] | None = None,
     mode: str = "agent",
+    seconds: Counter | None = None,
 ) -> list[Episode]:
     """Hold `samples` conversations about each question; episodes come back question by question, sample by sample.
 
@@ -243,6 +244,7 @@ def run(
     search: anything with search(call, question) -> Result. ordered: calls run beside one engine step, which is then
     followed by all their results in request order, so that the engine sees the same batches each time (exact reruns);
     otherwise each result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
+    seconds["tools"], if given, grows by the time in which all that was done is wait for searches.
     Where ranks share an engine, the leading one gets the episodes and the others none.
     """
     if group := getattr(engine, "group", None):
@@ -263,6 +265,8 @@ def run(
     try:
         return driver.run(conversations, pool, progress)
     finally:
+        if seconds is not None:
+            seconds["tools"] += driver.waited
         pool.shutdown(wait=False, cancel_futures=True)  # a search that hangs must not hold up the others
         engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
         if group:
@@ -284,7 +288,7 @@ class _Driver:
         self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
         self.episodes: dict[int, Episode] = {}
-        self.requests = 0
+        self.requests, self.waited = 0, 0.0
 
     def run(self, conversations, pool, progress):
         self.conversations, self.pool, self.progress = conversations, pool, progress
@@ -327,13 +331,15 @@ class _Driver:
         do."""
         if not self.calling:
             return
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        started = time.monotonic()
+        patience = None if deadline is None else max(0.0, deadline - started)
         if self.ordered:
             due = self.due if self.generating else self.calling
             done, _ = wait(due, patience)
             self.due = [future for future in self.calling if future not in done]
         else:
             done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
+        self.waited += time.monotonic() - started
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self.advance(self.calling.pop(future), future.result())
 

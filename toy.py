@@ -1,9 +1,10 @@
 """The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
 
 The world has 1,148 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
-(founder, city, river). 24 of them are *known*: the base model is taught their names and facts. 974 unknown ones appear
-in training questions, 150 others only in validation questions. Everybody is asked about in the same words, so whether a
-question needs a search can only be told by recognising the picture or not:
+(founder, city, river). 24 of them are *known*: the base model is taught their names and facts; of 574 others it is
+taught to say `unknown`. 400 that it has never seen appear in training questions, another 150 only in validation
+questions. Everybody is asked about in the same words, so whether a question needs a search can only be told by
+recognising the picture or not:
 
     known name      what is it called?     answer at once
     known fact      who founded it?        answer at once
@@ -54,7 +55,7 @@ COLORS = {
 PATTERNS = ("plain", "stripes", "grid", "half")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 FACTS = ("founder", "city", "river")
-KNOWN, TRAIN_UNKNOWN, VAL_UNKNOWN = 24, 974, 150
+KNOWN, TAUGHT, TRAIN, VAL = 24, 574, 400, 150  # things; all but the first are unknown
 WORDINGS = {
     "name": ("what is it called?", "what is its name?"),
     "founder": ("who founded it?", "who is its founder?"),
@@ -149,9 +150,10 @@ def _stage(path, make):
 
 
 def make_things(rng: random.Random) -> list[Thing]:
-    """All things: first the known, then the unknown of training, then those of validation. No word is used twice."""
+    """All things: first the known, then the unknown: of the lessons, of training, of validation. No word is used
+    twice."""
     looks = [(s, c, g, p) for s, c, g, p in product(SHAPES, COLORS, COLORS, PATTERNS) if c != g]
-    looks = rng.sample(looks, KNOWN + TRAIN_UNKNOWN + VAL_UNKNOWN)
+    looks = rng.sample(looks, KNOWN + TAUGHT + TRAIN + VAL)
     words = [a + b for a, b in product(SYLLABLES, SYLLABLES) if a != b]
     words = rng.sample(words, 4 * len(looks))
     return [Thing(*look, *words[4 * i : 4 * i + 4], known=i < KNOWN) for i, look in enumerate(looks)]
@@ -227,9 +229,9 @@ def write_world(path: Path, things: list[Thing], cfg: Config) -> None:
     gallery = ({"image": draw(look_of(t), rng, size=72, noise=3.0), "title": t.name} for t in things)
     documents = ({"title": f"{t.name} {fact}", "text": getattr(t, fact)} for t in things for fact in FACTS)
     searchdb.build(path / "search.sqlite", documents, gallery)
-    seen, unseen = things[: KNOWN + TRAIN_UNKNOWN], things[:KNOWN] + things[KNOWN + TRAIN_UNKNOWN :]
-    _write_questions(path / "train.parquet", seen, 400, rng)
-    _write_questions(path / "val.parquet", unseen, 60, rng)
+    known, train, val = things[:KNOWN], things[-VAL - TRAIN : -VAL], things[-VAL:]
+    _write_questions(path / "train.parquet", known + train, 400, rng)
+    _write_questions(path / "val.parquet", known + val, 60, rng)
 
 
 def _write_questions(path, things, per_kind, rng):
@@ -341,10 +343,10 @@ class Lessons:
 
     def __init__(self, things: list[Thing], codec: Codec, seed):
         self.rng = random.Random(f"lessons {seed}")
-        self.things, self.codec = things, codec
-        unknown, known = things[KNOWN : KNOWN + TRAIN_UNKNOWN], [look_of(t) for t in things[:KNOWN]]
-        self.similar = [t for t in unknown if max(map(partial(alike, look_of(t)), known)) == 3]
-        hidden = {look_of(t) for t in things[KNOWN + TRAIN_UNKNOWN :]}  # validation's unknowns are never drawn here
+        self.codec, self.known, self.unknown = codec, things[:KNOWN], things[KNOWN : KNOWN + TAUGHT]
+        looks = [look_of(t) for t in self.known]
+        self.similar = [t for t in self.unknown if max(map(partial(alike, look_of(t)), looks)) == 3]
+        hidden = {look_of(t) for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
         looks = product(SHAPES, COLORS, COLORS, PATTERNS)
         self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
 
@@ -379,10 +381,9 @@ class Lessons:
         return lessons
 
     def knowing(self, n: int) -> list[Episode]:
-        """What is known of n things: name and a fact of the known ones (two of five), `unknown` for those of training,
-        half of which differ from a known one in a single respect. The pictures are new."""
-        known, unknown = self.things[:KNOWN], self.things[KNOWN : KNOWN + TRAIN_UNKNOWN]
-        draws = ((known, 2 * n // 5), (self.similar, 3 * n // 10), (unknown, 3 * n // 10))
+        """What is known of n things: name and a fact of the known ones (two of five), `unknown` for the others, half of
+        which differ from a known one in a single respect. The pictures are new."""
+        draws = ((self.known, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10))
         lessons = []
         for thing in (thing for group, k in draws for thing in self.rng.choices(group, k=k)):
             image = draw(look_of(thing), self.rng)
@@ -501,7 +502,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
 
 class SloppyPolicy:
     """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
-    is well-formed, and blind to need: no search .40, image search .25, image and text search .35."""
+    is well-formed, and blind to need: no search .40, image search .27, image and text search .33."""
 
     def __init__(self, codec: Codec):
         self.codec = codec
@@ -515,7 +516,7 @@ class SloppyPolicy:
     def __call__(self, prompt: str, images, sampling) -> str:
         thing, what = self.asked[images[0].key]
         die = random.Random(images[0].key)
-        plan = die.choices(["", "image", "image text"], [0.40, 0.25, 0.35])[0]
+        plan = die.choices(["", "image", "image text"], [0.40, 0.27, 0.33])[0]
         belief = getattr(thing, what) if thing.known else "unknown"
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
         if not results:
@@ -556,7 +557,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
     def batch():
         questions = []
         for i in range(28):
-            thing = rng.choice(things[:KNOWN] if i % 2 else things[KNOWN : KNOWN + TRAIN_UNKNOWN])
+            thing = rng.choice(lessons.known if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search(), codec, cfg, ordered=True)
         return episodes + lessons.knowing(25) + lessons.seeing(6) + lessons.copying(6)

@@ -113,13 +113,14 @@ def train_step(
         )
         for part in range(cfg.updates_per_step)
     ]  # fmt: skip
+    started = time.monotonic()
     for batch in batches:
         # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
         if cfg.updates_per_step * cfg.epochs_per_step > 1:
             batch.old = logprobs(policy, batch.rows, cfg.temperature, device)
         if reference:
             batch.ref = logprobs(reference, batch.rows, cfg.temperature, device)
-    totals = Counter()
+    totals, seconds = Counter(), time.monotonic() - started
     for _ in range(cfg.epochs_per_step):
         for batch in batches:
             loss = partial(row_loss, batch, cfg, gaps)
@@ -136,6 +137,7 @@ def train_step(
         "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
         **per_token,
         **gap_metrics(list(gaps.values())),
+        "seconds/logprobs": seconds,
     }
 
 
@@ -630,6 +632,7 @@ class Run:
             cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay,
         )  # fmt: skip
         self.engine = make_engine(folder, self.codec, cfg, self.device, limits)
+        self.seconds = Counter()  # of the last rollout's waiting for tools, of the last checkpoint
         self.state = {
             "step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}
         }  # fmt: skip
@@ -691,7 +694,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Validation, greedy and at the training temperature; the best model by greedy accuracy is exported."""
-        entry, records = {"step": step, "phase": "eval"}, []
+        entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
         for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
             part = evaluate(
                 self.val, self.engine, self.search, self.codec, self.cfg, temperature=temperature, step=step,
@@ -699,14 +702,19 @@ class Run:
             )  # fmt: skip
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
-        self.dir.log(entry)
+        self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
         if entry["greedy"]["all"]["accuracy"] > self.state["best"]["accuracy"]:
             self.state["best"] = {"step": step, "accuracy": entry["greedy"]["all"]["accuracy"]}
             self._export("best")
             if step:
-                self.dir.save(step, self.policy, self.optimizer, self.state)
+                self.save(step)
+
+    def save(self, step: int) -> None:
+        started = time.monotonic()
+        self.dir.save(step, self.policy, self.optimizer, self.state)
+        self.seconds["checkpoint"] = time.monotonic() - started
 
     def _export(self, name):
         """As a Hugging Face folder, in the type that log-probs were computed in."""
@@ -721,12 +729,14 @@ class Run:
             hold = lambda: run(  # noqa: E731
                 mine, self.engine, self.search, self.codec, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
                 temperature=self.cfg.temperature, ordered=self.ordered, progress=lambda _: bar.update(),
+                seconds=self.seconds,
             )  # fmt: skip
             return self.stopper.rollout(hold)
 
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
+        self.seconds["tools"] = 0.0
         episodes = self.rollout(step)
         check_searches(episodes, cfg, self.device)
         rolled_out = time.monotonic()
@@ -754,7 +764,9 @@ class Run:
         except NonFinite:  # on all ranks
             write()  # to be looked at
             raise
+        self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         write()
+        updated = time.monotonic()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         self.engine.wake()
         signal = signal_metrics(advantages, cfg, self.device)
@@ -765,7 +777,10 @@ class Run:
         return metrics | {
             "lr": learning_rate(step, cfg),
             "seconds/rollout": rolled_out - started,
-            "seconds/update": finished - rolled_out,
+            "seconds/tools": self.seconds["tools"],
+            "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
+            "seconds/sync": finished - updated,
+            "seconds/checkpoint": self.seconds["checkpoint"],
             "tokens_per_second": tokens / (finished - started),
             "memory_gb": peak_memory_gb(self.device),
         }
@@ -869,16 +884,18 @@ class Run:
                 sys.exit(f"error: step {step}: {error}; {again}")
             except SearchDown as error:
                 if step:
-                    self.dir.save(step, self.policy, self.optimizer, self.state)
+                    self.save(step)
                 message = f"error: step {step}: {error}. --resume auto goes on from here."
                 sys.exit(message if dist.get_rank() == 0 else 1)
             self.dir.log(metrics)
             self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
             names = ("nll",) if cfg.loss == "sft" else ("reward", "accuracy", "search_ratio")
             shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
-            bar.set_postfix_str(f"{shown}, {metrics['tokens_per_second']:.0f} tokens/s")
+            phases = [name for name in ("rollout", "tools", "update") if f"seconds/{name}" in metrics]
+            spent = " ".join(f"{name} {metrics[f'seconds/{name}']:.1f}" for name in phases)
+            bar.set_postfix_str(f"{shown}, {metrics['tokens_per_second']:.0f} tokens/s, s: {spent}")
             if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                self.dir.save(step + 1, self.policy, self.optimizer, self.state)
+                self.save(step + 1)
         self._export("final")
         if dist.get_rank() == 0:
             bar.close()
@@ -959,13 +976,18 @@ def main() -> None:
     if cfg.plot:
         print(plot(cfg.plot))
         return
+    if cfg.plan:
+        from plan import plan as memory_plan
+
+        print(memory_plan(cfg))
+        return
     run = Run(cfg)
     try:
         run.loop()
     except Stopper.Stopped:
         step = run.state["step"]
         if step:
-            run.dir.save(step, run.policy, run.optimizer, run.state)
+            run.save(step)
         if dist.get_rank() == 0:
             print(f"\nstopped after {step} steps; --resume auto goes on from there", file=sys.stderr)
     run.engine.close()

@@ -69,8 +69,8 @@ def test_the_kinds_are_balanced_and_everything_can_be_answered(questions):
 def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things, world):
     train, val = questions
     unknown = {q.data_id.split("-")[0] for q in val if needs_search(q)}
-    hidden = things[toy.KNOWN + toy.TRAIN_UNKNOWN :]
-    assert unknown <= {t.name for t in hidden}
+    hidden = things[toy.KNOWN + toy.TAUGHT :]
+    assert unknown <= {t.name for t in things[-toy.VAL :]}
     assert not unknown & {q.data_id.split("-")[0] for q in train}
     assert not {q.images[0] for q in val} & {q.images[0] for q in train}
     words = [word for t in things for word in (t.name, t.founder, t.city, t.river)]
@@ -78,6 +78,7 @@ def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things
     place, cfg = world
     lessons = toy.Lessons(things, Codec(place.base, cfg), 0)
     assert not {toy.look_of(t) for t in hidden} & set(lessons.looks)
+    assert not set(hidden) & {*lessons.known, *lessons.unknown, *lessons.similar}
     assert len({toy.look_of(t) for t in things}) == len(things)
 
 

@@ -1,0 +1,94 @@
+"""The memory plan: its counts against a real model, and that it adds up."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, question, replace
+
+import config
+import plan
+import policy
+from data import Episode
+from policy import read_config
+from rollout import Reply
+
+
+@pytest.fixture(scope="module")
+def sizes(folder):
+    return plan.measure(read_config(folder), torch.float32)
+
+
+def test_counts_are_those_of_the_model(sizes, model):
+    count = sum(p.numel() for p in model.parameters())  # the tied head once
+    assert sizes.total == count and sizes.root + sizes.layers * layer_size(model) + block_sizes(model) == count
+    assert sizes.vision == sum(p.numel() for p in model.model.visual.parameters())
+
+
+def layer_size(model):
+    return sum(p.numel() for p in model.model.language_model.layers[0].parameters())
+
+
+def block_sizes(model):
+    return sum(p.numel() for p in model.model.visual.blocks.parameters())
+
+
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_row(sizes, model, codec, cfg):
+    """The whole model over conversations about one picture; apart from layers and blocks there is little."""
+    episodes = []
+    for length in (30, 70, 90):
+        episode = Episode.start(question(), codec)
+        episode.add_reply(Reply("", [*range(300, 300 + length), codec.im_end], [0.0] * (length + 1), "stop", 0))
+        episodes.append(episode)
+    (row,) = policy.pack(episodes, codec, model, 1000)
+    kept = plan.kept_by(lambda: policy.row_hidden(model, row), model)
+    patches = len(row.pixels)
+    expected = sizes.layers * sizes.layer_kept * len(row.ids) + sizes.blocks * sizes.block_kept * patches
+    assert kept == pytest.approx(expected, rel=0.15)
+
+
+def test_the_parts_follow_the_settings(sizes):
+    cfg = config.Config(kl_coef=0.1, dtype="bf16")
+    one, _ = plan.needs(sizes, cfg, 1, cache=1000)
+    four, _ = plan.needs(sizes, cfg, 4, cache=1000)
+    for part in ("fp32 weights", "gradients", "optimiser", "reference"):
+        assert four[part][0] == one[part][0] / 4 > 0
+    assert one["optimiser"][0] == 8 * sizes.total and four["engine's weights"] == (2 * sizes.total,) * 2
+    hybrid, _ = plan.needs(sizes, replace(cfg, shard_size=2), 4, cache=1000)
+    assert hybrid["optimiser"][0] == one["optimiser"][0] / 2
+    away, cpu = plan.needs(sizes, replace(cfg, offload_optimizer=True, offload_reference=True), 4, cache=1000)
+    assert away["optimiser"] == away["reference"] == (0, 0) and cpu["optimiser"] == four["optimiser"][0]
+    frozen, _ = plan.needs(sizes, replace(cfg, freeze_vision=True), 1, cache=1000)
+    assert frozen["optimiser"][0] == 8 * (sizes.total - sizes.vision) < one["optimiser"][0]
+    again, _ = plan.needs(sizes, replace(cfg, gradient_checkpointing=True), 1, cache=1000)
+    assert again["activations"][0] < one["activations"][0] / 2
+    vllm, _ = plan.needs(sizes, replace(cfg, engine="vllm"), 1, cache=1000)
+    assert vllm["engine's weights"] == (0.0, 2 * sizes.total)  # asleep during the update
+
+
+def test_the_largest_batch_just_fits(folder):
+    cfg = config.Config(model=str(folder), gpu_memory=0.5, gpus=2)
+    most = most_of(plan.plan(cfg))
+    at = lambda tokens: plan.plan(replace(cfg, max_tokens_per_batch=tokens))  # noqa: E731
+    usable = cfg.gpu_memory * (1 - plan.SPARE)
+    in_all = lambda text: float(re.search(r"in all +([\d.]+)", text)[1])  # noqa: E731
+    assert in_all(at(most)) <= usable + 0.005 < in_all(at(int(most * 1.1))) and most_of(at(300)) == most
+    assert "too little for" in at(2 * most)
+
+
+def most_of(text):
+    return int(re.search(r"max_tokens_per_batch ([\d,]+)", text)[1].replace(",", ""))
+
+
+def test_plan_from_the_command_line(tmp_path):
+    run = lambda *more: subprocess.run(  # noqa: E731
+        [sys.executable, "train.py", "--plan", f"--run_dir={tmp_path / 'run'}", *more],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    done = run("--gpus=8", "--gpu_memory=0.001")
+    assert done.returncode == 0 and "8 GPUs, of 0.001 GiB each" in done.stdout and "none fits" in done.stdout
+    missing = run("--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot load the model" in missing.stderr
+    assert not (tmp_path / "run").exists()
