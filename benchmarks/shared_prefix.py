@@ -17,9 +17,9 @@ times forward and backward, each in a process of its own, plain and shared in tu
 (what a clock shows on a machine with nothing else to do); memory is what the step adds to the peak of the process. The
 ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is not.
 
-What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of Row, its way
-through `row_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before tests
-and a switch. It enters the product only if it wins and costs less than that.
+What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of Row, its
+way through `row_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
+tests and a switch. It enters the product only if it wins and costs less than that.
 """
 
 import argparse
