@@ -1,0 +1,340 @@
+"""Rollouts with slow tools: seconds under three schedules, and how near they are to what engine and tools allow.
+
+    python benchmarks/slow_tools.py [--quick] [--out runs/slow_tools.json]                    # in-process engine
+    PYTHONPATH=tests/shim python benchmarks/slow_tools.py --engine vllm                          # vLLM, its CPU build
+
+All hold the same conversations: a tiny random model that ends a turn by chance and is taken to have asked for a search,
+three turns, two calls. A call takes no time, or a log-normal one (median 0.5 s, 99th percentile 8 s), drawn for the
+conversation and its turn; a turn's random numbers are its own, too. So each schedule has the same tokens to sample
+(checked) and the same calls to wait for. The prefix cache is emptied before each run.
+
+free     `rollout.run`, unordered, with as many threads as conversations
+barrier  all conversations' turns, then all their calls at once; the next turn when the last result is there
+serial   the same with one call after another: what GRPOTrainer does in `_tool_call_loop` of trl 1.16.0
+         (trl/trainer/grpo_trainer.py). It goes through the conversations that asked, in the order of the batch; a
+         synchronous tool is called on the spot, asynchronous ones of one turn are gathered and waited for before the
+         next conversation; when all are done, `_generate_single_turn` is given all of them. It is the better case for
+         trl: with `transformers.generate` the whole prompts would be run again in every turn. A `rollout_func` of one's
+         own and trl's experimental AsyncGRPOTrainer do otherwise, and are not what is compared here.
+
+bound    an event simulation of `free` in which nothing takes time but calls and steps of the engine: it never waits
+         while anything can be run, and results go in at the next step. A step costs what a fit to the measured steps of
+         the same repeat says (so much for its forward passes, each running turn, each new one; the first is as
+         measured). No schedule that does not hold turns back to fill a batch can do better.
+
+`serial` is measured with 8 conversations and simulated for more (marked ~), where it would take minutes: `simulated` in
+the output has what the simulation says of every measured run, to be compared. Repeats draw other latencies; ratios are
+taken in each, and given as median (least - most). The last columns are the simulated ratios over 100 further draws.
+"""
+
+import argparse
+import heapq
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import policy  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+from config import Config  # noqa: E402
+from data import Call, Codec, Episode, Hit, Question, Result  # noqa: E402
+
+SIZES, TURNS, MEDIAN, P99 = (8, 16, 64, 256), 3, 0.5, 8.0
+SERIAL_UP_TO = 8  # conversations; a serial run with more is simulated
+STOP_SHARE = 16  # a turn ends at each token by a chance of about one in this many
+
+
+# ------------------------------------------------------------------------------------------------- the same work
+
+
+class Work:
+    """The engine, and conversations to hold with it."""
+
+    def __init__(self, folder: Path, engine: str, most: int):
+        self.cfg = Config(
+            threads=1, engine=engine, deterministic=False, prompts=str(ROOT / "prompts/toy"), concurrency=most,
+            tool_threads=most, max_turns=TURNS, max_tokens_per_turn=48, max_tokens=256,
+        )  # fmt: skip
+        toy.save_random_model(folder, seed=0)
+        self.codec = Codec(folder, self.cfg)
+        self.codec.stop_ids = (*self.codec.stop_ids, *range(300, 300 + len(self.codec) // STOP_SHARE))
+        rollout.parse_call = lambda text: Call("text", "it")  # every turn asks for a search, whatever it says
+        Image.new("RGB", (60, 50), "teal").save(folder / "picture.png")
+        picture = (folder / "picture.png").read_bytes()
+        self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
+        device = policy.init_distributed(self.cfg)
+        self.weights = list(policy.full_weights(policy.load_policy(folder, self.codec, self.cfg, device)))
+        limits = rollout.engine_limits(folder, self.cfg, device, self.questions)
+        self.engine = rollout.make_engine(str(folder), self.codec, self.cfg, device, limits)
+
+
+def draw_waits(count: int, seed: int, slow: bool) -> list[list[float]]:
+    """Seconds of each conversation's calls."""
+    spread = math.log(P99 / MEDIAN) / statistics.NormalDist().inv_cdf(0.99)
+    draw = lambda *place: float(np.random.default_rng(place).lognormal(math.log(MEDIAN), spread))  # noqa: E731
+    return [[draw(seed, number, turn) if slow else 0.0 for turn in range(TURNS - 1)] for number in range(count)]
+
+
+class SlowSearch:
+    """Finds the same page after the seconds that belong to the conversation (one about each question) and its turn."""
+
+    def __init__(self, waits):
+        self.waits, self.calls = waits, Counter()
+
+    def search(self, call, question):
+        turn = self.calls[question.id]
+        self.calls[question.id] += 1
+        time.sleep(self.waits[int(question.id)][turn])
+        return Result("ok", (Hit("a page", text="about it, " * 4),))
+
+
+class Meter:
+    """An engine that times another's steps: (turns running before, new turns, seconds). A turn that was cut at its
+    limit goes for a finished one, so that every conversation has all its turns."""
+
+    def __init__(self, engine):
+        self.engine, self.steps, self.running, self.new = engine, [], 0, 0
+        self.abort = engine.abort
+
+    def submit(self, *request):
+        self.new += 1
+        self.engine.submit(*request)
+
+    def step(self):
+        started = time.perf_counter()
+        replies = self.engine.step()
+        self.steps.append((self.running, self.new, time.perf_counter() - started))
+        self.running, self.new = self.running + self.new - len(replies), 0
+        return [replace(reply, finish_reason="stop") for reply in replies]
+
+
+# ----------------------------------------------------------------------------------------------------- schedules
+
+
+def turn_by_turn(questions, engine, search, codec, cfg, each) -> list[Episode]:
+    """Barriers after the turns and after the calls; `each` applies a function to the conversations that called."""
+    talks = {q.id: (q, rollout.converse(q, codec, cfg)) for q in questions}
+    wishes = {id: next(talk) for id, (_, talk) in talks.items()}
+    episodes = {}
+    while wishes:
+        for id, wish in wishes.items():
+            engine.submit(id, wish.prompt_ids, wish.images, wish.sampling)
+        replies = {}
+        while len(replies) < len(wishes):
+            replies |= {reply.request_id: reply for reply in engine.step()}
+        said = {id: tell(talks[id][1], replies[id]) for id in wishes}  # in the order of the batch
+        episodes |= {id: end for id, end in said.items() if isinstance(end, Episode)}
+        calls = {id: call for id, call in said.items() if isinstance(call, Call)}
+        results = list(each(lambda id, calls=calls: search.search(calls[id], talks[id][0]), calls))
+        wishes = {id: tell(talks[id][1], result) for id, result in zip(calls, results, strict=True)}
+    return [episodes[q.id] for q in questions]
+
+
+def tell(talk, answer):
+    """What the conversation asks for next, or its episode."""
+    try:
+        return talk.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+def barrier(questions, *rest):
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return turn_by_turn(questions, *rest, pool.map)
+
+
+SCHEDULES = {"free": rollout.run, "barrier": barrier, "serial": partial(turn_by_turn, each=map)}
+
+
+@dataclass
+class Measured:
+    seconds: float
+    steps: list[tuple[int, int, float]]
+    said: list[list[int]]  # tokens of each conversation
+    lengths: list[list[int]]  # of its turns
+
+
+def measure(schedule: str, work: Work, waits) -> Measured:
+    work.engine.load_weights(work.weights, 0)  # which empties the prefix cache
+    meter = Meter(work.engine)
+    started = time.perf_counter()
+    episodes = SCHEDULES[schedule](work.questions[: len(waits)], meter, SlowSearch(waits), work.codec, work.cfg)
+    seconds = time.perf_counter() - started
+    lengths = [[turn.end - turn.start for turn in e.turns] for e in episodes]
+    assert all(len(turns) == TURNS for turns in lengths)
+    return Measured(seconds, meter.steps, [e.tokens for e in episodes], lengths)
+
+
+# ---------------------------------------------------------------------------------------------------- simulation
+
+
+def fit_steps(runs: list[Measured]):
+    """cost(step's number, turns running, new turns) -> seconds, by least squares over the steps of the runs."""
+    first = statistics.mean(run.steps[0][2] for run in runs)
+    steps = [step for run in runs for step in run.steps[1:]]
+    features = lambda running, new: (running > 0, running, new > 0, new)  # noqa: E731
+    matrix = np.array([features(running, new) for running, new, _ in steps], float)
+    weights = np.linalg.lstsq(matrix, np.array([seconds for *_, seconds in steps]), rcond=None)[0].tolist()
+
+    def cost(number, running, new):
+        return max(0.0, math.fsum(map(float.__mul__, weights, map(float, features(running, new))))) if number else first
+
+    return cost, weights
+
+
+def simulate(schedule: str, lengths, waits, cost) -> float:
+    """Seconds that the conversations take if only steps and calls do."""
+    clock, number, running = 0.0, 0, 0
+    ready = [(0.0, index, 0) for index in range(len(lengths))]  # a heap: since when, conversation, turn
+    ends, asked = defaultdict(list), []  # step -> the turns that end with it; those whose calls are to be made
+    while ready or running:
+        clock = clock if running else max(clock, ready[0][0])
+        new = 0
+        while ready and ready[0][0] <= clock:
+            _, index, turn = heapq.heappop(ready)
+            ends[number + lengths[index][turn]].append((index, turn))
+            new += 1
+        clock += cost(number, running, new)
+        number += 1
+        done = ends.pop(number, [])
+        running += new - len(done)
+        asked += [(index, turn) for index, turn in done if turn + 1 < TURNS]
+        if schedule == "free" or not running:
+            all_waits = [waits[index][turn] for index, turn in asked]
+            together = {"free": None, "barrier": max(all_waits, default=0), "serial": sum(all_waits)}[schedule]
+            for (index, turn), wait in zip(asked, all_waits, strict=True):
+                heapq.heappush(ready, (clock + (wait if together is None else together), index, turn + 1))
+            asked = []
+    return clock
+
+
+def further_draws(lengths, slow, cost, draws=100):
+    """Simulated ratios to `free` over other latencies: median and 5th to 95th percentile."""
+    ratios = defaultdict(list)
+    for seed in range(1000, 1000 + draws if slow else 1001):
+        waits = draw_waits(len(lengths), seed, slow)
+        seconds = {schedule: simulate(schedule, lengths, waits, cost) for schedule in SCHEDULES}
+        for schedule in ("barrier", "serial"):
+            ratios[schedule].append(seconds[schedule] / seconds["free"])
+    return {schedule: np.quantile(values, (0.5, 0.05, 0.95)).tolist() for schedule, values in ratios.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+
+def repeat(work: Work, count: int, slow: bool, seed: int) -> dict:
+    """All schedules once on the same latencies."""
+    waits = draw_waits(count, seed, slow)
+    schedules = [name for name in SCHEDULES if name != "serial" or count <= SERIAL_UP_TO]
+    runs = {name: measure(name, work, waits) for name in schedules}
+    cost, weights = fit_steps(list(runs.values()))
+    lengths = runs["free"].lengths
+    simulated = {name: simulate(name, lengths, waits, cost) for name in SCHEDULES}
+    seconds = {name: run.seconds for name, run in runs.items()}
+    in_engine = {name: sum(s for *_, s in run.steps) for name, run in runs.items()}
+    fitted = sum(cost(n, *step[:2]) for n, step in enumerate(runs["free"].steps))
+    result = {
+        "seconds": {"serial": simulated["serial"], **seconds},
+        "bound": simulated["free"],
+        "simulated": simulated,
+        "in_engine": in_engine,
+        "steps": {name: len(run.steps) for name, run in runs.items()},
+        "step_cost": dict(zip(("decode", "a running turn", "admit", "a new turn"), weights, strict=True)),
+        "fitted_share_of_engine": fitted / in_engine["free"],
+        "same_tokens": statistics.mean(a == b for a, b in zip(runs["free"].said, runs["barrier"].said, strict=True)),
+        "sampled": sum(map(sum, lengths)),
+        "longest_wait": max(map(sum, waits)),
+    }
+    return result | {"further_draws": further_draws(lengths, slow, cost)}
+
+
+def summary(count: int, slow: bool, repeats: list[dict]) -> dict:
+    def spread(value):
+        values = sorted(map(value, repeats))
+        return [statistics.median(values), values[0], values[-1]]
+
+    free = lambda r: r["seconds"]["free"]  # noqa: E731
+    return {
+        "conversations": count,
+        "tools": "slow" if slow else "0 s",
+        **{name: spread(lambda r, name=name: r["seconds"][name]) for name in SCHEDULES},
+        "bound": spread(lambda r: r["bound"]),
+        "free / bound": spread(lambda r: free(r) / r["bound"]),
+        **{f"{name} / free": spread(lambda r, n=name: r["seconds"][n] / free(r)) for name in ("barrier", "serial")},
+        "serial_is_measured": count <= SERIAL_UP_TO,
+        "repeats": repeats,
+    }
+
+
+COLUMNS = ("free", "bound", "barrier", "serial", "free / bound", "barrier / free", "serial / free")
+
+
+def show(row: dict) -> str:
+    cells = [f"{row['conversations']:>5}", f"{row['tools']:>5}"]
+    for name in COLUMNS:
+        mark = "~" if name.startswith("serial") and not row["serial_is_measured"] else ""
+        middle, low, high = row[name]
+        cells.append(f"{mark}{middle:.2f} ({low:.2f} - {high:.2f})".rjust(24))
+    draws = row["repeats"][-1]["further_draws"]
+    cells += ["{:.2f} ({:.2f} - {:.2f})".format(*draws[name]).rjust(24) for name in ("barrier", "serial")]
+    return "".join(cells)
+
+
+def machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }
+
+
+def main(args):
+    sizes, repeats = (SIZES[::2], 1) if args.quick else (SIZES, 3)
+    report = {"machine": machine(), "engine": args.engine, "median": MEDIAN, "p99": P99, "rows": []}
+    print(json.dumps(report["machine"]), f"engine {args.engine}", sep="\n")
+    heads = [*COLUMNS, "draws: barrier / free", "draws: serial / free"]
+    print("talks tools", *(head.rjust(23) for head in heads), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(Path(folder), args.engine, max(sizes))
+        measure("free", work, draw_waits(sizes[0], 0, slow=False))  # warm
+        for slow in (False, True):
+            for count in sizes:
+                results = [repeat(work, count, slow, seed) for seed in range(repeats)]
+                report["rows"].append(summary(count, slow, results))
+                print(show(report["rows"][-1]), flush=True)
+        work.engine.close()
+    report["machine"]["load after"] = os.getloadavg()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1))
+    print(f"{out}: all repeats, seconds in the engine, simulated seconds of each schedule")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("torch", "vllm"), default="torch")
+    parser.add_argument("--quick", action="store_true", help="8 and 64 conversations, once: a minute or two")
+    parser.add_argument("--out", default="runs/slow_tools.json")
+    main(parser.parse_args())

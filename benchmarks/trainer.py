@@ -1,0 +1,483 @@
+"""How fast a trainer's step is, and what memory it takes, here and in TRL's GRPOTrainer: the same model, the same
+conversations, the same loss, on the CPU in fp32.
+
+    pip install trl==1.16.0
+    python benchmarks/trainer.py result.json            # 16 conversations of 500 to 4,000 tokens, 4 images, two models
+    python benchmarks/trainer.py result.json --sweep    # and other numbers, lengths and images, one at a time
+    python benchmarks/trainer.py result.json --quick    # a minute
+
+Prints a table, writes JSON. A step is everything from conversations (token lists, pixels of the images) to gradients:
+log-probs, entropies, loss, backward; without sampling, image preprocessing and AdamW. Conversations are synthetic: a
+question with an image, reply, result of an image search (thumbnails and text), reply, result of a text search, reply.
+Only replies are trained on. The conversations of a question share its image, and the thumbnails its search returns.
+
+    ours       train.train_step: packing, log-probs of sampled tokens only, each image of a row encoded once
+    TRL        GRPOTrainer.training_step over the micro-batches of a step, with loss_type "dapo" and beta 0. Only
+               its _generate_and_score_completions is replaced, by one that pads the given conversations as TRL does;
+               shuffling, splitting, forward, loss and backward are TRL's own
+    head as    the same with the choice of tokens that TRL makes where it has Triton: those of completions, results of
+    on a GPU   tools among them. Without Triton it computes logits at every position, prompt and padding too
+
+TRL's micro-batch is the fastest of --micro-batches; the first step of each is printed as "tried". Every side is a
+process of its own. Its first step is the check (loss and gradients against ours) and the measure of memory, the largest
+resident set during the step less that before it; the later ones, in turn, are timed.
+"""
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import toy  # noqa: E402
+from config import Config  # noqa: E402
+from data import Codec, Episode, Question  # noqa: E402
+from grpo import group_advantages  # noqa: E402
+from policy import init_distributed, prepare  # noqa: E402
+from train import train_step  # noqa: E402
+
+VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied
+SIZES = {  # tiny: the toy world's model
+    "tiny": dict(hidden=128, layers=4, vision=64, depth=2),
+    "larger": dict(hidden=256, layers=10, vision=128, depth=4),
+}
+QUESTION, REPLY = 40, (24, 72)  # tokens of a question's text; of a reply, at most a quarter of what is left
+TOLERANCE = 1e-3
+
+
+# ------------------------------------------------------------------------------------------ model, conversations
+
+
+def save_codec(folder: Path) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    toy.save_tokenizer(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(folder)
+
+
+def settings(case) -> Config:
+    return Config(
+        device="cpu", deterministic=False, threads=case.threads, max_tokens=8192, max_tokens_per_batch=case.row,
+        min_pixels=case.pixels**2, max_pixels=case.pixels**2,
+        thumb_min_pixels=(case.pixels // 3) ** 2, thumb_max_pixels=(case.pixels // 3) ** 2,
+        max_grad_norm=1e9,  # no clipping: gradients are compared
+    )  # fmt: skip
+
+
+def random_model(size: str, codec: Codec, checkpointing: bool):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    s = SimpleNamespace(**SIZES[size])
+    id_of = lambda name: codec.tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=VOCABULARY, hidden_size=s.hidden, intermediate_size=3 * s.hidden, num_hidden_layers=s.layers,
+            num_attention_heads=s.hidden // 32, num_key_value_heads=s.hidden // 32, max_position_embeddings=32768,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            initializer_range=0.05, bos_token_id=None, eos_token_id=id_of("im_end"), pad_token_id=id_of("endoftext"),
+        ),
+        vision_config=dict(
+            depth=s.depth, hidden_size=s.vision, intermediate_size=2 * s.vision, num_heads=4, window_size=112,
+            out_hidden_size=s.hidden, fullatt_block_indexes=[s.depth - 1], initializer_range=0.05,
+        ),
+        tie_word_embeddings=True, image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
+        vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    if checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return model.train()
+
+
+def conversations(case, codec: Codec) -> tuple[list[Episode], torch.Tensor]:
+    """(episodes, advantages), the same in every process. Lengths are log-uniform."""
+    rng = random.Random(f"conversations {case.seed}")
+    low, high = map(math.log, case.length)
+    episodes, groups = [], []
+    for number in range(case.conversations // case.group):
+        question = Question(id=f"question {number}", text="", images=(noise(rng, case.pixels),))
+        thumbnails = [noise(rng, case.pixels // 3) for _ in range(case.images - 1)]
+        pictures = [codec.picture(question.images[0]), *(codec.picture(data, thumbnail=True) for data in thumbnails)]
+        opening = [*words(rng, codec, QUESTION), *cells(codec, pictures[:1])]
+        for sample in range(case.group):
+            length = round(math.exp(rng.uniform(low, high)))
+            tokens, sampled = hold(rng, codec, opening, pictures[1:], length)
+            no_logprobs = [0.0] * len(tokens)
+            episodes.append(Episode(question, codec, sample, tokens, sampled, no_logprobs, pictures))
+            groups.append(number)
+    for picture in {p.key: p for e in episodes for p in e.images}.values():
+        codec.pixels(picture)  # kept from here on
+    return episodes, group_advantages([rng.random() for _ in episodes], groups)
+
+
+def hold(rng, codec, opening, thumbnails, length) -> tuple[list[int], list[bool]]:
+    """(tokens, sampled) of a conversation of `length` tokens: what replies leave is split between the two results."""
+    images = cells(codec, thumbnails)
+    room = length - len(opening) - len(images)
+    if room < 8:
+        sys.exit(f"{length} tokens are too few for question and images: {len(opening) + len(images)}")
+    replies = [min(rng.randint(*REPLY), room // 4) for _ in range(3)]
+    left = room - sum(replies)
+    results = [[*images, *words(rng, codec, left // 2)], words(rng, codec, left - left // 2), []]
+    tokens, sampled = list(opening), [False] * len(opening)
+    for size, result in zip(replies, results, strict=True):
+        tokens += [*words(rng, codec, size), *result]
+        sampled += [True] * size + [False] * len(result)
+    return tokens, sampled
+
+
+def words(rng, codec, count) -> list[int]:
+    """Random text: ids that are nothing special, from the whole vocabulary."""
+    return [rng.randrange(len(codec), VOCABULARY) for _ in range(count)]
+
+
+def cells(codec, pictures) -> list[int]:
+    parts = ([codec.vision_start, *[codec.image_pad] * p.tokens, codec.vision_end] for p in pictures)
+    return list(itertools.chain.from_iterable(parts))
+
+
+def noise(rng, side) -> bytes:
+    file = io.BytesIO()
+    Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(file, "PNG")
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------- the two sides
+
+
+def ours(case, folder):
+    """(model, step); step() leaves gradients and returns the loss."""
+    cfg = settings(case)
+    device = init_distributed(cfg)
+    codec = Codec(folder, cfg)
+    model = random_model(case.model, codec, case.checkpointing)
+    prepare(model, codec, cfg)
+    model.banned_ids.zero_()  # TRL bans no ids; the work stays the same
+    episodes, advantages = conversations(case, codec)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # leaves the weights as they are
+
+    def step():
+        codec.layouts.clear()  # positions are part of the work, of TRL's forward too
+        parts = [0] * len(episodes)
+        return train_step(model, None, optimizer, episodes, advantages, parts, codec, cfg, device)["loss"]
+
+    return model, step
+
+
+def theirs(case, folder, micro: int, like_gpu: bool):
+    """The same with TRL, `micro` conversations a micro-batch; like_gpu: logits only at tokens of completions."""
+    import trl.trainer.utils
+
+    torch.set_num_threads(case.threads)
+    if like_gpu:  # the caller's copy of the name: it picks the tokens, the kernel stays the one for CPUs
+        trl.trainer.utils._use_triton = lambda device: True
+    codec = Codec(folder, settings(case))
+    model = random_model(case.model, codec, case.checkpointing)
+    episodes, advantages = conversations(case, codec)
+    trainer = make_trainer(model, codec, case, micro, folder)
+    pixels = torch.cat([codec.pixels(p) for e in episodes for p in e.images])
+    trainer._generate_and_score_completions = lambda _: padded(episodes, advantages, pixels, codec)
+
+    def step():
+        trainer._step, trainer._buffered_inputs = 0, None
+        return sum(float(trainer.training_step(model, {}, None)) for _ in range(len(episodes) // micro))
+
+    return model, step
+
+
+def make_trainer(model, codec, case, micro, folder):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    accumulate = case.conversations // micro
+    args = GRPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate, steps_per_generation=accumulate, num_generations=case.group,
+        loss_type="dapo", beta=0.0, epsilon=0.2, temperature=1.0, gradient_checkpointing=case.checkpointing,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": "?"}] * case.conversations)
+    trainer = GRPOTrainer(model, lambda **_: 0.0, args, data, processing_class=codec.tokenizer)
+    trainer.current_gradient_accumulation_steps = accumulate  # train() sets it
+    return trainer
+
+
+def padded(episodes, advantages, pixels, codec) -> dict:
+    """What GRPOTrainer._generate_and_score_completions returns for these conversations: prompts padded on the left,
+    all that follows on the right, to the longest of the step; tool_mask is 0 where the model did not speak."""
+    from trl.trainer.utils import pad
+
+    starts = [e.sampled.index(True) for e in episodes]
+    prompts = [torch.tensor(e.tokens[:start]) for e, start in zip(episodes, starts, strict=True)]
+    completions = [torch.tensor(e.tokens[start:]) for e, start in zip(episodes, starts, strict=True)]
+    tool_mask = [torch.tensor(e.sampled[start:]).long() for e, start in zip(episodes, starts, strict=True)]
+    filler = codec.tokenizer.pad_token_id
+    batch = {
+        "prompt_ids": pad(prompts, filler, "left"),
+        "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
+        "completion_ids": pad(completions, filler, "right"),
+        "completion_mask": pad([torch.ones_like(ids) for ids in completions], 0, "right"),
+        "tool_mask": pad(tool_mask, 1, "right"),
+        "advantages": advantages,
+        "num_items_in_batch": torch.cat(tool_mask).sum(),
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, *p.grid] for e in episodes for p in e.images]),
+        "num_images": [len(e.images) for e in episodes],
+    }
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    return {**batch, "mm_token_type_ids": (ids == codec.image_pad).long()}
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+class Side:
+    """A process that makes (model, step) and takes a step whenever it is told to. Forked, so that imports are shared
+    and peaks of memory are not."""
+
+    def __init__(self, name: str, make, reference: Path):
+        context = multiprocessing.get_context("fork")
+        self.name, self.runs = name, []
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(far_end, make, reference), daemon=True)
+        self.process.start()
+        far_end.close()  # or the end of the process would not be noticed
+
+    def step(self) -> dict:
+        self.pipe.send("step")
+        try:
+            self.runs.append(self.pipe.recv())
+        except EOFError:
+            sys.exit(f"{self.name}: ended early; out of memory?")
+        print(f"{self.name}: {self.runs[-1]}", file=sys.stderr, flush=True)
+        return self.runs[-1]
+
+    def close(self) -> None:
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def serve(pipe, make, reference: Path) -> None:
+    """The first step's gradients are compared with those in `reference`, or written there."""
+    model, step = make()
+    first = True
+    while pipe.recv() == "step":
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        started = time.perf_counter()
+        result = {"loss": step(), "seconds": time.perf_counter() - started}
+        if first:  # later, the peak would be that of the comparison
+            result["peak_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+            result |= compare(model, reference)
+        first = False
+        pipe.send(result)
+
+
+def compare(model, reference: Path) -> dict:
+    """The norm of the gradients' difference over the norm of those in `reference`."""
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    if not reference.exists():
+        torch.save(gradients, reference)
+        return {}
+    expected = torch.load(reference, mmap=True)
+    squares = lambda tensors: sum(float(x.double().square().sum()) for x in tensors)  # noqa: E731
+    difference = squares(gradients[name] - expected[name] for name in expected)
+    return {"gradient_difference": math.sqrt(difference / squares(expected.values()))}
+
+
+def measure(case, folder: Path) -> dict:
+    """Our side, and TRL's two with the fastest micro-batch each."""
+    reference = folder / "gradients.pt"
+    reference.unlink(missing_ok=True)
+    figures = describe(case, folder)
+    side = Side(f"ours, rows of {case.row}", lambda: ours(case, folder), reference)
+    loss = side.step()["loss"]
+    as_is, as_on_gpu = (fastest(case, folder, reference, loss, like_gpu) for like_gpu in (False, True))
+    sides = [side, as_is[0], as_on_gpu[0]]
+    for _ in range(case.repeats):
+        for side in sides:
+            side.step()
+    for side in sides:
+        side.close()
+    return {**figures, "sides": [summary(side) for side in sides], "tried": as_is[1] + as_on_gpu[1]}
+
+
+def fastest(case, folder: Path, reference: Path, loss: float, like_gpu: bool) -> tuple[Side, list[dict]]:
+    """TRL's side with the best of the micro-batches, and the first step of each. Exits if one is not the same step as
+    ours, whose loss is given."""
+    best, tried = None, []
+    for micro in (m for m in case.micro_batches if case.conversations % m == 0):
+        name = f"TRL{', head as on a GPU' if like_gpu else ''}, micro-batch {micro}"
+        side = Side(name, lambda micro=micro: theirs(case, folder, micro, like_gpu), reference)
+        first = side.step()
+        first["loss_difference"] = abs(first["loss"] - loss) / abs(loss)
+        if not max(first["loss_difference"], first["gradient_difference"]) < TOLERANCE:
+            sys.exit(f"{name}: not the same step: {first}; our loss: {loss}")
+        tried.append(summary(side))
+        if best and best.runs[0]["seconds"] <= first["seconds"]:
+            side.close()
+        else:
+            if best:
+                best.close()
+            best = side
+    return best, tried
+
+
+def summary(side: Side) -> dict:
+    """The first step's figures, and the seconds of the timed ones (of the first, if there are no others)."""
+    first, *timed = side.runs
+    return {**first, "name": side.name, "seconds": [run["seconds"] for run in timed or [first]]}
+
+
+def describe(case, folder) -> dict:
+    """The case in figures."""
+    codec = Codec(folder, settings(case))
+    episodes, _ = conversations(case, codec)
+    lengths, prompts = [len(e.tokens) for e in episodes], [e.sampled.index(True) for e in episodes]
+    width = max(prompts) + max(n - p for n, p in zip(lengths, prompts, strict=True))
+    with torch.device("meta"):
+        model = random_model(case.model, codec, False)
+    embeddings = model.get_input_embeddings().weight.numel()
+    return {
+        "case": {k: v for k, v in vars(case).items() if k != "repeats"},
+        "parameters": sum(p.numel() for p in model.parameters()) - embeddings,
+        "embeddings": embeddings,
+        "tokens": sum(lengths),
+        "sampled": sum(sum(e.sampled) for e in episodes),
+        "padded": width * len(episodes),
+        "images": sum(len(e.images) for e in episodes),
+        "distinct_images": len({p.key for e in episodes for p in e.images}),
+    }
+
+
+def show(result: dict) -> None:
+    case, tokens = SimpleNamespace(**result["case"]), result["tokens"]
+    low, high = case.length
+    print(
+        f"\n{case.model}: {result['parameters'] / 1e6:.1f} M parameters and {result['embeddings'] / 1e6:.1f} M of "
+        f"embeddings; {case.conversations} conversations of {low} to {high} tokens, {case.images} images each\n"
+        f"{tokens} tokens ({result['sampled'] / tokens:.0%} sampled), {result['padded']} with padding; "
+        f"{result['images']} images, {result['distinct_images']} distinct"
+    )
+    print(f"{'':38}{'tokens/s':>10}{'min':>9}{'max':>9}{'seconds':>9}{'peak MB':>9}{'loss':>9}{'gradient':>9}")
+    for side in result["sides"]:
+        rates = [tokens / s for s in side["seconds"]]
+        differences = (
+            f"{side[k]:9.0e}" if k in side else f"{'':9}" for k in ("loss_difference", "gradient_difference")
+        )
+        print(
+            f"{side['name']:38}{statistics.median(rates):10.0f}{min(rates):9.0f}{max(rates):9.0f}"
+            f"{statistics.median(side['seconds']):9.1f}{side['peak_mb']:9.0f}{''.join(differences)}",
+        )
+    tried = (f"{side['name']}: {side['seconds'][0]:.1f} s, {side['peak_mb']:.0f} MB" for side in result["tried"])
+    print("tried", *tried, sep="\n    ", flush=True)
+
+
+def machine() -> dict:
+    import trl
+
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def length(text: str) -> tuple[int, int]:
+    """'500-4000', or '1000' for 1000 to 1000."""
+    low, high = (text.split("-") * 2)[:2]
+    return int(low), int(high)
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Of several values, see --sweep.")
+    p.add_argument("out", help="the JSON file to write")
+    p.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    p.add_argument("--conversations", nargs="+", type=int, default=[16, 4, 8])
+    p.add_argument(
+        "--lengths", nargs="+", type=length, default=[(500, 4000), *((n, n) for n in (500, 1000, 2000, 4000))]
+    )
+    p.add_argument("--images", nargs="+", type=int, default=[4, 1, 2])
+    p.add_argument("--sweep", action="store_true", help="not only the first of each, also each other with those")
+    p.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4], help="TRL's, the fastest is taken")
+    p.add_argument("--row", type=int, default=8192, help="tokens of our rows")
+    p.add_argument("--group", type=int, default=8, help="conversations of a question, at most")
+    p.add_argument("--pixels", type=int, default=336, help="side of a question's image; a thumbnail's is a third")
+    p.add_argument("--checkpointing", action="store_true", help="both sides recompute layers in backward")
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="4 conversations of 200 to 600 tokens, the tiny model")
+    args = p.parse_args()
+    if args.quick:
+        args.models, args.conversations, args.lengths, args.images = ["tiny"], [4], [(200, 600)], [4]
+        args.micro_batches, args.pixels = [2, 4], 168
+    for count in args.conversations:
+        if math.gcd(count, args.group) < 2 or all(count % micro for micro in args.micro_batches):
+            p.error(f"{count} conversations: not in groups of two or more, or in none of the micro-batches")
+    return args
+
+
+def cases(args) -> list[SimpleNamespace]:
+    common = {k: getattr(args, k) for k in ("row", "pixels", "checkpointing", "threads", "repeats", "seed")}
+    first = (args.conversations[0], args.lengths[0], args.images[0])
+    chosen = [first]
+    if args.sweep:
+        chosen += [(n, *first[1:]) for n in args.conversations[1:]]
+        chosen += [(first[0], n, first[2]) for n in args.lengths[1:]]
+        chosen += [(*first[:2], n) for n in args.images[1:]]
+    return [
+        SimpleNamespace(
+            model=model, conversations=count, length=span, images=images, group=math.gcd(args.group, count),
+            micro_batches=args.micro_batches, **common,
+        )
+        for model in args.models
+        for count, span, images in chosen
+    ]  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)  # in this process: a pool of threads would not survive the forks
+    report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()) + f", threads {args.threads}")
+    with tempfile.TemporaryDirectory() as folder:
+        save_codec(Path(folder))
+        for case in cases(args):
+            report["results"].append(measure(case, Path(folder)))
+            show(report["results"][-1])
+            Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
