@@ -202,8 +202,8 @@ def _fill(size, color, pattern, x, y, radius):
     image = Image.new("RGB", size, color)
     pen = ImageDraw.Draw(image)
     mark = tuple(int(c * 0.45) if sum(color) > 200 else int(c + 150) for c in color)
-    step, width = radius / 2.2, max(1, int(radius / 7))
-    lines = [step * i for i in range(-4, 5)]
+    step, width = radius / 1.5, max(1, int(radius / 3.5))  # coarse enough for a small vision tower
+    lines = [step * i for i in range(-3, 4)]
     for a in lines:
         if pattern in ("stripes", "grid"):
             pen.line((0, y + a, size[0], y + a), fill=mark, width=width)

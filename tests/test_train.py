@@ -532,6 +532,29 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
         assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.1 * min(even), (uneven, even)
 
 
+def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch):
+    """The whole step, from rollout to new weights, on a random model and a reward that any model can learn to earn: the
+    share of even ids in what it says."""
+    place, _ = world
+    cfg = config.parse(
+        [f"--model={folder}", f"--train_files={place.train}", f"--val_files={place.val}", f"--run_dir={tmp_path}/run",
+         f"--search_index={place.index}", "--max_turns=1", "--max_tokens_per_turn=4", "--prompts_per_step=6",
+         "--steps=12", "--lr=3e-3", "--threads=1"]
+    )  # fmt: skip
+
+    def evenness(episode, cfg, penalty=None):
+        ids = [id for id, sampled in zip(episode.tokens, episode.sampled, strict=True) if sampled]
+        return reward.Score(sum(id % 2 == 0 for id in ids) / len(ids), False, True, 0, None)
+
+    monkeypatch.setattr(train, "score_episode", evenness)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    whole = train.Run(cfg)
+    whole.first = 0
+    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
+    rewards = [whole.step(step)["reward"] for step in range(cfg.steps)]
+    assert 0.4 < rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.8, rewards
+
+
 def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
     cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=3"])
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
