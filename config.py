@@ -42,7 +42,7 @@ class Config:
     preset: str = _knob("toy", "named set of values, applied before the rest of the command line")
     run_dir: str = _knob("runs/toy", "folder for config, metrics, rollouts, checkpoints and exports")
     seed: int = _knob(0, "seed of everything random in the run")
-    steps: int = _knob(70, "GRPO steps")
+    steps: int = _knob(80, "GRPO steps")
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
     overwrite: bool = _knob(False, "start anew: delete what is in run_dir (eval.py: the results in out)")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -180,7 +180,7 @@ class Config:
     offload_reference: bool = _knob(False, "keep the reference model in CPU memory between its passes")
 
     # -- evaluation and checkpoints
-    eval_every: int = _knob(35, "steps between validations (0: only before and after)")
+    eval_every: int = _knob(40, "steps between validations (0: only before and after)")
     val_limit: int = _knob(0, "validate on the first n questions (0: all)")
     save_every: int = _knob(20, "steps between checkpoints (0: only at the end)")
     keep_last: int = _knob(2, "checkpoints kept")

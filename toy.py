@@ -1,8 +1,8 @@
 """The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
 
-The world has 1,148 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
-(founder, city, river). 24 of them are *known*: the base model is taught their names and facts; of 574 others it is
-taught to say `unknown`. 400 that it has never seen appear in training questions, another 150 only in validation
+The world has 1,225 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
+(founder, city, river). 24 of them are *known*: the base model is taught their names and facts; of 941 others it is
+taught to say `unknown`. 200 that it has never seen appear in training questions, another 60 only in validation
 questions. Everybody is asked about in the same words, so whether a question needs a search can only be told by
 recognising the picture or not:
 
@@ -55,7 +55,7 @@ COLORS = {
 PATTERNS = ("plain", "stripes", "grid", "half")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 FACTS = ("founder", "city", "river")
-KNOWN, TAUGHT, TRAIN, VAL = 24, 574, 400, 150  # things; all but the first are unknown
+KNOWN, TAUGHT, TRAIN, VAL = 24, 941, 200, 60  # things; all but the first are unknown
 WORDINGS = {
     "name": ("what is it called?", "what is its name?"),
     "founder": ("who founded it?", "who is its founder?"),
@@ -154,7 +154,7 @@ def make_things(rng: random.Random) -> list[Thing]:
     twice."""
     looks = [(s, c, g, p) for s, c, g, p in product(SHAPES, COLORS, COLORS, PATTERNS) if c != g]
     looks = rng.sample(looks, KNOWN + TAUGHT + TRAIN + VAL)
-    words = [a + b for a, b in product(SYLLABLES, SYLLABLES) if a != b]
+    words = [a + b for a, b in product(SYLLABLES, SYLLABLES)]  # just enough
     words = rng.sample(words, 4 * len(looks))
     return [Thing(*look, *words[4 * i : 4 * i + 4], known=i < KNOWN) for i, look in enumerate(looks)]
 

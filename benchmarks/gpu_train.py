@@ -165,7 +165,7 @@ def figures(name, args, row, count):
     planned = replace(cfg, max_tokens_per_batch=max(cfg.max_tokens, min(row, tokens)))
     gpu, _ = needs(measure(configuration(size), compute_dtype(cfg, device)), planned, 1, cache=0)
     engine = gpu["engine's weights"][0]  # there is none here
-    achieved = operations(model.config, episodes) / spent
+    achieved = operations(configuration(size), episodes) / spent
     return {
         "tokens": tokens, "row": row, "tokens/s": tokens / spent, "MFU": achieved / rate,
         "peak GiB": peak, "planned GiB": (sum(update for update, _ in gpu.values()) - engine) / GIB,
