@@ -23,8 +23,9 @@ bound    an event simulation of `free` in which nothing takes time but calls and
          the same repeat says (so much for its forward passes, each running turn, each new one; the first is as
          measured). No schedule that does not hold turns back to fill a batch can do better.
 
-The engine `asleep` stands for one on a GPU: it only sleeps through its steps, 20 ms for each of up to two forward
-passes (what runs, what is new), 0.1 ms a running turn and 1 ms a new one, so that a busy machine hardly disturbs it.
+The engine `asleep` stands for vLLM on a GPU: it only sleeps through its steps, 20 ms, 0.1 ms more for a running turn
+and 1 ms for a new one. (The in-process engine runs what is new in a pass of its own before what runs, so that results
+that come in one by one cost it more than those that come together: without latencies, `barrier` can beat `free`.)
 
 `serial` is measured with 8 conversations and simulated for more (marked ~), where it would take minutes: `simulated` in
 the output has what the simulation says of every measured run, to be compared. Repeats draw other latencies; ratios are
@@ -105,7 +106,7 @@ class Asleep:
 
     def step(self):
         running, new = len(self.running), len(self.new)
-        time.sleep(0.02 * ((running > 0) + (new > 0)) + 0.0001 * running + 0.001 * new)
+        time.sleep(0.02 + 0.0001 * running + 0.001 * new)
         turns, self.new = self.running + self.new, []
         for turn in turns:
             turn[2] -= 1
@@ -144,11 +145,12 @@ class SlowSearch:
 
 
 class Meter:
-    """An engine that times another's steps: (turns running before, new turns, seconds). A turn that was cut at its
-    limit goes for a finished one, so that every conversation has all its turns."""
+    """An engine that times another's steps: (turns running before, new turns, seconds), and sums up the thread's CPU
+    time in them. A turn that was cut at its limit goes for a finished one, so that every conversation has all its
+    turns."""
 
     def __init__(self, engine):
-        self.engine, self.steps, self.running, self.new = engine, [], 0, 0
+        self.engine, self.steps, self.running, self.new, self.cpu = engine, [], 0, 0, 0.0
         self.abort = engine.abort
 
     def submit(self, *request):
@@ -156,9 +158,10 @@ class Meter:
         self.engine.submit(*request)
 
     def step(self):
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         replies = self.engine.step()
         self.steps.append((self.running, self.new, time.perf_counter() - started))
+        self.cpu += time.thread_time() - cpu
         self.running, self.new = self.running + self.new - len(replies), 0
         return [replace(reply, finish_reason="stop") for reply in replies]
 
@@ -204,6 +207,7 @@ SCHEDULES = {"free": rollout.run, "barrier": barrier, "serial": partial(turn_by_
 @dataclass
 class Measured:
     seconds: float
+    outside: float  # CPU seconds of the thread that drives, outside of the engine's steps
     steps: list[tuple[int, int, float]]
     said: list[list[int]]  # tokens of each conversation
     lengths: list[list[int]]  # of its turns
@@ -212,12 +216,12 @@ class Measured:
 def measure(schedule: str, work: Work, waits) -> Measured:
     work.engine.load_weights(work.weights, 0)  # which empties the prefix cache
     meter = Meter(work.engine)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.thread_time()
     episodes = SCHEDULES[schedule](work.questions[: len(waits)], meter, SlowSearch(waits), work.codec, work.cfg)
-    seconds = time.perf_counter() - started
+    seconds, outside = time.perf_counter() - started, time.thread_time() - cpu - meter.cpu
     lengths = [[turn.end - turn.start for turn in e.turns] for e in episodes]
     assert all(len(turns) == TURNS for turns in lengths)
-    return Measured(seconds, meter.steps, [e.tokens for e in episodes], lengths)
+    return Measured(seconds, outside, meter.steps, [e.tokens for e in episodes], lengths)
 
 
 # ---------------------------------------------------------------------------------------------------- simulation
@@ -293,6 +297,7 @@ def repeat(work: Work, count: int, slow: bool, seed: int) -> dict:
         "bound": simulated["free"],
         "simulated": simulated,
         "in_engine": in_engine,
+        "cpu_outside_engine": {name: run.outside for name, run in runs.items()},
         "steps": {name: len(run.steps) for name, run in runs.items()},
         "step_cost": dict(zip(("decode", "a running turn", "admit", "a new turn"), weights, strict=True)),
         "fitted_share_of_engine": fitted / in_engine["free"],
