@@ -16,7 +16,7 @@ maximum over the ranks, added up over the mini-batches), with
     by number   question n on rank n mod 8: where the conversations were held
     spread      `train.spread`
     at best     no rank less than the mean or the largest question, which stays in one piece
-and, as FSDP's ranks meet in each row (of at most 16,384 tokens), with `spread` and row by row.
+As FSDP's ranks meet in each row (of at most 16,384 tokens), the first two also with the maximum taken row by row.
 
 Padding: what share of the tokens run is padding, for the conversations with signal of one rank under `spread`, with
     8 each      micro-batches of 8 conversations, padded to the longest of each
@@ -77,17 +77,16 @@ def idle_ranks(lengths, alive, updates) -> dict[str, float]:
     """Shares of waiting, in per cent; `alive` [questions]: which groups have signal."""
     loads = [(n, int(lengths[n].sum() * alive[n]), n % RANKS) for n in range(QUESTIONS)]
     part = QUESTIONS // updates
-    goal = spread(loads, part, RANKS)
+    places = {"by number": {n: origin for n, _, origin in loads}, "spread": spread(loads, part, RANKS)}
     best = sum(
         max(mean_load(batch), max(load for _, load, _ in batch))
         for batch in (loads[i : i + part] for i in range(0, QUESTIONS, part))
     )
     busy = sum(load for _, load, _ in loads) / RANKS
     return {
-        "by number": percent(1 - busy / slowest(loads, part, {n: origin for n, _, origin in loads})),
-        "spread": percent(1 - busy / slowest(loads, part, goal)),
+        **{name: percent(1 - busy / slowest(loads, part, place)) for name, place in places.items()},
         "at best": percent(1 - busy / best),
-        "spread, row by row": percent(1 - busy / row_by_row(lengths, alive, part, goal)),
+        **{f"{name}, rows": percent(1 - busy / row_by_row(lengths, alive, part, p)) for name, p in places.items()},
     }
 
 

@@ -1,7 +1,8 @@
 """Rollouts with slow tools: seconds under three schedules, and how near they are to what engine and tools allow.
 
     python benchmarks/slow_tools.py [--quick] [--out runs/slow_tools.json]                    # in-process engine
-    PYTHONPATH=tests/shim python benchmarks/slow_tools.py --engine vllm                          # vLLM, its CPU build
+    python benchmarks/slow_tools.py --engine asleep                                           # one that needs no core
+    PYTHONPATH=tests/shim python benchmarks/slow_tools.py --engine vllm              # vLLM, its CPU build
 
 All hold the same conversations: a tiny random model that ends a turn by chance and is taken to have asked for a search,
 three turns, two calls. A call takes no time, or a log-normal one (median 0.5 s, 99th percentile 8 s), drawn for the
@@ -21,6 +22,10 @@ bound    an event simulation of `free` in which nothing takes time but calls and
          while anything can be run, and results go in at the next step. A step costs what a fit to the measured steps of
          the same repeat says (so much for its forward passes, each running turn, each new one; the first is as
          measured). No schedule that does not hold turns back to fill a batch can do better.
+
+The engine `asleep` stands for vLLM on a GPU: it only sleeps through its steps, 20 ms, 0.1 ms more for a running turn
+and 1 ms for a new one. (The in-process engine runs what is new in a pass of its own before what runs, so that results
+that come in one by one cost it more than those that come together: without latencies, `barrier` can beat `free`.)
 
 `serial` is measured with 8 conversations and simulated for more (marked ~), where it would take minutes: `simulated` in
 the output has what the simulation says of every measured run, to be compared. Repeats draw other latencies; ratios are
@@ -69,8 +74,9 @@ class Work:
 
     def __init__(self, folder: Path, engine: str, most: int):
         self.cfg = Config(
-            threads=1, engine=engine, deterministic=False, prompts=str(ROOT / "prompts/toy"), concurrency=most,
+            threads=1, engine="vllm" if engine == "vllm" else "torch", deterministic=False, concurrency=most,
             tool_threads=most, max_turns=TURNS, max_tokens_per_turn=48, max_tokens=256,
+            prompts=str(ROOT / "prompts/toy"),
         )  # fmt: skip
         toy.save_random_model(folder, seed=0)
         self.codec = Codec(folder, self.cfg)
@@ -82,7 +88,40 @@ class Work:
         device = policy.init_distributed(self.cfg)
         self.weights = list(policy.full_weights(policy.load_policy(folder, self.codec, self.cfg, device)))
         limits = rollout.engine_limits(folder, self.cfg, device, self.questions)
-        self.engine = rollout.make_engine(str(folder), self.codec, self.cfg, device, limits)
+        make = Asleep if engine == "asleep" else partial(rollout.make_engine, str(folder))
+        self.engine = make(self.codec, self.cfg, device, limits)
+
+
+class Asleep:
+    """An engine that sleeps as long as a GPU might compute; how long a turn gets is drawn from the turn's seed."""
+
+    def __init__(self, codec, *_):
+        self.word = codec.encode("a")[:1]
+        self.new, self.running = [], []  # [request, tokens of its turn, steps to go]
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        length = math.ceil(np.random.default_rng(sampling.seed).exponential(STOP_SHARE))
+        length = min(length, sampling.max_tokens)
+        self.new.append([request_id, length, length])
+
+    def step(self):
+        running, new = len(self.running), len(self.new)
+        time.sleep(0.02 + 0.0001 * running + 0.001 * new)
+        turns, self.new = self.running + self.new, []
+        for turn in turns:
+            turn[2] -= 1
+        self.running = [turn for turn in turns if turn[2]]
+        done = [turn for turn in turns if not turn[2]]
+        return [rollout.Reply(id, self.word * length, [0.0] * length, "stop", 0) for id, length, _ in done]
+
+    def abort(self, request_ids):
+        return []
+
+    def load_weights(self, named_tensors, version):
+        """It has none."""
+
+    def close(self):
+        """Nothing to end."""
 
 
 def draw_waits(count: int, seed: int, slow: bool) -> list[list[float]]:
@@ -106,11 +145,12 @@ class SlowSearch:
 
 
 class Meter:
-    """An engine that times another's steps: (turns running before, new turns, seconds). A turn that was cut at its
-    limit goes for a finished one, so that every conversation has all its turns."""
+    """An engine that times another's steps: (turns running before, new turns, seconds), and sums up the thread's CPU
+    time in them. A turn that was cut at its limit goes for a finished one, so that every conversation has all its
+    turns."""
 
     def __init__(self, engine):
-        self.engine, self.steps, self.running, self.new = engine, [], 0, 0
+        self.engine, self.steps, self.running, self.new, self.cpu = engine, [], 0, 0, 0.0
         self.abort = engine.abort
 
     def submit(self, *request):
@@ -118,9 +158,10 @@ class Meter:
         self.engine.submit(*request)
 
     def step(self):
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         replies = self.engine.step()
         self.steps.append((self.running, self.new, time.perf_counter() - started))
+        self.cpu += time.thread_time() - cpu
         self.running, self.new = self.running + self.new - len(replies), 0
         return [replace(reply, finish_reason="stop") for reply in replies]
 
@@ -166,6 +207,7 @@ SCHEDULES = {"free": rollout.run, "barrier": barrier, "serial": partial(turn_by_
 @dataclass
 class Measured:
     seconds: float
+    outside: float  # CPU seconds of the thread that drives, outside of the engine's steps
     steps: list[tuple[int, int, float]]
     said: list[list[int]]  # tokens of each conversation
     lengths: list[list[int]]  # of its turns
@@ -174,12 +216,12 @@ class Measured:
 def measure(schedule: str, work: Work, waits) -> Measured:
     work.engine.load_weights(work.weights, 0)  # which empties the prefix cache
     meter = Meter(work.engine)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.thread_time()
     episodes = SCHEDULES[schedule](work.questions[: len(waits)], meter, SlowSearch(waits), work.codec, work.cfg)
-    seconds = time.perf_counter() - started
+    seconds, outside = time.perf_counter() - started, time.thread_time() - cpu - meter.cpu
     lengths = [[turn.end - turn.start for turn in e.turns] for e in episodes]
     assert all(len(turns) == TURNS for turns in lengths)
-    return Measured(seconds, meter.steps, [e.tokens for e in episodes], lengths)
+    return Measured(seconds, outside, meter.steps, [e.tokens for e in episodes], lengths)
 
 
 # ---------------------------------------------------------------------------------------------------- simulation
@@ -255,6 +297,7 @@ def repeat(work: Work, count: int, slow: bool, seed: int) -> dict:
         "bound": simulated["free"],
         "simulated": simulated,
         "in_engine": in_engine,
+        "cpu_outside_engine": {name: run.outside for name, run in runs.items()},
         "steps": {name: len(run.steps) for name, run in runs.items()},
         "step_cost": dict(zip(("decode", "a running turn", "admit", "a new turn"), weights, strict=True)),
         "fitted_share_of_engine": fitted / in_engine["free"],
@@ -291,10 +334,10 @@ def show(row: dict) -> str:
     for name in COLUMNS:
         mark = "~" if name.startswith("serial") and not row["serial_is_measured"] else ""
         middle, low, high = row[name]
-        cells.append(f"{mark}{middle:.2f} ({low:.2f} - {high:.2f})".rjust(24))
+        cells.append(f"{mark}{middle:.2f} ({low:.2f} - {high:.2f})".rjust(25))
     draws = row["repeats"][-1]["further_draws"]
-    cells += ["{:.2f} ({:.2f} - {:.2f})".format(*draws[name]).rjust(24) for name in ("barrier", "serial")]
-    return "".join(cells)
+    cells += ["{:.2f} ({:.2f} - {:.2f})".format(*draws[name]).rjust(25) for name in ("barrier", "serial")]
+    return " ".join(cells)
 
 
 def machine() -> dict:
@@ -315,7 +358,7 @@ def main(args):
     report = {"machine": machine(), "engine": args.engine, "median": MEDIAN, "p99": P99, "rows": []}
     print(json.dumps(report["machine"]), f"engine {args.engine}", sep="\n")
     heads = [*COLUMNS, "draws: barrier / free", "draws: serial / free"]
-    print("talks tools", *(head.rjust(23) for head in heads), flush=True)
+    print("talks tools", *(head.rjust(25) for head in heads), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), args.engine, max(sizes))
         measure("free", work, draw_waits(sizes[0], 0, slow=False))  # warm
@@ -334,7 +377,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("torch", "vllm"), default="torch")
+    parser.add_argument("--engine", choices=("torch", "asleep", "vllm"), default="torch")
     parser.add_argument("--quick", action="store_true", help="8 and 64 conversations, once: a minute or two")
     parser.add_argument("--out", default="runs/slow_tools.json")
     main(parser.parse_args())
