@@ -14,8 +14,9 @@ A segment attends to its parent, all of it, and causally to itself; gradients of
 rest of the trainer (`policy.row_logprobs`) stays as it is. First the script checks that log-probs and gradients of the
 two kinds of row agree within 1e-5, on a model with sharp attention and grouped heads, and stops if they do not. Then it
 times forward and backward, each in a process of its own, plain and shared in turn. Seconds are CPU time on one thread
-(what a clock shows on a machine with nothing else to do); memory is what the step adds to the peak of the process. The
-ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is not.
+(what a clock shows on a machine with nothing else to do); memory is the peak above what the loaded model needs (Linux
+only). The ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is
+not.
 
 What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of Row, its
 way through `row_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
@@ -27,7 +28,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -261,22 +261,22 @@ def check(folder: Path) -> dict[str, float]:
 def measure(folder: str, samples: int, response: int, shared: bool) -> dict:
     """A step of one question, after a small one to warm up."""
     model, codec = load(Path(folder))
-    for prompt, length in ((300, 50), (PROMPT, response)):
-        episodes = group(codec, 1, samples, prompt, length)
-        row = policy.make_row(range(samples), episodes, codec, model)
+    before = memory_mb("VmRSS")
+    for samples_now, prompt, length in ((2, 300, 50), (samples, PROMPT, response)):
+        episodes = group(codec, 1, samples_now, prompt, length)
+        row = policy.make_row(range(samples_now), episodes, codec, model)
         model.zero_grad()
-        before, clock, cpu = peak_mb(), time.perf_counter(), time.process_time()
+        clock, cpu = time.perf_counter(), time.process_time()
         logp = step(model, row, shared)
         cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
-    tokens = len(share(row)[0].ids) if shared else len(row.ids)
-    return {
-        "seconds": cpu, "clock": clock, "mb": peak_mb() - before, "process_mb": peak_mb(), "tokens": tokens,
-        "logp": float(logp.double().mean()),
-    }  # fmt: skip
+    tokens, peak = len(share(row)[0].ids) if shared else len(row.ids), memory_mb("VmHWM")
+    found = {"seconds": cpu, "clock": clock, "mb": peak - before, "process_mb": peak, "tokens": tokens}
+    return {**found, "logp": float(logp.double().mean())}
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def memory_mb(name: str) -> float:
+    """Of this process alone: getrusage's peak starts with that of the process that started it."""
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 # ----------------------------------------------------------------------------------------------------- the table
@@ -328,9 +328,8 @@ def line(case: dict) -> str:
 
 
 def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    cpu = found[1] if found else platform.processor()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = cpu[1] if cpu else platform.machine()
     return f"{cpu}, {os.cpu_count()} cores, one thread used; torch {torch.__version__}"
 
 
