@@ -299,7 +299,7 @@ def test_fvqa_s_pickle_with_pictures(tmp_path, cache, protocol):
     kept = cache.get({"data_id": "fvqa_1"})
     assert kept.status == "ok" and [hit.title for hit in kept.hits] == [f"t{n}" for n in range(5)]
     for hit, image in zip(kept.hits, pictures, strict=True):
-        assert pil(hit.image).format == "JPEG" and hit.image == searchdb._jpeg(image.convert("RGB"))
+        assert pil(hit.image).format == "JPEG" and hit.image == searchdb._thumbnail(image.convert("RGB"))
     assert cache.get({"data_id": "fvqa_2"}) == Result("no_results")
     assert list(cache.verify()) == []
 

@@ -218,7 +218,7 @@ POSITIVE = (
     "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
     "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps "
-    "judge_concurrency judge_timeout "
+    "judge_concurrency judge_timeout gpu_memory "
     "search_deadline connect_timeout read_timeout retry_pause page_characters serpapi_in_flight reader_in_flight "
     "summarizer_in_flight"
 ).split()
@@ -293,7 +293,7 @@ def test_impossible_combinations(words, values):
 @pytest.mark.parametrize("values", [
     dict(samples_per_prompt=2), dict(min_pixels=784, max_pixels=784), dict(min_pixels=785, max_pixels=1568),
     dict(max_tokens_per_turn=249), dict(max_prompt_tokens=249), dict(max_tokens_per_batch=250),
-    dict(updates_per_step=20), dict(resume="auto"), dict(question="what?"), dict(question="what?", image="a.jpg"),
+    dict(updates_per_step=14), dict(resume="auto"), dict(question="what?"), dict(question="what?", image="a.jpg"),
     dict(attention="flash", dtype="bf16"), dict(attention="segments", device="cpu", dtype="fp32"),
     dict(rollout_deadline=5.0), dict(rollout_deadline=5.0, deterministic=False),
     dict(preset="qwen2.5-vl-7b", search_index="i"), dict(preset="qwen2.5-vl-7b", search="live"),

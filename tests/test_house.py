@@ -18,6 +18,7 @@ HOUSE = [
     "policy",
     "rollout",
     "toy",
+    "plan",
     "results",
     "judge",
     "eval",

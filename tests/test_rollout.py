@@ -538,7 +538,7 @@ def test_share(monkeypatch):
 def test_a_vllm_for_another_torch_is_one_line(monkeypatch):
     monkeypatch.setattr(rollout, "_version", lambda package: "0.32.0" if package == "vllm" else None)
     monkeypatch.setattr(rollout.importlib.metadata, "requires", lambda package: ["numpy", "torch==1.0.0+cpu"])
-    with pytest.raises(InputError, match="vllm 0.32.0 needs torch 1.0.0, this is torch 2"):
+    with pytest.raises(InputError, match="vllm 0.32.0 needs torch ==1.0.0, this is torch 2"):
         rollout._import_vllm(torch.device("cpu"))
 
 

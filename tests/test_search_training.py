@@ -84,13 +84,13 @@ def test_the_toy_preset_trains_while_one_search_in_five_fails(world, tmp_path, m
         calls = [call for r in rollouts for call in r["calls"]]
         kinds = {k.removeprefix("errors/"): v for k, v in metrics.items() if k.startswith("errors/")}
         assert kinds == {kind: sum(c["error_kind"] == kind for c in calls) for kind in kinds}
-        assert sum(kinds.values()) == metrics["tool_failures"] == sum(c["status"] == "error" for c in calls) > 0
+        assert sum(kinds.values()) == metrics["tool_failures"] == sum(c["status"] == "error" for c in calls)
         assert {kind for kind, n in kinds.items() if n} <= set(FAULTS.values())
         for name in ("searches", "pages", "bytes", "cost"):
             assert metrics[f"search/{name}"] == pytest.approx(sum(c["usage"][name] for c in calls)) and calls
         assert metrics["search/calls"] == len(calls) and metrics["search/searches"] == len(calls) - sum(kinds.values())
         aborted = [r for r in rollouts if r["stop"] == "aborted"]
-        assert len(aborted) == metrics["stop/aborted"] > 0
+        assert len(aborted) == metrics["stop/aborted"]
         assert all(r["reward"] is None and r["advantage"] is None for r in aborted)
         for id in {r["question_id"] for r in rollouts}:  # the others are compared with each other alone
             group = [r for r in rollouts if r["question_id"] == id and r["stop"] != "aborted"]
@@ -98,6 +98,7 @@ def test_the_toy_preset_trains_while_one_search_in_five_fails(world, tmp_path, m
             if len(group) > 1 and rewards.max() > rewards.min():
                 expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
                 assert [r["advantage"] for r in group] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert sum(m["stop/aborted"] for m in steps) > 0
     assert sum(m["tool_failures"] for m in steps) / sum(m["search/calls"] for m in steps) == pytest.approx(
         0.2, abs=0.12
     )
