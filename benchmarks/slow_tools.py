@@ -20,8 +20,9 @@ serial   the same with one call after another: what GRPOTrainer does in `_tool_c
 
 bound    an event simulation of `free` in which nothing takes time but calls and steps of the engine: it never waits
          while anything can be run, and results go in at the next step. A step costs what a fit to the measured steps of
-         the same repeat says (so much for its forward passes, each running turn, each new one; the first is as
-         measured). No schedule that does not hold turns back to fill a batch can do better.
+         the same run says (so much for its forward passes, each running turn, each new one; the first is as measured).
+         No schedule that does not hold turns back to fill a batch can do better. (What scattered cache lines cost the
+         engine under `free` is in those steps; `bound by all steps` in the output has them from all runs.)
 
 The engine `asleep` stands for vLLM on a GPU: it only sleeps through its steps, 20 ms, 0.1 ms more for a running turn
 and 1 ms for a new one. (The in-process engine runs what is new in a pass of its own before what runs, so that results
@@ -286,21 +287,22 @@ def repeat(work: Work, count: int, slow: bool, seed: int) -> dict:
     waits = draw_waits(count, seed, slow)
     schedules = [name for name in SCHEDULES if name != "serial" or count <= SERIAL_UP_TO]
     runs = {name: measure(name, work, waits) for name in schedules}
-    cost, weights = fit_steps(list(runs.values()))
+    fits = {name: fit_steps([run]) for name, run in runs.items()}
+    fits.setdefault("serial", fits["barrier"])  # they take the same steps
     lengths = runs["free"].lengths
-    simulated = {name: simulate(name, lengths, waits, cost) for name in SCHEDULES}
+    simulated = {name: simulate(name, lengths, waits, fits[name][0]) for name in SCHEDULES}
+    cost, weights = fit_steps(list(runs.values()))
     seconds = {name: run.seconds for name, run in runs.items()}
     in_engine = {name: sum(s for *_, s in run.steps) for name, run in runs.items()}
-    fitted = sum(cost(n, *step[:2]) for n, step in enumerate(runs["free"].steps))
     result = {
         "seconds": {"serial": simulated["serial"], **seconds},
         "bound": simulated["free"],
+        "bound by all steps": simulate("free", lengths, waits, cost),
         "simulated": simulated,
         "in_engine": in_engine,
         "cpu_outside_engine": {name: run.outside for name, run in runs.items()},
         "steps": {name: len(run.steps) for name, run in runs.items()},
         "step_cost": dict(zip(("decode", "a running turn", "admit", "a new turn"), weights, strict=True)),
-        "fitted_share_of_engine": fitted / in_engine["free"],
         "same_tokens": statistics.mean(a == b for a, b in zip(runs["free"].said, runs["barrier"].said, strict=True)),
         "sampled": sum(map(sum, lengths)),
         "longest_wait": max(map(sum, waits)),
