@@ -35,6 +35,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -280,6 +281,7 @@ class Side:
 
 def serve(pipe, make, reference: Path) -> None:
     """The first step's gradients are compared with those in `reference`, or written there."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model, step = make()
     first = True
     while pipe.recv() == "step":
@@ -471,6 +473,7 @@ def cases(args) -> list[SimpleNamespace]:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the processes of the sides would stay
     torch.set_num_threads(1)  # in this process: a pool of threads would not survive the forks
     report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()) + f", threads {args.threads}")
