@@ -4,7 +4,7 @@ conversations, the same loss, on the CPU in fp32.
     pip install trl==1.16.0
     python benchmarks/trainer.py result.json            # 16 conversations of 500 to 4,000 tokens, 4 images, two models
     python benchmarks/trainer.py result.json --sweep    # and other numbers, lengths and images, one at a time
-    python benchmarks/trainer.py result.json --quick    # a minute
+    python benchmarks/trainer.py result.json --quick    # one or two minutes
 
 Prints a table, writes JSON. A step is everything from conversations (token lists, pixels of the images) to gradients:
 log-probs, entropies, loss, backward; without sampling, image preprocessing and AdamW. Conversations are synthetic: a
@@ -35,6 +35,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -280,6 +281,7 @@ class Side:
 
 def serve(pipe, make, reference: Path) -> None:
     """The first step's gradients are compared with those in `reference`, or written there."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model, step = make()
     first = True
     while pipe.recv() == "step":
@@ -440,11 +442,11 @@ def parse():
     p.add_argument("--threads", type=int, default=1, help="of each side, [1] as train.py's")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--quick", action="store_true", help="4 conversations of 200 to 600 tokens, the tiny model")
+    p.add_argument("--quick", action="store_true", help="4 conversations of 150 to 300 tokens, the tiny model")
     args = p.parse_args()
     if args.quick:
-        args.models, args.conversations, args.lengths, args.images = ["tiny"], [4], [(200, 600)], [4]
-        args.micro_batches, args.pixels = [2, 4], 168
+        args.models, args.conversations, args.lengths, args.images = ["tiny"], [4], [(150, 300)], [4]
+        args.micro_batches, args.pixels = [4], 168
     for count in args.conversations:
         if math.gcd(count, args.group) < 2 or all(count % micro for micro in args.micro_batches):
             p.error(f"{count} conversations: not in groups of two or more, or in none of the micro-batches")
@@ -471,6 +473,7 @@ def cases(args) -> list[SimpleNamespace]:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the processes of the sides would stay
     torch.set_num_threads(1)  # in this process: a pool of threads would not survive the forks
     report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()) + f", threads {args.threads}")
