@@ -14,7 +14,7 @@ from torch import Tensor
 
 import toy
 from config import Config
-from policy import HEAD_CHUNK, compute_dtype, empty_model, head_logprobs, read_config
+from policy import HEAD_LOGITS, compute_dtype, empty_model, head_logprobs, read_config
 from rollout import engine_limits
 
 SPARE = 0.08  # of a GPU's memory
@@ -67,8 +67,10 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     rope = meta(tokens, width, dtype=torch.float32), meta(tokens, width, dtype=torch.float32)
     block = kept_by(lambda: vision.blocks[0](pixels, cu_seqlens=bounds, position_embeddings=rope), model)
 
-    last, target = meta(HEAD_CHUNK, hidden).requires_grad_(), meta(HEAD_CHUNK, dtype=torch.long)
-    banned = meta(config.get_text_config().vocab_size, dtype=torch.bool)
+    words = config.get_text_config().vocab_size
+    chunk = min(max(1, HEAD_LOGITS // words), 1024)  # with few words, a row's sampled tokens are fewer
+    last, target = meta(chunk, hidden).requires_grad_(), meta(chunk, dtype=torch.long)
+    banned = meta(words, dtype=torch.bool)
     head = kept_by(lambda: head_logprobs(model.lm_head, last, target, banned, 1.0, False), model)
     return Sizes(
         vision=count(vision), largest=max(units), root=count(model) - sum(units), total=count(model),

@@ -40,7 +40,7 @@ from config import Config, InputError
 from data import Codec, Episode, Picture, cached, first_line
 from grpo import token_weights
 
-HEAD_CHUNK = 1024  # sampled tokens whose logits [chunk, V] exist at one time
+HEAD_LOGITS = 2**25  # logits that exist at one time, in each of their forms: 220 tokens of a vocabulary of 152,064
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
 
 
@@ -498,7 +498,8 @@ def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False
     hidden = row_hidden(model, row).index_select(0, row.predict)  # [S, H]
     banned = model.banned_ids.to(hidden.device)
     logps, entropies = [], []
-    for h, target in zip(hidden.split(HEAD_CHUNK), row.target.split(HEAD_CHUNK), strict=True):
+    chunk = max(1, HEAD_LOGITS // len(banned))
+    for h, target in zip(hidden.split(chunk), row.target.split(chunk), strict=True):
         logp, entropy = checkpoint(
             head_logprobs, model.lm_head, h, target, banned, temperature, entropy_grad, use_reentrant=False
         )

@@ -348,7 +348,7 @@ def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, d
     (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
     results = []
     for chunk in (1024, 3):
-        monkeypatch.setattr(policy, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(policy, "HEAD_LOGITS", chunk * len(sharp_model.banned_ids))
         largest = []
         hook = sharp_model.lm_head.register_forward_hook(lambda _, __, out, sizes=largest: sizes.append(out.shape[0]))
         sharp_model.zero_grad()
