@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -79,6 +80,21 @@ def question(seed: int = 0, text: str = "what is it called?", images: int = 1, a
 
 def replace(cfg, **changes):
     return dataclasses.replace(cfg, **changes)
+
+
+def on_two_ranks(worker, folder, tmp_path) -> list[tuple]:
+    """worker(rank, path of a store, model folder, queue) in two processes; what each put into the queue, by rank."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (str(tmp_path / "store"), str(folder), results)
+    ranks = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    parts = sorted(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    return parts
 
 
 def guesser(codec, questions):

@@ -14,6 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -265,6 +267,17 @@ def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_codec, episo
     for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         assert torch.equal(row.positions[:, start:end], batch[:, n, : end - start])
     assert not torch.equal(row.positions[1], row.positions[2])  # the pictures are not of one column
+
+
+def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_codec):
+    """They are remembered by layout, of which the grids are a part."""
+    tokens = [5, *[sharp_codec.image_pad] * 8, 6]
+    wide, tall = (
+        policy.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_codec, sharp_model)
+        for grid in ((4, 8), (8, 4))
+    )
+    extent = lambda positions: positions[:, 1:9].amax(1).tolist()  # noqa: E731
+    assert extent(wide) == [1, 2, 4] and extent(tall) == [1, 4, 2]
 
 
 # ------------------------------------------------------------------------------------------------------- log-probs

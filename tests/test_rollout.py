@@ -1,7 +1,6 @@
 """Conversations: each way to end, written by hand; many at once; and the engine against transformers' own forward."""
 
 import json
-import multiprocessing
 import random
 import re
 import threading
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import picture, question, replace
+from conftest import on_two_ranks, picture, question, replace
 from test_policy import PICTURES, Plain, save_sharp_model, wide_range
 
 import config
@@ -509,18 +508,7 @@ def lockstep_worker(rank, store, folder, results):
 
 
 def test_ranks_that_share_an_engine_take_the_same_steps(folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=lockstep_worker, args=(rank, str(tmp_path / "store"), str(folder), results))
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    first, second = sorted(results.get(timeout=120) for _ in ranks)
-    for rank in ranks:
-        rank.join(30)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    first, second = on_two_ranks(lockstep_worker, folder, tmp_path)
     assert first[1] == ["answered"] * 10 and first[2] == ["aborted"] * 5 and second[1:3] == ([], [])
     assert first[3] == second[3] > 10 and first[4] == second[4] == 0
 

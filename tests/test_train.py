@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
+from conftest import ROOT, SHORT_WORLD, guesser, on_two_ranks, picture, question, replace
 from safetensors.torch import load_file
 
 import config
@@ -125,6 +125,13 @@ def test_a_run_leaves_what_it_promises(undisturbed, world):
     ]  # fmt: skip
     steps = [line for line in lines if line["phase"] == "train"]
     assert all(line["mismatch/max"] < 1e-3 for line in steps)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]  # with the seconds
+    steps = [line for line in lines if line["phase"] == "train"]
+    for phase in ("rollout", "update", "sync"):
+        assert all(line[f"seconds/{phase}"] > 0 for line in steps)
+    assert all(0 <= line["seconds/tools"] < line["seconds/rollout"] for line in steps)
+    assert steps[0]["seconds/checkpoint"] == 0 < steps[1]["seconds/checkpoint"]  # of the one before
+    assert all(line["seconds/evaluation"] > 0 for line in lines if line["phase"] == "eval")
     assert all(sum(v for k, v in line.items() if k.startswith("stop/")) == 9 for line in steps)
     rollouts = [json.loads(line) for line in (path / "rollouts" / "step-000000.jsonl").read_text().splitlines()]
     assert len(rollouts) == 9 and all(len(line) < 20_000 for line in map(json.dumps, rollouts))
@@ -510,17 +517,7 @@ def told(episode, advantage):
 
 def test_ranks_share_out_their_conversations(folder, tmp_path):
     """Each is kept once, as it was and with its advantage; both ranks then have about as much to train on."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=balance_worker, args=(rank, str(tmp_path / "store"), str(folder), results))
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    parts = sorted(results.get(timeout=120) for _ in ranks)
-    for rank in ranks:
-        rank.join(30)
+    parts = on_two_ranks(balance_worker, folder, tmp_path)
     before, after = ([part[i] for part in parts] for i in (1, 2))
     assert sorted(sum(after, [])) == sorted(sum(before, [])) and len(sum(after, [])) == 24
     assert all(part == sorted(part) for part in after)  # in the order of the questions, sample by sample
