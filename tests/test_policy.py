@@ -271,7 +271,7 @@ def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_codec, episo
 
 def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_codec):
     """They are remembered by layout, of which the grids are a part."""
-    tokens = [5, *[sharp_codec.image_pad] * 8, 6]
+    tokens = [sharp_codec.vision_start, *[sharp_codec.image_pad] * 8, sharp_codec.im_end]
     wide, tall = (
         policy.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_codec, sharp_model)
         for grid in ((4, 8), (8, 4))
