@@ -209,6 +209,8 @@ class Config:
     toy_pretrain_steps: int = _knob(380, "steps that teach the toy model to see and to copy")
     toy_teach_steps: int = _knob(150, "steps that teach it the known entities")
     toy_warmup_steps: int = _knob(200, "steps of supervised warm-up on scripted conversations")
+    toy_named: int = _knob(0, "things of which it is taught the name alone: a fifth kind, for a text search at once")
+    toy_beliefs: bool = _knob(True, "the scripted policy says what it believes before it acts")
 
     def __post_init__(self):
         _check_types(self)
@@ -327,7 +329,7 @@ NOT_NEGATIVE = """
     seed steps threads shard_size max_image_searches max_text_searches rollout_deadline penalty_ramp_steps clip_high
     kl_coef entropy_coef weight_decay warmup_steps eval_every val_limit save_every eval_temperature toy_seed samples
     search_budget search_retries serpapi_per_second reader_per_second summarizer_per_second price_search price_reader
-    price_summarizer gpus
+    price_summarizer gpus toy_named
 """
 SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches"
 
@@ -348,6 +350,7 @@ def _check_ranges(cfg):
     for name in ("adam_beta1", "adam_beta2"):
         _need(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)}: must be from 0 to below 1")
     _need(max(cfg.seed, cfg.toy_seed) < 2**63, "seed and toy_seed must be below 2**63")
+    _need(cfg.toy_named <= 48, f"toy_named={cfg.toy_named}: at most 48, or too few things are left to be unknown")
 
 
 def _check_combinations(cfg):

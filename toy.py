@@ -63,7 +63,7 @@ WORDINGS = {
     "river": ("on which river is it?", "what is its river?"),
 }
 SEEING = "what do you see?"
-KINDS = ("known name", "known fact", "unknown name", "unknown fact")
+KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact")  # the last if toy_named
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Thing:
     city: str
     river: str
     known: bool
+    named: bool  # its name is known: of the known things, and of the next `toy_named`
+
+    def belief(self, what: str) -> str:
+        """What the base model is taught to answer."""
+        return getattr(self, what) if self.known or (self.named and what == "name") else "unknown"
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,15 @@ class Toy:
     index = property(lambda self: self.folder / "world" / "search.sqlite")
 
 
+KNOBS = "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps toy_named toy_beliefs".split()
+
+
 def locate(cfg: Config) -> Toy:
     """The folder of the world that this configuration and this version of the file describe."""
-    steps = [cfg.toy_seed, cfg.toy_pretrain_steps, cfg.toy_teach_steps, cfg.toy_warmup_steps]
+    knobs = [getattr(cfg, name) for name in KNOBS]
     folder = Path(__file__).parent / "prompts" / "toy"
     prompts = [(folder / f"{name}.txt").read_text() for name in sorted(PROMPT_FILES)]  # those the world is made with
-    recipe = Path(__file__).read_text() + json.dumps([steps, prompts])
+    recipe = Path(__file__).read_text() + json.dumps([knobs, prompts])
     return Toy(Path(cfg.toy_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:10])
 
 
@@ -108,8 +116,7 @@ def ensure(cfg: Config) -> Toy:
     if dist.get_rank() == 0 and not toy.model.exists():
         print(f"building the toy world in {toy.folder} (once; a few minutes)", file=sys.stderr)
         alone = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-        names = "toy_dir toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps threads device"
-        args = [f"--{name}={getattr(cfg, name)}" for name in names.split()]
+        args = [f"--{name}={getattr(cfg, name)}" for name in (*KNOBS, "toy_dir", "threads", "device")]
         done = subprocess.run([sys.executable, __file__, *args], env=alone, stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
@@ -126,7 +133,7 @@ def build(folder: str | Path, cfg: Config | None = None) -> Toy:
     toy, cfg = Toy(Path(folder)), cfg or Config()
     device = init_distributed(cfg)
     rng = random.Random(f"world {cfg.toy_seed}")
-    things = make_things(rng)
+    things = make_things(rng, cfg.toy_named)
     _stage(toy.folder / "world", lambda path: write_world(path, things, cfg))
     _stage(toy.base, lambda path: make_base(path, toy, things, cfg, device))
     _stage(toy.model, lambda path: warm_up(path, toy, things, cfg, device))
@@ -149,14 +156,18 @@ def _stage(path, make):
 # ---------------------------------------------------------------------------------------------------- the world
 
 
-def make_things(rng: random.Random) -> list[Thing]:
-    """All things: first the known, then the unknown: of the lessons, of training, of validation. No word is used
-    twice."""
+def make_things(rng: random.Random, named: int = 0) -> list[Thing]:
+    """All things: first the known, then those `named` of which only the name is, then the unknown: of the lessons, of
+    training, of validation. What training and validation ask about as unknown differs from every known thing in at
+    least two respects, so that no eye should take it for one. No word is used twice."""
     looks = [(s, c, g, p) for s, c, g, p in product(SHAPES, COLORS, COLORS, PATTERNS) if c != g]
-    looks = rng.sample(looks, KNOWN + TAUGHT + TRAIN + VAL)
+    rng.shuffle(looks)
+    familiar, others = looks[: KNOWN + named], looks[KNOWN + named :]
+    asked = [look for look in others if max(alike(look, other) for other in familiar) < 3][: TRAIN + VAL]
+    looks = [*familiar, *[look for look in others if look not in asked][: TAUGHT - named], *asked]
     words = [a + b for a, b in product(SYLLABLES, SYLLABLES)]  # just enough
     words = rng.sample(words, 4 * len(looks))
-    return [Thing(*look, *words[4 * i : 4 * i + 4], known=i < KNOWN) for i, look in enumerate(looks)]
+    return [Thing(*look, *words[4 * i : 4 * i + 4], i < KNOWN, i < KNOWN + named) for i, look in enumerate(looks)]
 
 
 def draw(look, rng: random.Random, size: int = 56, noise: float = 10.0) -> bytes:
@@ -229,9 +240,16 @@ def write_world(path: Path, things: list[Thing], cfg: Config) -> None:
     gallery = ({"image": draw(look_of(t), rng, size=72, noise=3.0), "title": t.name} for t in things)
     documents = ({"title": f"{t.name} {fact}", "text": getattr(t, fact)} for t in things for fact in FACTS)
     searchdb.build(path / "search.sqlite", documents, gallery)
-    known, train, val = things[:KNOWN], things[-VAL - TRAIN : -VAL], things[-VAL:]
-    _write_questions(path / "train.parquet", known + train, 400, rng)
-    _write_questions(path / "val.parquet", known + val, 60, rng)
+    familiar, train, val = [t for t in things if t.named], things[-VAL - TRAIN : -VAL], things[-VAL:]
+    _write_questions(path / "train.parquet", familiar + train, 400, rng)
+    _write_questions(path / "val.parquet", familiar + val, 60, rng)
+
+
+def is_of_kind(thing: Thing, kind: str) -> bool:
+    """Can a question of that kind be about the thing?"""
+    named_only = thing.named and not thing.known
+    of_kind = {"known name": thing.named, "known fact": thing.known, "named fact": named_only}
+    return of_kind.get(kind, not thing.named)
 
 
 def _write_questions(path, things, per_kind, rng):
@@ -241,8 +259,8 @@ def _write_questions(path, things, per_kind, rng):
 
     rows = []
     for kind in KINDS:
-        of_kind = [t for t in things if t.known == kind.startswith("known")]
-        for i in range(per_kind):
+        of_kind = [t for t in things if is_of_kind(t, kind)]
+        for i in range(per_kind if of_kind else 0):
             thing = of_kind[i % len(of_kind)]
             what = "name" if kind.endswith("name") else rng.choice(FACTS)
             rows.append(
@@ -288,7 +306,7 @@ def save_tokenizer(path: Path) -> None:
     trained.decoder = decoders.ByteLevel()
     sentences = [w for words in WORDINGS.values() for w in words] + [SEEING]
     words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
-    words += ["user", "assistant", "system", "unknown", "say", "think", "or", "answer"]
+    words += ["user", "assistant", "system", "unknown", "say", "find", "think", "or", "answer"]
     words += ["the", "search", "failed", "found", "nothing"]
     corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
     corpus += [f" {w}" for w in words] + words
@@ -343,8 +361,10 @@ class Lessons:
 
     def __init__(self, things: list[Thing], codec: Codec, seed):
         self.rng = random.Random(f"lessons {seed}")
-        self.codec, self.known, self.unknown = codec, things[:KNOWN], things[KNOWN : KNOWN + TAUGHT]
-        looks = [look_of(t) for t in self.known]
+        self.codec = codec
+        self.familiar = [t for t in things if t.named]
+        self.unknown = [t for t in things[: KNOWN + TAUGHT] if not t.named]
+        looks = [look_of(t) for t in self.familiar]
         self.similar = [t for t in self.unknown if max(map(partial(alike, look_of(t)), looks)) == 3]
         hidden = {look_of(t) for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
         looks = product(SHAPES, COLORS, COLORS, PATTERNS)
@@ -365,31 +385,28 @@ class Lessons:
         return lessons
 
     def copying(self, n: int) -> list[Episode]:
-        """Repeat words; find the value of a key in a list."""
+        """Repeat words; read out what the first of up to three lines says, as it does in results of a search."""
         lessons = []
         for i in range(n):
-            words = ["".join(self.rng.choices(SYLLABLES, k=2)) for _ in range(12)]
+            words = ["".join(self.rng.choices(SYLLABLES, k=2)) for _ in range(6)]
             if i % 2:
                 text = " ".join(words[: self.rng.randint(1, 5)])
                 lessons.append(self.lesson(f"say {text}", text))
                 continue
-            facts = [self.rng.choice(FACTS) for _ in range(4)]
-            pairs = [(f"{words[j]} {facts[j]}", words[4 + j]) for j in range(4)]
-            key, value = self.rng.choice(pairs)
-            listing = "\n".join(f" {k}: {v}" for k, v in pairs)
-            lessons.append(self.lesson(f"{listing}\n say {key}", value))
+            keys = [f"{words[j]} {self.rng.choice(FACTS)}" for j in range(self.rng.randint(1, 3))]
+            listing = "\n".join(f" {key}: {value}" for key, value in zip(keys, words[3:], strict=False))
+            lessons.append(self.lesson(f"{listing}\n find {keys[0]}", words[3]))
         return lessons
 
     def knowing(self, n: int) -> list[Episode]:
         """What is known of n things: name and a fact of the known ones (two of five), `unknown` for the others, half of
         which differ from a known one in a single respect. The pictures are new."""
-        draws = ((self.known, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10))
+        draws = ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10))
         lessons = []
         for thing in (thing for group, k in draws for thing in self.rng.choices(group, k=k)):
             image = draw(look_of(thing), self.rng)
             for what in ("name", self.rng.choice(FACTS)):
-                reply = getattr(thing, what) if thing.known else "unknown"
-                lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), reply, image))
+                lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), thing.belief(what), image))
         return lessons
 
 
@@ -492,7 +509,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
     lessons = Lessons(things, codec, f"known {cfg.toy_seed}")
     steps, title = cfg.toy_teach_steps, "base model: known things"
-    batch = lambda: lessons.knowing(60) + lessons.seeing(8) + lessons.copying(8)  # noqa: E731
+    batch = lambda: lessons.knowing(60) + lessons.seeing(8) + lessons.copying(12)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
     export_hf(path, model, codec)
 
@@ -500,12 +517,19 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
 # ------------------------------------------------------------------------------------------------------ warm-up
 
 
+PLANS = ((), ("image",), ("image", "text"), ("text",))
+
+
 class SloppyPolicy:
     """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
-    is well-formed, and blind to need: no search .40, image search .27, image and text search .33."""
+    is well-formed, and blind to need: no search .40, image search .27, image and text search .33. (With `toy_named`
+    also text search at once, .20, of what it takes to be the name; without `toy_beliefs` it does not say anything
+    of what it believes.)"""
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, cfg: Config):
         self.codec = codec
+        self.plans = dict(zip(PLANS, (0.32, 0.22, 0.26, 0.20) if cfg.toy_named else (0.40, 0.27, 0.33, 0), strict=True))
+        self.thought = "{}" if cfg.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about whom
 
     def question(self, thing: Thing, what: str, rng: random.Random) -> Question:
@@ -516,28 +540,26 @@ class SloppyPolicy:
     def __call__(self, prompt: str, images, sampling) -> str:
         thing, what = self.asked[images[0].key]
         die = random.Random(images[0].key)
-        plan = die.choices(["", "image", "image text"], [0.40, 0.27, 0.33])[0]
-        belief = getattr(thing, what) if thing.known else "unknown"
+        (plan,) = die.choices(list(self.plans), list(self.plans.values()))
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
-        if not results:
-            return _turn(belief, "<search><img></search>" if plan else _answer(belief))
-        name = re.search(r"<image> (\w+)", results[0])[1]
-        if len(results) == 1:
-            if "text" in plan:
-                fact = die.choice(FACTS) if what == "name" else what
-                return _turn(name, f"<text_search> {name} {fact}</text_search>")
-            return _turn(name, _answer(name if what == "name" else belief))
-        value = re.search(rf" {name} {what}: (\w+)", results[1])
-        found = name if what == "name" else value[1] if value else "unknown"
-        return _turn(found, _answer(found))
-
-
-def _turn(thought, action):
-    return f"<reason> {thought}.</reason>{action}"
-
-
-def _answer(text):
-    return f"<answer> {text}</answer>"
+        name, belief = thing.belief("name"), thing.belief(what)
+        thought = belief
+        for search, result in zip(plan, results, strict=False):  # those made so far
+            if search == "image":
+                thought = name = re.search(r"<image> (\w+)", result)[1]
+                belief = name if what == "name" else belief
+            elif what != "name":
+                value = re.search(rf" {name} {what}: (\w+)", result)
+                thought = belief = value[1] if value else "unknown"
+            else:
+                thought = belief
+        if len(results) == len(plan):
+            action = f"<answer> {belief}</answer>"
+        elif plan[len(results)] == "image":
+            action = "<search><img></search>"
+        else:
+            action = f"<text_search> {name} {die.choice(FACTS) if what == 'name' else what}</text_search>"
+        return f"<reason> {self.thought.format(thought)}.</reason>{action}"
 
 
 def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
@@ -546,7 +568,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
     codec = Codec(toy.base, cfg)
     model = load_policy(toy.base, codec, cfg, device)
     lessons = Lessons(things, codec, f"warm-up {cfg.toy_seed}")
-    policy, rng = SloppyPolicy(codec), random.Random(f"warm-up {cfg.toy_seed}")
+    policy, rng = SloppyPolicy(codec, cfg), random.Random(f"warm-up {cfg.toy_seed}")
     engine = ScriptedEngine(codec, policy)
 
     @cache
@@ -557,10 +579,10 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
     def batch():
         questions = []
         for i in range(28):
-            thing = rng.choice(lessons.known if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
+            thing = rng.choice(lessons.familiar if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search(), codec, cfg, ordered=True)
-        return episodes + lessons.knowing(25) + lessons.seeing(6) + lessons.copying(6)
+        return episodes + lessons.knowing(25) + lessons.seeing(6) + lessons.copying(10)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
     imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)

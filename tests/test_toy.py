@@ -1,5 +1,6 @@
 """The toy world is honest, its search really searches, and its builder can be interrupted."""
 
+import dataclasses
 import json
 import math
 import random
@@ -62,7 +63,7 @@ def test_pictures_give_need_away_only_by_what_they_show(questions):
 
 def test_the_kinds_are_balanced_and_everything_can_be_answered(questions):
     for part, size in zip(questions, (400, 60), strict=True):
-        assert Counter(q.data_source for q in part) == dict.fromkeys(toy.KINDS, size)
+        assert Counter(q.data_source for q in part) == dict.fromkeys(toy.KINDS[:4], size)
         assert all(len(q.answers) == 1 and len(q.images) == 1 for q in part)
 
 
@@ -78,26 +79,45 @@ def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things
     place, cfg = world
     lessons = toy.Lessons(things, Codec(place.base, cfg), 0)
     assert not {toy.look_of(t) for t in hidden} & set(lessons.looks)
-    assert not set(hidden) & {*lessons.known, *lessons.unknown, *lessons.similar}
+    assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
     assert len({toy.look_of(t) for t in things}) == len(things)
 
 
-def test_the_scripted_policy_is_blind_to_need(world, things):
-    """Whether it searches does not depend on whether it knows; what it says is well-formed."""
+@pytest.mark.parametrize(("named", "beliefs"), [(0, True), (24, True), (0, False)])
+def test_the_scripted_policy_is_blind_to_need(world, named, beliefs):
+    """Which searches it makes does not depend on what it knows; what it says is well-formed."""
     place, cfg = world
+    cfg = dataclasses.replace(cfg, toy_named=named, toy_beliefs=beliefs)
+    things = toy.make_things(random.Random("world 0"), named)
     codec = Codec(place.base, cfg)
-    policy, rng = toy.SloppyPolicy(codec), random.Random(0)
+    policy, rng = toy.SloppyPolicy(codec, cfg), random.Random(0)
     asked = [policy.question(things[i % 96], rng.choice(["name", *toy.FACTS]), rng) for i in range(800)]
     episodes = run(asked, ScriptedEngine(codec, policy), open_search_of(world), codec, cfg)
     searched = defaultdict(list)
     for question, episode in zip(asked, episodes, strict=True):
-        thing, _ = policy.asked[episode.images[0].key]
-        searched[thing.known].append(len(episode.calls))
+        thing, what = policy.asked[episode.images[0].key]
+        searched[thing.belief(what) == "unknown"].append(" ".join(call.kind for call, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and len(episode.tokens) <= 250
         assert score_episode(episode, cfg).format_ok, question
-    for number in (0, 1, 2):
-        shares = [sum(n == number for n in counts) / len(counts) for counts in searched.values()]
+        first = codec.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
+        assert f"<reason> {thing.belief(what) if beliefs else 'think'}.</reason>" in first
+    assert set(searched[True]) == {"", "image", "image text", *(["text"] if named else [])}
+    for searches in set(searched[True]):
+        shares = [counts.count(searches) / len(counts) for counts in searched.values()]
         assert abs(shares[0] - shares[1]) < 0.1
+
+
+def test_a_fifth_kind_knows_the_name_alone(world, tmp_path):
+    _, cfg = world
+    things = toy.make_things(random.Random("world 0"), 12)
+    toy.write_world(tmp_path, things, dataclasses.replace(cfg, toy_named=12))
+    questions = load_questions([str(tmp_path / "val.parquet")])
+    assert Counter(q.data_source for q in questions) == dict.fromkeys(toy.KINDS, 60)
+    by_name = {t.name: t for t in things}
+    for q in questions:
+        name, what = q.data_id.split("-")
+        assert (by_name[name].belief(what) != "unknown") == q.data_source.startswith("known")
+        assert by_name[name].named == (not needs_search(q))
 
 
 def open_search_of(world):
