@@ -14,7 +14,7 @@ from torch import Tensor
 
 import toy
 from config import Config
-from policy import HEAD_LOGITS, compute_dtype, empty_model, head_logprobs, read_config
+from policy import HEAD_LOGITS, compute_dtype, empty_model, read_config
 from rollout import engine_limits
 
 SPARE = 0.08  # of a GPU's memory
@@ -37,7 +37,7 @@ class Sizes:
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
-    head_kept: int  # bytes a chunk of sampled tokens
+    head: int  # bytes in backward: a chunk of sampled tokens' log-probs, probabilities, gradient; the weight's gradient
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
@@ -69,14 +69,12 @@ def measure(config, dtype: torch.dtype) -> Sizes:
 
     words = config.get_text_config().vocab_size
     chunk = min(max(1, HEAD_LOGITS // words), 1024)  # with few words, a row's sampled tokens are fewer
-    last, target = meta(chunk, hidden).requires_grad_(), meta(chunk, dtype=torch.long)
-    banned = meta(words, dtype=torch.bool)
-    head = kept_by(lambda: head_logprobs(model.lm_head, last, target, banned, 1.0, False), model)
+    head = chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize  # `HeadLogProbs.backward`
     return Sizes(
         vision=count(vision), largest=max(units), root=count(model) - sum(units), total=count(model),
         layers=len(text.layers), layer_input=hidden * dtype.itemsize, layer_kept=layer // tokens,
         blocks=len(vision.blocks), block_input=eyes.hidden_size * dtype.itemsize, block_kept=block // tokens,
-        head_kept=head,
+        head=head,
     )  # fmt: skip
 
 
@@ -141,8 +139,7 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
         "reference": (0.0 if cfg.offload_reference else reference,) * 2,
         "gathered weights": (gathered, 0.0),
         "activations": (activations(sizes, cfg) * cfg.max_tokens_per_batch, 0.0),
-        # Backward holds the logits' gradient, too, and each of their earlier forms.
-        "logits": (4.0 * sizes.head_kept, 0.0),
+        "logits": (float(sizes.head), 0.0),
         "engine's weights": (own if cfg.engine == "torch" else 0.0, own),  # vLLM sleeps during the update
         "keys and values": (0.0, float(cache)),
     }

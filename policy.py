@@ -34,13 +34,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from config import Config, InputError
 from data import Codec, Episode, Picture, cached, first_line
 from grpo import token_weights
 
-HEAD_LOGITS = 2**25  # logits that exist at one time, in each of their forms: 220 tokens of a vocabulary of 152,064
+HEAD_LOGITS = 2**24  # logits that exist at one time, in each of two forms: 110 tokens of a vocabulary of 152,064
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
 
 
@@ -496,17 +495,10 @@ def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False
     and, through the hidden states, all the rest, so that every rank's backward runs every collective.
     """
     hidden = row_hidden(model, row).index_select(0, row.predict)  # [S, H]
-    banned = model.banned_ids.to(hidden.device)
-    logps, entropies = [], []
-    chunk = max(1, HEAD_LOGITS // len(banned))
-    for h, target in zip(hidden.split(chunk), row.target.split(chunk), strict=True):
-        logp, entropy = checkpoint(
-            head_logprobs, model.lm_head, h, target, banned, temperature, entropy_grad, use_reentrant=False
-        )
-        logps.append(logp)
-        entropies.append(entropy)
-    zero = hidden.sum() * 0.0 + model.lm_head(hidden.new_zeros(1, hidden.shape[1])).sum() * 0.0
-    return torch.cat(logps), torch.cat(entropies), zero.float()
+    logp, entropy = HeadLogProbs.apply(
+        hidden, model.lm_head.weight, row.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
+    )
+    return logp, entropy, logp.sum() * 0.0
 
 
 def row_hidden(model, row: Row) -> Tensor:
@@ -529,15 +521,60 @@ def row_hidden(model, row: Row) -> Tensor:
     return out.last_hidden_state[0]
 
 
-def head_logprobs(head, hidden, target, banned, temperature, entropy_grad):
-    """(logp [s], entropy [s]) of a chunk; its logits [s, V] live only inside, also in backward."""
-    logits = head(hidden).float() / temperature
-    logits = logits.masked_fill(banned, -torch.inf)
+class HeadLogProbs(torch.autograd.Function):
+    """(log-prob [S] of the target, entropy [S]) from hidden states [S, H] and the head's weight [V, H], float32.
+
+    A part of the logits exists at a time, forward and backward: autograd's way keeps six forms of them, and with a
+    vocabulary of 150,000 goes over them, not over the weights, most of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, banned, temperature, entropy_grad):
+        banned = banned.nonzero()[:, 0]  # a few: a mask would be one more pass over the logits
+        logp, entropy = (torch.empty(len(target), device=hidden.device) for _ in range(2))
+        for part in chunks(len(target), len(weight)):
+            all_logp, p = distributions(hidden[part], weight, banned, temperature)
+            logp[part] = all_logp.gather(-1, target[part, None])[:, 0]
+            entropy[part] = -torch.einsum("sv,sv->s", p, all_logp.index_fill_(1, banned, 0.0))  # 0 * -inf would be NaN
+        ctx.save_for_backward(hidden, weight, target, banned, entropy)
+        ctx.temperature, ctx.entropy_grad = temperature, entropy_grad
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        """With z the tempered logits: d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j +
+        entropy)."""
+        hidden, weight, target, banned, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for part in chunks(len(target), len(weight)):
+            all_logp, p = distributions(hidden[part], weight, banned, ctx.temperature)
+            g = grad_logp[part, None]
+            if ctx.entropy_grad:
+                all_logp.index_fill_(1, banned, 0.0).add_(entropy[part, None])
+                p *= all_logp.mul_(grad_entropy[part, None]).add_(g)
+            else:
+                p *= g
+            del all_logp
+            p[torch.arange(len(p), device=p.device), target[part]] -= g[:, 0]
+            grad = p.div_(-ctx.temperature).to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight.addmm_(grad.T, hidden[part])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def chunks(tokens: int, words: int) -> list[slice]:
+    """Slices of so many of `tokens` tokens that their logits are no more than HEAD_LOGITS."""
+    size = max(1, HEAD_LOGITS // words)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def distributions(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probs, probabilities) [s, V] of all tokens, float32; -inf and 0 for the banned ids [B]."""
+    logits = F.linear(hidden, weight).float().div_(temperature).index_fill_(1, banned, -torch.inf)
     logp = logits.log_softmax(-1)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        finite = logp.masked_fill(banned, 0.0)  # 0 instead of -inf: exp(-inf) * -inf is not 0 but NaN
-        entropy = -(logp.exp() * finite).sum(-1)
-    return logp.gather(-1, target[:, None])[:, 0], entropy
+    return logp, torch.exp(logp, out=logits)
 
 
 @torch.no_grad()
