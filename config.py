@@ -42,7 +42,7 @@ class Config:
     preset: str = _knob("toy", "named set of values, applied before the rest of the command line")
     run_dir: str = _knob("runs/toy", "folder for config, metrics, rollouts, checkpoints and exports")
     seed: int = _knob(0, "seed of everything random in the run")
-    steps: int = _knob(80, "GRPO steps")
+    steps: int = _knob(100, "GRPO steps")
     resume: str = _knob("", "'auto': the newest checkpoint in run_dir, if any; or the path of a checkpoint")
     overwrite: bool = _knob(False, "start anew: delete what is in run_dir (eval.py: the results in out)")
     device: str = _knob("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -155,7 +155,7 @@ class Config:
     )  # fmt: skip
     kl_coef: float = _knob(0.0, "weight of the KL to the starting model (0: no reference model is kept)")
     kl_kind: str = _knob("k3", "estimator of the KL", ("k1", "k2", "k3"))
-    entropy_coef: float = _knob(0.0, "bonus for entropy")
+    entropy_coef: float = _knob(0.03, "bonus for entropy")
     updates_per_step: int = _knob(1, "mini-batches that a step's questions are split into, an update each")
     epochs_per_step: int = _knob(1, "times a step's conversations are gone through")
     train_on_failed_tools: bool = _knob(True, "train on conversations in which a search failed")
@@ -166,7 +166,7 @@ class Config:
     )
 
     # -- optimiser
-    lr: float = _knob(3e-4, "learning rate of AdamW")
+    lr: float = _knob(2e-4, "learning rate of AdamW")
     adam_beta1: float = _knob(0.9, "AdamW's beta 1")
     adam_beta2: float = _knob(0.99, "AdamW's beta 2")
     weight_decay: float = _knob(0.0, "AdamW's weight decay")
@@ -180,7 +180,7 @@ class Config:
     offload_reference: bool = _knob(False, "keep the reference model in CPU memory between its passes")
 
     # -- evaluation and checkpoints
-    eval_every: int = _knob(40, "steps between validations (0: only before and after)")
+    eval_every: int = _knob(50, "steps between validations (0: only before and after)")
     val_limit: int = _knob(0, "validate on the first n questions (0: all)")
     save_every: int = _knob(20, "steps between checkpoints (0: only at the end)")
     keep_last: int = _knob(2, "checkpoints kept")
@@ -265,6 +265,7 @@ _QWEN = dict(
     text_results=5,
     per_search_penalty=False,
     kl_coef=0.001,
+    entropy_coef=0.0,
     loss_norm="sequence",
     lr=2e-6,
     adam_beta2=0.999,

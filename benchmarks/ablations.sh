@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What makes the toy world's result: the paper's comparisons and today's variants of GRPO, each on several seeds.
 #
-#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations STEPS=70, 3 to 4 minutes a run
+#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 30 runs of 2 to 4 minutes
 #
-# Every run is the README's toy run but for what its name says. What is finished is not run again, what was interrupted
-# is resumed; the table and the figure are made of what there is.
+# Every run is the README's toy run but for what its name says; "short" ones take half of its steps, with two updates
+# each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table
+# and the figure are made of what there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUNS=${RUNS:-runs/ablations}
@@ -15,7 +16,7 @@ run() {  # name, then what differs from the toy preset; once for each seed
         local folder=$RUNS/$name-$seed
         [ -e "$folder/final/config.json" ] && continue
         python train.py --seed "$seed" --toy_seed "$seed" --run_dir "$folder" --resume auto --eval_every 0 \
-            --save_every 20 ${STEPS:+--steps $STEPS} "${@//SEED/$seed}"
+            --save_every 20 "${@//SEED/$seed}"
     done
 }
 
@@ -30,11 +31,13 @@ run no-penalty --search_penalty 0
 data
 run search-heavy --train_files "$RUNS/search-heavy-SEED.parquet"
 run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --prompts_per_step 112
-run dr-grpo --normalize_advantages false --loss_norm constant
-run dapo --clip_high 0.28 --drop_dead_groups
-run gspo --ratio sequence --clip_low 0.0003 --clip_high 0.0004
-run leave-one-out --leave_one_out --normalize_advantages false
-run no-truncated --train_on_truncated false
+short() { local name=$1; shift; run "short-$name" --steps 40 --updates_per_step 2 "$@"; }
+short grpo
+short dr-grpo --normalize_advantages false --loss_norm constant
+short dapo --clip_high 0.28 --drop_dead_groups
+short gspo --ratio sequence --clip_low 0.0003 --clip_high 0.0004
+short leave-one-out --leave_one_out --normalize_advantages false
+short no-truncated --train_on_truncated false
 for seed in ${SEEDS:-0 1 2}; do
     for mode in direct pipeline; do
         out=$RUNS/$mode-$seed.jsonl
