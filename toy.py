@@ -578,11 +578,11 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
 
     def batch():
         questions = []
-        for i in range(28):
+        for i in range(32):
             thing = rng.choice(lessons.familiar if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
         episodes = run(questions, engine, search(), codec, cfg, ordered=True)
-        return episodes + lessons.knowing(25) + lessons.seeing(6) + lessons.copying(10)
+        return episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
     imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)
