@@ -207,7 +207,7 @@ class Config:
     toy_dir: str = _knob("runs/toy-world", "where the toy world is built and kept")
     toy_seed: int = _knob(0, "seed of the toy world: its names, facts, pictures and which of them are known")
     toy_pretrain_steps: int = _knob(320, "steps that teach the toy model to see and to copy")
-    toy_teach_steps: int = _knob(150, "steps that teach it the known entities")
+    toy_teach_steps: int = _knob(120, "steps that teach it the known entities")
     toy_warmup_steps: int = _knob(240, "steps of supervised warm-up on scripted conversations")
     toy_named: int = _knob(0, "things of which it is taught the name alone: a fifth kind, for a text search at once")
     toy_beliefs: bool = _knob(True, "the scripted policy says what it believes before it acts")

@@ -505,7 +505,7 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
     model = load_policy(path, codec, cfg, device)
     lessons = Lessons(things, codec, cfg.toy_seed)
     steps, title = cfg.toy_pretrain_steps, "base model: seeing, copying"
-    batch = lambda: lessons.seeing(32) + lessons.copying(40)  # noqa: E731
+    batch = lambda: lessons.seeing(32) + lessons.copying(24)  # noqa: E731
     imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
     lessons = Lessons(things, codec, f"known {cfg.toy_seed}")
     steps, title = cfg.toy_teach_steps, "base model: known things"
@@ -522,13 +522,13 @@ PLANS = ((), ("image",), ("image", "text"), ("text",))
 
 class SloppyPolicy:
     """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
-    is well-formed, and blind to need: no search .40, image search .27, image and text search .33. (With `toy_named`
-    also text search at once, .20, of what it takes to be the name; without `toy_beliefs` it does not say anything
+    is well-formed, and blind to need: no search .36, image search .22, image and text search .42. (With `toy_named`
+    also text search at once, .18, of what it takes to be the name; without `toy_beliefs` it does not say anything
     of what it believes.)"""
 
     def __init__(self, codec: Codec, cfg: Config):
         self.codec = codec
-        self.plans = dict(zip(PLANS, (0.32, 0.22, 0.26, 0.20) if cfg.toy_named else (0.40, 0.27, 0.33, 0), strict=True))
+        self.plans = dict(zip(PLANS, (0.30, 0.18, 0.34, 0.18) if cfg.toy_named else (0.36, 0.22, 0.42, 0), strict=True))
         self.thought = "{}" if cfg.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about whom
 

@@ -393,7 +393,7 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     (tmp_path / "mine" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # a model's folder is no run either
     assert "holds no run" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'mine'}", "--overwrite")
     assert "would delete" in refused(capfd, *arguments, f"--run_dir={used}", "--overwrite", f"--model={used / 'final'}")
-    assert "was started with lr=0.0003" in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
+    assert "was started with lr=0.0002" in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")
     checkpoint = next((used / "checkpoints").iterdir())
@@ -526,7 +526,7 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
     load = lambda part, half: sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)  # noqa: E731
     for half in (0, 1):  # the mini-batches
         uneven, even = ([load(part, half) for part in side] for side in (before, after))
-        assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.1 * min(even), (uneven, even)
+        assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.15 * min(even), (uneven, even)
 
 
 def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch):
