@@ -63,6 +63,8 @@ WORDINGS = {
     "river": ("on which river is it?", "what is its river?"),
 }
 SEEING = "what do you see?"
+KNOBS = "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps toy_named toy_beliefs".split()  # make a world
+PLANS = ((), ("image",), ("image", "text"), ("text",))  # searches of the warm-up's scripted policy
 KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact")  # the last if toy_named
 
 
@@ -97,9 +99,6 @@ class Toy:
     index = property(lambda self: self.folder / "world" / "search.sqlite")
 
 
-KNOBS = "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps toy_named toy_beliefs".split()
-
-
 def locate(cfg: Config) -> Toy:
     """The folder of the world that this configuration and this version of the file describe."""
     knobs = [getattr(cfg, name) for name in KNOBS]
@@ -129,7 +128,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 def build(folder: str | Path, cfg: Config | None = None) -> Toy:
     """Build the world in `folder`: three stages, each written under a temporary name and renamed, each skipped if it is
-    there. About 5 minutes on 2 cores."""
+    there. About 8 minutes on 2 slow cores."""
     toy, cfg = Toy(Path(folder)), cfg or Config()
     device = init_distributed(cfg)
     rng = random.Random(f"world {cfg.toy_seed}")
@@ -517,9 +516,6 @@ def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) ->
 # ------------------------------------------------------------------------------------------------------ warm-up
 
 
-PLANS = ((), ("image",), ("image", "text"), ("text",))
-
-
 class SloppyPolicy:
     """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
     is well-formed, and blind to need: no search .36, image search .22, image and text search .42. (With `toy_named`
@@ -546,13 +542,12 @@ class SloppyPolicy:
         thought = belief
         for search, result in zip(plan, results, strict=False):  # those made so far
             if search == "image":
-                thought = name = re.search(r"<image> (\w+)", result)[1]
+                name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
             elif what != "name":
                 value = re.search(rf" {name} {what}: (\w+)", result)
-                thought = belief = value[1] if value else "unknown"
-            else:
-                thought = belief
+                belief = value[1] if value else "unknown"
+            thought = name if search == "image" else belief
         if len(results) == len(plan):
             action = f"<answer> {belief}</answer>"
         elif plan[len(results)] == "image":

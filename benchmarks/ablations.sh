@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What makes the toy world's result: the paper's comparisons and today's variants of GRPO, each on several seeds.
 #
-#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 30 runs of 2 to 4 minutes
+#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 30 runs, an hour or more
 #
-# Every run is the README's toy run but for what its name says; "short" ones take half of its steps, with two updates
-# each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table
+# Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two
+# updates each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table
 # and the figure are made of what there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."

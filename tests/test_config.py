@@ -239,6 +239,7 @@ def test_every_number_has_a_lower_bound_and_shares_an_upper_one():
         assert name in refused(**{name: 1.0})
     for name in ("seed", "toy_seed"):
         assert name in refused(**{name: 2**63}) and getattr(Config(**{name: 2**63 - 1}), name) == 2**63 - 1
+    assert "toy_named" in refused(toy_named=49) and Config(toy_named=48).toy_named == 48
 
 
 @pytest.mark.parametrize("field", [f for f in FIELDS if f.metadata["choices"]], ids=lambda f: f.name)

@@ -81,6 +81,9 @@ def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things
     assert not {toy.look_of(t) for t in hidden} & set(lessons.looks)
     assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
     assert len({toy.look_of(t) for t in things}) == len(things)
+    known = [toy.look_of(t) for t in things[: toy.KNOWN]]
+    assert all(toy.alike(toy.look_of(t), look) < 3 for t in hidden for look in known)  # no eye should mistake them
+    assert any(toy.alike(toy.look_of(t), look) == 3 for t in lessons.similar for look in known)
 
 
 @pytest.mark.parametrize(("named", "beliefs"), [(0, True), (24, True), (0, False)])
