@@ -676,8 +676,9 @@ class Codec:
         self.frame()
         self._check_pixel_range()
         self._load_prompts()
-        self._sizes, self._pixels = OrderedDict(), OrderedDict()
-        self.layouts: OrderedDict = OrderedDict()  # positions by layout, see policy.rope_positions
+        nbytes = lambda tensor: tensor.nbytes  # noqa: E731
+        self._sizes, self._pixels = Cache(65536), Cache(2**28, nbytes)
+        self.layouts = Cache(2**26, nbytes)  # positions by layout, see policy.rope_positions
 
     def _check_tokenizer(self):
         for name in SPECIAL:
@@ -823,7 +824,7 @@ class Codec:
         """The record of an encoded image, at the pixel range of questions or of thumbnails."""
         key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge = self.processor.patch_size, self.processor.merge_size
-        height, width = cached(self._sizes, key, lambda: self._size(decode_image(data), thumbnail), 65536)
+        height, width = self._sizes.get(key, lambda: self._size(decode_image(data), thumbnail))
         grid = (height // patch, width // patch)
         return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
 
@@ -834,8 +835,7 @@ class Codec:
             batch = self.processor.preprocess([self.final_image(picture)], do_resize=False, return_tensors="pt")
             return batch["pixel_values"]
 
-        memory = lambda cache: sum(pixels.nbytes for pixels in cache.values())  # noqa: E731
-        return cached(self._pixels, picture.key, make, 2**28, memory)
+        return self._pixels.get(picture.key, make)
 
     def final_image(self, picture: Picture) -> Image.Image:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
@@ -922,11 +922,22 @@ def _load_parts(folder):
         raise InputError(f"{folder}: {what}") from None
 
 
-def cached(cache, key, make, limit, size=len):
-    """cache[key], made on first use; the least recently used entries go when size(cache) exceeds the limit."""
-    if key not in cache:
-        cache[key] = make()
-        while size(cache) > limit and len(cache) > 1:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
+class Cache:
+    """Values made on first use; when their sizes come to more than the limit, the least recently used ones go."""
+
+    def __init__(self, limit: int, size=lambda value: 1):
+        self.limit, self.size = limit, size
+        self.clear()
+
+    def clear(self) -> None:
+        self.values, self.total = OrderedDict(), 0
+
+    def get(self, key, make):
+        """The value of a key, from make() if it is not there. A value larger than the limit is kept alone."""
+        if key not in self.values:
+            self.values[key] = make()
+            self.total += self.size(self.values[key])
+            while self.total > self.limit and len(self.values) > 1:
+                self.total -= self.size(self.values.popitem(last=False)[1])
+        self.values.move_to_end(key)
+        return self.values[key]

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config, InputError
-from data import Codec, Episode, Picture, cached, first_line
+from data import Codec, Episode, Picture, first_line
 from grpo import token_weights
 
 HEAD_LOGITS = 2**24  # logits that exist at one time, in each of two forms: 110 tokens of a vocabulary of 152,064
@@ -331,12 +331,12 @@ def segment_attention(query, key, value, cu_seqlens, causal, scaling):
             [(torch.tensor(starts)[:, None] + torch.arange(length)).flatten() for length, starts in starts_of.items()]
         ).to(query.device)
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    outs, position, heads = [], 0, query.shape[1]
-    for length, starts in starts_of.items():
-        span = slice(position, position := position + length * len(starts))
-        q, k, v = (
-            x[0, :, span].unflatten(1, (len(starts), length)).transpose(0, 1) for x in (query, key, value)
-        )  # [segments, heads, length, D]
+    outs, heads = [], query.shape[1]
+    sizes = [length * len(starts) for length, starts in starts_of.items()]
+    # one split, not slices: the backward of each slice would fill and add a gradient as long as the row
+    spans = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
+    for (length, starts), span in zip(starts_of.items(), spans, strict=True):
+        q, k, v = (x.unflatten(1, (len(starts), length)).transpose(0, 1) for x in span)  # [segments, heads, length, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
         outs.append(out.transpose(0, 1).reshape(1, heads, -1, out.shape[-1]))
     out = torch.cat(outs, 2)
@@ -452,8 +452,7 @@ def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, mod
         return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
 
     # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
-    memory = lambda cache: sum(positions.nbytes for positions in cache.values())  # noqa: E731
-    return cached(codec.layouts, (is_image.numpy().tobytes(), str(sizes)), make, 2**26, memory)
+    return codec.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
 
 
 def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:

@@ -22,7 +22,7 @@ import importlib.metadata
 import os
 import re
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -34,11 +34,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from PIL import Image
 from torch import Tensor
 
 from config import Config, InputError
-from data import FIRST_PROMPTS, Call, Codec, Episode, Hit, Picture, Question, Result, Stop, cached, first_line
+from data import FIRST_PROMPTS, Cache, Call, Codec, Episode, Hit, Picture, Question, Result, Stop, first_line
 from policy import (
     NonFinite,
     compute_dtype,
@@ -463,9 +462,10 @@ class TorchEngine:
             free.remove(slot)
             slot.owner, slot.length = request, len(slot.ids) if fits else 0
             slot.length = min(slot.length, len(request.prompt) - 1)  # something must be run to predict from
+            self.cache.expect(slot.index, positions)
             self.slots.remove(slot)
             self.slots.append(slot)  # least recently used first
-            request.start(slot, positions)
+            request.start(slot)
             width = max(width, len(request.prompt) - slot.length)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
@@ -476,20 +476,16 @@ class TorchEngine:
 
     def _forward(self, batch):
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
-        new = [r.pending() for r in batch]  # (ids, positions [3, n], pictures among them)
-        lengths = torch.tensor([len(ids) for ids, _, _ in new])
+        new = [r.pending() for r in batch]  # (ids, pictures among them)
+        width, device = max(len(ids) for ids, _ in new), self.device
+        padded = torch.tensor([ids + [self.codec.im_end] * (width - len(ids)) for ids, _ in new])
+        embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
+        lengths = torch.tensor([len(ids) for ids, _ in new])
         starts = torch.tensor([r.slot.length for r in batch])
-        width, device = int(lengths.max()), self.device
-        ids = torch.full((len(batch), width), self.codec.im_end)
-        positions = torch.zeros(3, len(batch), width, dtype=torch.long)
-        for b, (row, place, _) in enumerate(new):
-            ids[b, : len(row)] = torch.tensor(row)
-            positions[:, b, : len(row)] = place
-        embeds = self._embed(ids.to(device), [p for _, _, pictures in new for p in pictures])
-        mask = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
+        mask, positions = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
         out = self.model.model.language_model(
             inputs_embeds=embeds,
-            position_ids=positions.to(device),
+            position_ids=positions,
             attention_mask={"full_attention": mask},
             past_key_values=self.cache,
             use_cache=True,
@@ -558,9 +554,8 @@ class _Request:
         self.finished = ""
         self.slot = None
 
-    def start(self, slot, positions):
-        self.slot, self.positions = slot, positions
-        self.next_position = int(positions.max()) + 1
+    def start(self, slot):
+        self.slot = slot
         generator = torch.Generator().manual_seed(self.sampling.seed)
         self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
 
@@ -568,12 +563,11 @@ class _Request:
         return self.draws[len(self.ids)]
 
     def pending(self):
-        """(ids, positions [3, n], pictures) that the cache does not hold yet."""
+        """(ids, pictures) that the cache does not hold yet."""
         if self.ids:
-            position = self.next_position + len(self.ids) - 1
-            return self.ids[-1:], torch.full((3, 1), position), []
+            return self.ids[-1:], []
         start = self.slot.length
-        return self.prompt[start:], self.positions[:, start:], self.images[len(self.slot.images) if start else 0 :]
+        return self.prompt[start:], self.images[len(self.slot.images) if start else 0 :]
 
     def take(self, token, logp, stop_ids):
         self.ids.append(token)
@@ -596,19 +590,28 @@ class _KVCache:
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, 2, slots, heads, tokens + 1, width)
         self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.positions = torch.zeros(3, slots, tokens + 1, dtype=torch.long)  # M-RoPE's, of what a slot will hold
+
+    def expect(self, slot, positions):
+        """A slot will hold a prompt with these positions [3, N], and text behind it."""
+        n, total = positions.shape[1], self.positions.shape[2]
+        self.positions[:, slot, :n] = positions
+        self.positions[:, slot, n:] = positions.max() + 1 + torch.arange(total - n)
 
     def begin(self, slots, starts, lengths, width, device):
-        """Set the batch that `update` will be about; returns its attention mask, bool [B, 1, N, L]."""
+        """Set the batch that `update` will be about; returns its attention mask, bool [B, 1, N, L], and its positions
+        [3, B, N]."""
         step = torch.arange(width)
         place = starts[:, None] + step  # [B, N]
         self.total = int((starts + lengths).max())
         mask = torch.arange(self.total) <= place[..., None]
         trash = self.store.shape[4] - 1
-        self.place = torch.where(step < lengths[:, None], place, trash).to(device)
-        self.rows = torch.tensor(slots, device=device)
+        place = torch.where(step < lengths[:, None], place, trash)
+        positions = self.positions[:, torch.tensor(slots)[:, None], place]
+        self.place, self.rows = place.to(device), torch.tensor(slots, device=device)
         self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
         self.first = slots[0]
-        return mask[:, None].to(device)
+        return mask[:, None].to(device), positions.to(device)
 
     def update(self, key, value, layer, *_, **__):
         keys, values = self.store[layer]
@@ -679,7 +682,7 @@ class VLLMEngine:
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Running] = {}
-        self.pictures: OrderedDict[str, Image.Image] = OrderedDict()  # at their final size, least recently used first
+        self.pictures = Cache(2**28, lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
@@ -774,8 +777,7 @@ class VLLMEngine:
 
     def _image(self, picture):
         """The picture at its final size, kept a while: all conversations of a question show it."""
-        memory = lambda images: sum(3 * image.width * image.height for image in images.values())  # noqa: E731
-        return cached(self.pictures, picture.key, lambda: self.codec.final_image(picture), 2**28, memory)
+        return self.pictures.get(picture.key, lambda: self.codec.final_image(picture))
 
 
 class _Running:

@@ -533,16 +533,18 @@ def test_equal_bytes_share_a_key_and_thumbnails_do_not(codec, monkeypatch):
 
 
 def test_caches_are_bounded_and_forget_what_was_used_least(codec):
-    cache = type(codec._pixels)()
-    makes = []
+    cache, makes = data.Cache(3), []
 
-    def get(key, limit=3, size=len):
-        return data.cached(cache, key, lambda: makes.append(key) or key * 2, limit, size)
+    def get(cache, key):
+        return cache.get(key, lambda: makes.append(key) or key * 2)
 
-    assert [get(key) for key in "abcadb"] == ["aa", "bb", "cc", "aa", "dd", "bb"]
-    assert makes == [*"abcdb"] and list(cache) == [*"adb"]  # b went for d, c for b
-    get("ccccc", 3, lambda cache: sum(map(len, cache.values())))  # alone too large: kept all the same
-    assert list(cache) == ["ccccc"]
+    assert [get(cache, key) for key in "abcadb"] == ["aa", "bb", "cc", "aa", "dd", "bb"]
+    assert makes == [*"abcdb"] and list(cache.values) == [*"adb"]  # b went for d, c for b
+    sized = data.Cache(6, len)
+    assert [get(sized, key) and list(sized.values) for key in ("a", "b", "cc", "dddd", "a", "b", "a", "cc")] == [
+        ["a"], ["a", "b"], ["b", "cc"], ["dddd"], ["a"], ["a", "b"], ["b", "a"], ["a", "cc"]
+    ]  # fmt: skip
+    # dddd is alone too large, and kept all the same
     shown = codec.picture(PNG)
     before = codec.pixels(shown).clone()
     codec._pixels.clear(), codec._sizes.clear()
