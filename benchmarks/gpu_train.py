@@ -126,7 +126,7 @@ def settings(name: str, args, row: int) -> Config:
     size, attention, again, offload = CASES[name]
     return Config(
         device=args.device, deterministic=False, threads=0, max_tokens=8192, max_tokens_per_batch=row,
-        attention=attention, gradient_checkpointing=again, offload_optimizer=offload,
+        attention=attention, gradient_checkpointing=again, offload_optimizer=offload, entropy_coef=0,
         min_pixels=448**2, max_pixels=448**2, thumb_min_pixels=140**2, thumb_max_pixels=140**2,
     )  # fmt: skip
 

@@ -83,6 +83,7 @@ def settings(case) -> Config:
         min_pixels=case.pixels**2, max_pixels=case.pixels**2,
         thumb_min_pixels=(case.pixels // 3) ** 2, thumb_max_pixels=(case.pixels // 3) ** 2,
         max_grad_norm=1e9,  # no clipping: gradients are compared
+        entropy_coef=0,  # TRL's loss has none
     )  # fmt: skip
 
 
