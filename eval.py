@@ -240,19 +240,25 @@ def write_labels(questions: list[Question], records: list[dict], cfg: Config) ->
 
 def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episode:
     """Hold one conversation and print it turn by turn, what the searches found included."""
-    episode = run([question], engine, search, codec, cfg, temperature=cfg.eval_temperature)[0]
-    calls = iter(episode.calls)
+    episode = run([question], engine, search, codec, cfg, temperature=cfg.eval_temperature, mode=cfg.mode)[0]
+    calls = list(episode.calls)
     print(f"question  {question.text}")
+    if cfg.mode == "pipeline":  # it searches before the model says anything
+        _print_searches(calls[:1])
+        del calls[:1]
     for number, response in enumerate(episode.responses, 1):
         print(f"\nturn {number}    {response.strip()}")
-        if call := next(calls, None):
-            call, result = call
-            asked = f"text search for {call.query!r}" if call.kind == "text" else "image search"
-            print(f"  {asked}: {result.status}{': ' if result.error else ''}{result.error}")
-            for hit in result.hits:
-                print(f"    - {hit.title}{f' <{hit.url}>' if hit.url else ''}{f': {hit.text}' if hit.text else ''}")
-    print(f"\nanswer    {reward.extract_answer(episode.responses[-1])}   (stop: {episode.stop.value})")
+        _print_searches(calls[number - 1 : number])
+    print(f"\nanswer    {reward.extract_answer((episode.responses or [''])[-1])}   (stop: {episode.stop.value})")
     return episode
+
+
+def _print_searches(calls):
+    for call, result in calls:
+        asked = f"text search for {call.query!r}" if call.kind == "text" else "image search"
+        print(f"  {asked}: {result.status}{': ' if result.error else ''}{result.error}")
+        for hit in result.hits:
+            print(f"    - {hit.title}{f' <{hit.url}>' if hit.url else ''}{f': {hit.text}' if hit.text else ''}")
 
 
 def open_search(cfg: Config):
@@ -322,7 +328,7 @@ def main() -> None:
         return compare_main(sys.argv[2:])
     cfg = parse(sys.argv[1:])
     device = init_distributed(cfg)
-    searching = cfg.searches_index and (cfg.mode != "direct" or cfg.question)
+    searching = cfg.searches_index and cfg.mode != "direct"
     if cfg.model == "toy" or (searching and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
@@ -331,10 +337,12 @@ def main() -> None:
         return evaluate_files(folder, codec, cfg, device)
     image = (_read_image(cfg.image),) if cfg.image else ()
     question = Question(id="asked", text=cfg.question, images=image)
-    if drop_overlong([question], codec)[1]:
+    if drop_overlong([question], codec, cfg.mode)[1]:
         raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
-    tools.check_questions([question], cfg)
-    ask(question, load_engine(folder, codec, cfg, device, [question]), open_search(cfg), codec, cfg)
+    if cfg.mode != "direct":
+        tools.check_questions([question], cfg)
+    search = open_search(cfg) if cfg.mode != "direct" else None
+    ask(question, load_engine(folder, codec, cfg, device, [question]), search, codec, cfg)
 
 
 def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
@@ -361,9 +369,8 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
     here = [None] * dist.get_world_size()
     dist.all_gather_object(here, file.done())  # other nodes may see other files
     done = {key: r for part in here for key, r in part.items()}
-    engine, search = load_engine(folder, codec, cfg, device, questions), None
-    if cfg.mode != "direct":
-        search = open_search(cfg)
+    engine = load_engine(folder, codec, cfg, device, questions)
+    search = open_search(cfg) if cfg.mode != "direct" else None
     records = evaluate(
         questions, engine, search, codec, cfg, temperature=temperature, progress="evaluating",
         ordered=is_deterministic(cfg, device), samples=samples, mode=cfg.mode, done=done, keep=file.add,

@@ -1,10 +1,11 @@
 """The data, the table and the figure of benchmarks/ablations.sh.
 
-python benchmarks/ablations.py data SEED FOLDER     # search-heavy-SEED.parquet and correct-SEED.jsonl
+python benchmarks/ablations.py data SEED FOLDER     # search-heavy-SEED.parquet, correct-SEED.jsonl, val-SEED.parquet
 python benchmarks/ablations.py table FOLDER         # table on stdout and in ablations.md, figure in ablations.png
 """
 
 import re
+import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -33,6 +34,7 @@ def make_data(seed: str, folder: Path) -> None:
     import toy
 
     world = toy.ensure(cfg)
+    shutil.copyfile(world.val, folder / f"val-{seed}.parquet")
     heavy, correct = folder / f"search-heavy-{seed}.parquet", folder / f"correct-{seed}.jsonl"
     if not heavy.exists():
         search_heavy(world.train, heavy)

@@ -3,9 +3,9 @@
 #
 #     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 30 runs, an hour or more
 #
-# Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two
-# updates each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table
-# and the figure are made of what there is.
+# Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two updates
+# each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table and
+# the figure are made of what there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUNS=${RUNS:-runs/ablations}
@@ -20,7 +20,7 @@ run() {  # name, then what differs from the toy preset; once for each seed
     done
 }
 
-data() {  # the training files that the toy world does not have: search-heavy.parquet and correct.jsonl
+data() {  # other training files (search-heavy-SEED.parquet, correct-SEED.jsonl), and the toy world's validation beside them
     for seed in ${SEEDS:-0 1 2}; do
         python benchmarks/ablations.py data "$seed" "$RUNS"
     done
@@ -29,8 +29,9 @@ data() {  # the training files that the toy world does not have: search-heavy.pa
 run grpo
 run no-penalty --search_penalty 0
 data
-run search-heavy --train_files "$RUNS/search-heavy-SEED.parquet"
-run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --prompts_per_step 112
+val="$RUNS/val-SEED.parquet"  # with training files of their own, runs have no others for validation
+run search-heavy --train_files "$RUNS/search-heavy-SEED.parquet" --val_files "$val"
+run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --val_files "$val" --prompts_per_step 112
 short() { local name=$1; shift; run "short-$name" --steps 40 --updates_per_step 2 "$@"; }
 short grpo
 short dr-grpo --normalize_advantages false --loss_norm constant

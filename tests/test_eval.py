@@ -344,6 +344,9 @@ def test_one_question(world, tmp_path, capsys):
     main(*here, f"--image={tmp_path / 'photo.png'}", "--question=what is it called?")
     printed = capsys.readouterr().out
     assert "turn 1" in printed and "answer" in printed and "stop:" in printed
+    main(*here, f"--image={tmp_path / 'photo.png'}", "--question=what is it called?", "--mode=pipeline")
+    printed = capsys.readouterr().out
+    assert printed.index("image search: ok") < printed.index("turn 1")
 
 
 def test_the_searches_of_one_question_are_shown(folder, cfg, capsys):
@@ -354,6 +357,16 @@ def test_the_searches_of_one_question_are_shown(folder, cfg, capsys):
     printed = capsys.readouterr().out
     assert "image search: ok" in printed and "text search for 'bako founder': ok" in printed
     assert "- bako <http://x>: founder gami" in printed and "answer    bako" in printed
+
+
+def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg, capsys):
+    codec = Codec(folder, replace(cfg, max_tokens=900, max_tokens_per_turn=100, mode="pipeline"))
+    turns = iter(["<text_search>bako founder</text_search>", "<answer>gami</answer>"])
+    evaluation.ask(question(1), ScriptedEngine(codec, lambda *_: next(turns)), OneHit(), codec, codec.cfg)
+    printed = capsys.readouterr().out
+    order = ["image search: ok", "turn 1", "text search for 'bako founder': ok", "turn 2", "answer    gami"]
+    places = [printed.index(part) for part in order]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
