@@ -904,6 +904,7 @@ PROMPT_FILES = {
 MODE_PROMPT_FILES = {  # of the evaluation's other modes, read when one of them is used
     "direct": ["{question}"],
     "pipeline_question": ["{question}"],
+    "pipeline_image_search": ["<search><img></search>"],  # what the model is made to say first
     "pipeline_after_image_search": ["{results}", "{question}"],
     "pipeline_after_text_search": ["{results}", "{question}"],
 }

@@ -47,7 +47,6 @@ from policy import (
     read_config,
     rope_positions,
 )
-from reward import IMAGE_SEARCH
 from tools import has_answer, parse_call
 
 # bounds on TorchEngine's memory
@@ -157,7 +156,7 @@ def converse_always_searching(
     episode = Episode.start(question, codec, sample, codec.template(FIRST_PROMPTS["pipeline"]))
     try:
         call = Call("image")
-        fits = episode.add_words(IMAGE_SEARCH)
+        fits = episode.add_words(codec.template("pipeline_image_search"))
         for kind in ("image", "text"):
             if fits:
                 result = yield call

@@ -918,6 +918,7 @@ def test_bf16_rounds_weights_and_not_positions(sharp, wide, device):
 MODE_PROMPTS = {
     "direct": "{question} answer.",
     "pipeline_question": "{question} wait.",
+    "pipeline_image_search": f"<reason>hm.</reason>{IMAGE}",
     "pipeline_after_image_search": "<information>\n{results}</information> query: {question}",
     "pipeline_after_text_search": "<information>\n{results}</information> now: {question}",
 }
@@ -938,7 +939,7 @@ def test_direct(modes, folder, text, stop):
     assert episode.stop.value == stop and not search.calls
 
 
-WAIT = HEAD.replace("called?", "called? wait.") + IMAGE + "<|im_end|>"
+WAIT = HEAD.replace("called?", "called? wait.") + MODE_PROMPTS["pipeline_image_search"] + "<|im_end|>"
 QUERY = FOUND_IMAGE.replace("</information> ", "</information> query: ")
 NOW = FOUND_TEXT.replace(" again: ", " now: ")
 
