@@ -15,7 +15,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FIGURES = {  # column -> (kind of question, figure)
-    "accuracy": ("all", "accuracy"), "known: any search": ("known", "image"),
+    "accuracy": ("all", "accuracy"), "known: any search": ("known", "any"),
     "names: image": ("unknown name", "image"), "names: text": ("unknown name", "text"),
     "facts: image": ("unknown fact", "image"), "facts: text": ("unknown fact", "text"),
 }  # fmt: skip
@@ -97,18 +97,22 @@ def right_conversations(world, cfg, device, target: Path) -> None:
 def figures(entry: dict) -> dict[str, float]:
     """The columns of one validation (greedy or sampled)."""
     known = [entry[kind] for kind in ("known name", "known fact")]
-    entry = entry | {"known": {"image": sum(k["image"] for k in known) / 2}}
+    entry = entry | {"known": {"any": sum(k["image"] + k["text"] - k["both"] for k in known) / 2}}
     return {column: entry[kind][figure] for column, (kind, figure) in FIGURES.items()}
+
+
+def validations(run: Path) -> list[dict]:
+    from results import read_jsonl
+
+    return [entry for entry in read_jsonl(run / "metrics.jsonl") if entry["phase"] == "eval"]
 
 
 def load(folder: Path) -> tuple[dict, dict]:
     """{name: [figures of a seed]} after the last step, greedy; the same at temperature 1. "warm-up" is before it."""
-    from results import read_jsonl
-
     greedy, sampled = defaultdict(list), defaultdict(list)
-    for path in sorted(folder.glob("*/final/..")):
-        name = path.parent.parent.name.rpartition("-")[0]
-        evals = [e for e in read_jsonl(path / "metrics.jsonl") if e["phase"] == "eval"]
+    for path in sorted(folder.glob("*/final")):
+        name = path.parent.name.rpartition("-")[0]
+        evals = validations(path.parent)
         for mode, out in (("greedy", greedy), ("sampled", sampled)):
             out[name].append(figures(evals[-1][mode]))
             if name == "grpo":
@@ -117,7 +121,7 @@ def load(folder: Path) -> tuple[dict, dict]:
 
 
 def modes(folder: Path) -> dict[str, list[dict]]:
-    """The grpo model asked directly, and with both searches forced: {mode: [accuracy and search ratio of a seed]}."""
+    """The grpo model asked directly, with both searches forced, and on demand: {mode: [summary of a seed]}."""
     from config import Config
     from eval import summarize
     from results import read_results
@@ -126,6 +130,7 @@ def modes(folder: Path) -> dict[str, list[dict]]:
     for mode in ("direct", "pipeline"):
         for path in sorted(folder.glob(f"{mode}-*.jsonl")):
             found[mode].append(summarize(read_results(path)[1], Config())["all"])
+    found["agent"] = [validations(path.parent)[-1]["greedy"]["all"] for path in sorted(folder.glob("grpo-*/final"))]
     return found
 
 
@@ -134,14 +139,21 @@ def cell(values: list[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f}-{max(values):.2f})"
 
 
+def ordered(runs: dict) -> list[str]:
+    """The start first, whole runs before short ones."""
+    return sorted(
+        runs, key=lambda name: (name != "warm-up", name != "grpo", name.startswith("short"), name != "short-grpo", name)
+    )
+
+
 def table(folder: Path) -> str:
     """Mean (least - most) over the seeds."""
     lines = []
     for title, runs in zip(("greedy", "temperature 1"), load(folder), strict=True):
         lines += [f"| {title} | seeds | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 2) + "|"]
-        for name, seeds in sorted(runs.items(), key=lambda item: (item[0] not in ("warm-up", "grpo"), item[0])):
-            cells = " | ".join(cell([seed[column] for seed in seeds]) for column in FIGURES)
-            lines.append(f"| {name} | {len(seeds)} | {cells} |")
+        for name in ordered(runs):
+            cells = " | ".join(cell([seed[column] for seed in runs[name]]) for column in FIGURES)
+            lines.append(f"| {name} | {len(runs[name])} | {cells} |")
         lines.append("")
     for mode, seeds in modes(folder).items():
         accuracy, ratio = (cell([s[key] for s in seeds]) for key in ("accuracy", "search_ratio"))
@@ -150,20 +162,25 @@ def table(folder: Path) -> str:
 
 
 def draw(folder: Path) -> None:
-    """Searching against accuracy, greedy: each run's name at the mean of its seeds."""
+    """A panel for each figure, a line for each run: a dot for a seed, a bar for their mean."""
     from matplotlib.figure import Figure
 
-    greedy, _ = load(folder)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel("known things searched for")
-    axes.set_ylabel("accuracy")
-    for name, seeds in sorted(greedy.items()):
-        x, y = ([seed[column] for seed in seeds] for column in ("known: any search", "accuracy"))
-        (line,) = axes.plot(x, y, ".", alpha=0.5)
-        axes.plot(np.mean(x), np.mean(y), "o", color=line.get_color(), label=name)
-    figure.legend(loc="outside right upper")
-    figure.savefig(folder / "ablations.png", dpi=120)
+    greedy, sampled = load(folder)
+    names = ordered(greedy)[::-1]
+    figure = Figure(figsize=(13, 1.2 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(FIGURES), sharey=True)
+    for panel, column in zip(panels, FIGURES, strict=True):
+        for runs, color, shift, label in ((greedy, "C0", 0.15, "greedy"), (sampled, "C1", -0.15, "temperature 1")):
+            for y, name in enumerate(names):
+                x = [seed[column] for seed in runs[name]]
+                panel.plot(x, [y + shift] * len(x), ".", color=color, alpha=0.6)
+                panel.plot(np.mean(x), y + shift, "|", color=color, markersize=14, label=None if y else label)
+        panel.set_title(column, fontsize=10)
+        panel.set_xlim(-0.05, 1.05)
+        panel.grid(axis="y", alpha=0.2)
+    panels[0].set_yticks(range(len(names)), names)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(folder / "ablations.png", dpi=110)
 
 
 def main(what: str, *args: str) -> None:
