@@ -606,8 +606,9 @@ class _KVCache:
         mask = torch.arange(self.total) <= place[..., None]
         trash = self.store.shape[4] - 1
         place = torch.where(step < lengths[:, None], place, trash)
-        positions = self.positions[:, torch.tensor(slots)[:, None], place]
-        self.place, self.rows = place.to(device), torch.tensor(slots, device=device)
+        rows = torch.tensor(slots)
+        positions = self.positions[:, rows[:, None], place]
+        self.place, self.rows = place.to(device), rows.to(device)
         self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
         self.first = slots[0]
         return mask[:, None].to(device), positions.to(device)

@@ -128,7 +128,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 def build(folder: str | Path, cfg: Config | None = None) -> Toy:
     """Build the world in `folder`: three stages, each written under a temporary name and renamed, each skipped if it is
-    there. About 8 minutes on 2 slow cores."""
+    there. About 7 minutes on 2 slow cores."""
     toy, cfg = Toy(Path(folder)), cfg or Config()
     device = init_distributed(cfg)
     rng = random.Random(f"world {cfg.toy_seed}")

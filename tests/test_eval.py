@@ -367,6 +367,9 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
     order = ["image search: ok", "turn 1", "text search for 'bako founder': ok", "turn 2", "answer    gami"]
     places = [printed.index(part) for part in order]
     assert places == sorted(places)
+    codec = Codec(folder, replace(cfg, max_tokens=60, max_prompt_tokens=59, max_tokens_per_turn=20, mode="pipeline"))
+    evaluation.ask(question(1), ScriptedEngine(codec, lambda *_: "-"), OneHit(), codec, codec.cfg)
+    assert "(stop: max_tokens)" in capsys.readouterr().out  # there was no room for the model's first turn
 
 
 @pytest.mark.parametrize(
