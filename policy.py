@@ -27,6 +27,7 @@ import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -300,10 +301,12 @@ def packed_attention(
     else:
         from torch.nn.attention.varlen import varlen_attn
 
+        grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+        if not grouped:  # before torch 2.12
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         window = (-1, 0) if causal else (-1, -1)
         out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window,
-            enable_gqa=k.shape[1] != q.shape[1],
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **grouped
         )  # fmt: skip
     return out[None], None
 

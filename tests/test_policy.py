@@ -427,6 +427,38 @@ def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
+def by_segments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """torch 2.11's varlen_attn, which has no grouped heads; the real one needs CUDA."""
+    assert query.shape[1] == key.shape[1] and (max_q, max_k) == (int(cu_seq_q.diff().max()),) * 2
+    heads_first = (x.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for x in (query, key, value))
+    outs = [
+        F.scaled_dot_product_attention(*qkv, is_causal=window_size == (-1, 0), scale=scale)
+        for qkv in zip(*heads_first, strict=True)
+    ]
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+def with_groups(query, key, value, *rest, scale, window_size, enable_gqa=False):
+    """torch 2.12's, which refuses fewer key heads unless it is told."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    many = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return by_segments(query, *many, *rest, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen_attn", [by_segments, with_groups])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, varlen_attn, causal, kv_heads):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(policy, "pick_attention", lambda kind, query: kind)
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, 9, 8)
+    key, value = torch.randn(2, 1, kv_heads, 9, 8).unbind(0)
+    options = dict(scaling=0.3, is_causal=causal, cu_seq_lens_q=torch.tensor([0, 4, 5, 9]), max_length_q=4)
+    fast, slow = (policy.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments"))
+    torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
