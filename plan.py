@@ -110,9 +110,9 @@ def kept_by(forward, model) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def activations(sizes: Sizes, cfg: Config) -> float:
-    """Bytes a token of a packed row."""
-    patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
+def activations(sizes: Sizes, cfg: Config, image_share: float = IMAGE_SHARE) -> float:
+    """Bytes a token of a packed row of which `image_share` are cells of new images."""
+    patches = 0 if cfg.freeze_vision else 4 * image_share
     if cfg.gradient_checkpointing:  # inputs of all, and what is computed again of one
         seen = sizes.blocks * sizes.block_input + sizes.block_kept
         return sizes.layers * sizes.layer_input + sizes.layer_kept + patches * seen
@@ -168,7 +168,9 @@ def plan(cfg: Config) -> str:
     totals = [sum(part[i] for part in gpu.values()) for i in (0, 1)]
     lines += [f"{'in all':20} {totals[0] / GIB:8.2f} {totals[1] / GIB:8.2f}"]
     if sum(cpu.values()):
-        lines += [f"and in the memory of each process: {sum(cpu.values()) / GIB:.2f} GiB"]
+        most = 2 * sum(cpu.values()) - cpu["optimiser"]  # see `policy.room_to_pin`
+        lines += [f"and in the memory of each process: {sum(cpu.values()) / GIB:.2f} GiB, "
+                  f"up to {most / GIB:.2f} where that is there to be pinned"]  # fmt: skip
     usable = memory * (1 - SPARE)
     a_token = activations(sizes, cfg)
     rows = (usable - totals[0] + a_token * cfg.max_tokens_per_batch) / a_token

@@ -52,12 +52,12 @@ def init_distributed(cfg: Config) -> torch.device:
     use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: this machine has no CUDA device that torch can use")
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
     if is_deterministic(cfg, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -237,7 +237,7 @@ def shard(model, cfg: Config, device, offload: bool = False) -> None:
     if compute_dtype(cfg, device) == torch.bfloat16:  # inputs are bf16 where they have to be; RoPE's cosines are not
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     if offload and device.type == "cuda":
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(room_to_pin(model, local_world() / size))
     if world == 1 and len(options) == 1:
         model.to(device)  # one process in fp32: nothing to shard, cast or offload
         return
@@ -245,6 +245,18 @@ def shard(model, cfg: Config, device, offload: bool = False) -> None:
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "row_logprobs")
+
+
+def local_world() -> int:
+    """How many of torchrun's ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def room_to_pin(model, copies: float) -> bool:
+    """Whether this machine's memory holds `copies` of the weights, and of gradients and AdamW's state where there are
+    any, if weights and gradients are pinned: faster to copy, but torch takes powers of two, up to twice the memory."""
+    needed = sum(p.numel() * (2 * 4 + (2 * 4 + 8) * p.requires_grad) for p in model.parameters())
+    return copies * needed < 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def full_weights(model):
@@ -589,6 +601,15 @@ def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]
 
 
 # --------------------------------------------------------------------------------------------- optimiser steps
+
+
+def adamw(model, cfg: Config, device) -> torch.optim.AdamW:
+    """The optimiser of what is trained. Where the policy is on a GPU it is the fused one: the others hold square roots
+    as large as the weights for a moment, and are slow on weights in CPU memory."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+        weight_decay=cfg.weight_decay, fused=device.type == "cuda" or None,
+    )  # fmt: skip
 
 
 class NonFinite(RuntimeError):

@@ -58,6 +58,7 @@ from grpo import (
 from policy import (
     NonFinite,
     Row,
+    adamw,
     all_max,
     all_sum,
     compute_dtype,
@@ -627,10 +628,7 @@ class Run:
             self.reference = load_policy(
                 folder, self.codec, cfg, self.device, trainable=False, offload=cfg.offload_reference
             )  # fmt: skip
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay,
-        )  # fmt: skip
+        self.optimizer = adamw(self.policy, cfg, self.device)
         self.engine = make_engine(folder, self.codec, cfg, self.device, limits)
         self.seconds = Counter()  # of the last rollout's waiting for tools, of the last checkpoint
         self.state = {

@@ -1,28 +1,31 @@
 """Training speed and memory on one GPU: randomly initialised Qwen2.5-VL of 3B and 7B size, bf16, packed conversations.
 
-    python benchmarks/gpu_train.py result.json                              # an H200: about 8 minutes
+    python benchmarks/gpu_train.py result.json                              # an H200: some 8 minutes, at most 9
     python benchmarks/gpu_train.py result.json --device cpu --cases tiny    # that it runs, a minute
 
-A case is a size, an attention backend and whether layers are recomputed; each runs in a process of its own. A step is
-everything from conversations to new weights (AdamW; of 7B on the CPU). Prints a table, writes JSON:
+A case is a size and settings; each runs in a process of its own. A step is everything from 16 conversations of 500 to
+4,000 tokens to new weights (AdamW; of 7b-offload on the CPU). Prints a table, writes JSON:
 
-    tokens/s   of the conversations, median of the steps after the first
+    tokens/s   of the conversations, median of the steps after the first (least - most)
     MFU        floating point operations of forward and backward, recomputation not counted, over the rate of a bf16
                matrix product on the same device
     peak       GiB, and what `plan.py` says of the same row
 
-Then, for the first case, rows are doubled until memory runs out: the largest that ran, and what --plan promises.
+Then, for 3B, the largest row that fits, in steps of 4,096 tokens and a quarter, beside what --plan promises (for rows
+half of which are new images) and what the plan says of the row that was run. 7B is trained without its vision tower:
+with it, weights, gradients and AdamW's state alone take 124 GiB. A case for which the CPU's memory is too small, or
+that would begin after 8 minutes, is left out, and says so.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,12 +34,13 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from trainer import conversations, save_codec  # noqa: E402
 
 from config import Config  # noqa: E402
 from data import Codec  # noqa: E402
-from plan import GIB, activations, measure, needs  # noqa: E402
-from policy import compute_dtype, empty_model, init_distributed, prepare, shard  # noqa: E402
+from plan import GIB, SPARE, activations, measure, needs  # noqa: E402
+from policy import adamw, compute_dtype, empty_model, init_distributed, pack, prepare, shard  # noqa: E402
 from train import train_step  # noqa: E402
 
 VOCABULARY = 151_936
@@ -46,11 +50,19 @@ TEXT = {  # from the configurations of Qwen2.5-VL
     "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
 }
 KEYS = {"tiny": 4, "3b": 2, "7b": 4}
-CASES = {  # size, attention, checkpointing, AdamW's state and the masters on the CPU
-    "3b": ("3b", "auto", False, False), "3b-recomputed": ("3b", "auto", True, False),
-    "3b-varlen": ("3b", "varlen", False, False), "3b-segments": ("3b", "segments", False, False),
-    "7b-offload": ("7b", "auto", True, True), "tiny": ("tiny", "auto", False, False),
-}  # fmt: skip
+RECOMPUTED = dict(gradient_checkpointing=True)
+CASES = {  # size, tokens of a row, settings
+    "3b-varlen": ("3b", 8192, dict(attention="varlen")),
+    "3b-segments": ("3b", 8192, dict(attention="segments")),
+    "3b-recomputed": ("3b", 8192, RECOMPUTED),
+    "7b": ("7b", 8192, dict(RECOMPUTED, freeze_vision=True)),
+    "7b-offload": ("7b", 32_768, dict(RECOMPUTED, freeze_vision=True, offload_optimizer=True)),
+    "3b-flash": ("3b", 8192, dict(attention="flash")),  # where flash-attn is installed: not by default
+    "tiny": ("tiny", 8192, {}),
+}
+LARGEST = "3b-varlen"  # the case whose row is made longer
+STEP = 4096  # tokens
+LAST_START, PATIENCE = 8 * 60, 180  # seconds
 
 
 def configuration(size: str):
@@ -70,16 +82,19 @@ def configuration(size: str):
     )
 
 
-def random_policy(size, codec, cfg, device):
+def random_policy(config, codec, cfg, device):
     """Made on the device, without a file."""
-    config = configuration(size)
     for name in ("image", "video"):
         setattr(config, f"{name}_token_id", codec.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
     with torch.device(device):
         model = empty_model(config)
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.02)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter.data, std=0.02)
+        else:
+            parameter.data.fill_(name.endswith("weight"))  # of a norm
+    model.model.visual.requires_grad_(not cfg.freeze_vision)
     prepare(model, codec, cfg)
     model.banned_ids = model.banned_ids.to(device).zero_()
     if cfg.gradient_checkpointing:
@@ -88,7 +103,7 @@ def random_policy(size, codec, cfg, device):
     return model.train()
 
 
-def operations(model_config, episodes) -> float:
+def operations(model_config, episodes, freeze_vision: bool) -> float:
     """Of forward and backward: two a parameter and token for forward, twice that for backward; attention over the
     causal half; the head where something is predicted; each picture's patches once."""
     text, eyes = model_config.text_config, model_config.vision_config
@@ -99,7 +114,7 @@ def operations(model_config, episodes) -> float:
     patches = sum(4 * p.tokens for p in {p.key: p for e in episodes for p in e.images}.values())
     windows = 4 * eyes.depth * eyes.hidden_size * patches * (eyes.window_size // eyes.patch_size) ** 2
     forward = 2 * layers * tokens + attention + 2 * text.hidden_size * text.vocab_size * sampled
-    return 3 * (forward + 2 * sizes.vision * patches + windows)
+    return 3 * forward + (1 if freeze_vision else 3) * (2 * sizes.vision * patches + windows)
 
 
 def matmul_rate(device, dtype) -> float:
@@ -122,108 +137,136 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def settings(name: str, args, row: int) -> Config:
-    size, attention, again, offload = CASES[name]
+def settings(name: str, device: str, row: int = 0) -> Config:
+    _, usual, changes = CASES[name]
     return Config(
-        device=args.device, deterministic=False, threads=0, max_tokens=8192, max_tokens_per_batch=row,
-        attention=attention, gradient_checkpointing=again, offload_optimizer=offload, entropy_coef=0,
-        min_pixels=448**2, max_pixels=448**2, thumb_min_pixels=140**2, thumb_max_pixels=140**2,
+        device=device, deterministic=False, threads=0, max_tokens=4096, max_tokens_per_batch=row or usual,
+        min_pixels=448**2, max_pixels=448**2, thumb_min_pixels=140**2, thumb_max_pixels=140**2, entropy_coef=0,
+        **changes,
     )  # fmt: skip
 
 
-def run_case(name: str, args, row: int, count: int, pipe) -> None:
+def run_case(name: str, args, row: int, pipe) -> None:
     """In a process of its own; sends the figures, or {"error": ...}."""
     try:
-        pipe.send(figures(name, args, row, count))
+        pipe.send(figures(name, args, row))
     except torch.OutOfMemoryError:
-        pipe.send({"error": "out of memory"})
+        pipe.send({"error": "out of GPU memory"})
 
 
-def figures(name, args, row, count):
-    cfg = settings(name, args, row)
+def figures(name: str, args, row: int) -> dict:
+    """row: 0 for the usual conversations, or the length of one row, which conversations of 2,048 tokens fill."""
+    cfg = settings(name, args.device, row)
     device = init_distributed(cfg)
     with tempfile.TemporaryDirectory() as folder:
         save_codec(Path(folder))
         codec = Codec(folder, cfg)
-    case = SimpleNamespace(
-        seed=0, conversations=count, group=min(8, count), images=4, pixels=448, length=(500, 4000)
-    )  # fmt: skip
+    usual = dict(conversations=args.conversations, group=min(8, args.conversations), length=(500, 4000))
+    full = dict(conversations=row // 2048, group=2, length=(2048, 2048))
+    case = SimpleNamespace(seed=0, images=4, pixels=448, **(full if row else usual))
     episodes, advantages = conversations(case, codec)
     size = CASES[name][0]
-    model = random_policy(size, codec, cfg, device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
+    model = random_policy(configuration(size), codec, cfg, device)
+    rows = pack(episodes, codec, model, cfg.max_tokens_per_batch)
+    planned = planned_bytes(configuration(size), rows, cfg, device) / GIB
+    optimizer = adamw(model, cfg, device)
     seconds = []
-    for _ in range(args.steps + 1):
+    for _ in range(2 if row else args.steps + 1):
         wait(device)
         started = time.perf_counter()
         train_step(model, None, optimizer, episodes, advantages, [0] * len(episodes), codec, cfg, device)
         wait(device)
         seconds.append(time.perf_counter() - started)
-    tokens, spent = sum(len(e.tokens) for e in episodes), statistics.median(seconds[1:])
-    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
-    rate = matmul_rate(device, compute_dtype(cfg, device))
-    planned = replace(cfg, max_tokens_per_batch=max(cfg.max_tokens, min(row, tokens)))
-    gpu, _ = needs(measure(configuration(size), compute_dtype(cfg, device)), planned, 1, cache=0)
-    engine = gpu["engine's weights"][0]  # there is none here
-    achieved = operations(configuration(size), episodes) / spent
+    tokens, rate = sum(len(e.tokens) for e in episodes), matmul_rate(device, compute_dtype(cfg, device))
+    rates = sorted(tokens / s for s in seconds[1:])
+    achieved = operations(configuration(size), episodes, cfg.freeze_vision) / tokens * statistics.median(rates)
     return {
-        "tokens": tokens, "row": row, "tokens/s": tokens / spent, "MFU": achieved / rate,
-        "peak GiB": peak, "planned GiB": (sum(update for update, _ in gpu.values()) - engine) / GIB,
+        "tokens": tokens, "row": cfg.max_tokens_per_batch, "tokens/s": statistics.median(rates),
+        "least": rates[0], "most": rates[-1], "MFU": achieved / rate,
+        "peak GiB": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0, "planned GiB": planned,
         "matmul TFLOP/s": rate / 1e12, "seconds": seconds,
     }  # fmt: skip
 
 
-def alone(*args) -> dict:
+def planned_bytes(config, rows, cfg, device) -> float:
+    """What plan.py says of the largest of these rows, with as many image cells as it has; there is no engine here."""
+    sizes = measure(config, compute_dtype(cfg, device))
+    gpu, _ = needs(sizes, cfg, 1, cache=0)
+    rest = sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
+    share = lambda row: len(row.pixels) / 4 / len(row.ids)  # noqa: E731
+    return rest + max(activations(sizes, cfg, share(row)) * len(row.ids) for row in rows)
+
+
+def alone(name: str, args, row: int = 0) -> dict:
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
-    process = context.Process(target=run_case, args=(*args, its))
+    process = context.Process(target=run_case, args=(name, args, row, its))
     process.start()
     its.close()
     try:
-        return mine.recv()
+        return mine.recv() if mine.poll(PATIENCE) else {"error": f"not done after {PATIENCE} seconds"}
     except EOFError:
         return {"error": "ended early"}
     finally:
+        process.kill()
         process.join()
 
 
-def largest_row(name, args) -> dict:
-    """Rows doubled until one does not fit, beside what the plan says of this GPU."""
-    row, fits = 16_384, 0
-    while row <= 2**20:
-        result = alone(name, argparse.Namespace(**{**vars(args), "steps": 1}), row, row // 1500)
-        print(f"a row of {row}: {result.get('error') or 'fits'}", file=sys.stderr)
-        if "error" in result:
-            break
-        row, fits = 2 * row, row
-    cfg = settings(name, args, 16_384)
-    sizes = measure(configuration(CASES[name][0]), torch.bfloat16)
+def too_little_memory(name: str) -> str:
+    """Why the machine's own memory does not do for an offloaded case, if so."""
+    cfg = settings(name, "cuda")
+    _, cpu = needs(measure(configuration(CASES[name][0]), torch.bfloat16), cfg, 1, cache=0)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = sum(cpu.values()) + 5 * GIB * cfg.offload_optimizer
+    return f"needs {needed / GIB:.0f} GiB of the machine's memory, {free / GIB:.0f} are free" if needed > free else ""
+
+
+def largest_row(args) -> dict:
+    """What --plan promises of this GPU is tried, then longer rows until one does not fit (or shorter ones until one
+    does)."""
+    cfg = settings(LARGEST, "cuda")
+    sizes = measure(configuration(CASES[LARGEST][0]), torch.bfloat16)
     gpu, _ = needs(sizes, cfg, 1, cache=0)
     rest = sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return {"fits": fits, "does not": row, "planned": int((0.92 * memory - rest) / activations(sizes, cfg))}
+    usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory - rest
+    promised = int(usable / activations(sizes, cfg))
+    row, tried = max(STEP, promised // STEP * STEP), {}
+    while row and row not in tried and len(tried) < 5:
+        result = tried[row] = alone(LARGEST, args, row)
+        print(
+            f"a row of {row}:", result.get("error") or "{peak GiB:.1f} GiB, planned {planned GiB:.1f}".format(**result)
+        )
+        longer = row + max(STEP, row // 4 // STEP * STEP)
+        row = row - STEP if "error" in result else longer
+    fits = [row for row, result in tried.items() if "error" not in result]
+    return {"promised by --plan": promised, "largest that ran": max(fits, default=0), "tried": tried}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--cases", default="3b,3b-recomputed,3b-varlen,3b-segments,7b-offload")
+    parser.add_argument("--cases", default="3b-varlen,3b-segments,3b-recomputed,largest,7b,7b-offload")
     parser.add_argument("--conversations", type=int, default=16)
-    parser.add_argument("--row", type=int, default=16_384)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
+    started = time.perf_counter()
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    results = {"machine": f"{machine}, torch {torch.__version__}", "cases": {}}
-    print(results["machine"])
+    results = {"machine": f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}", "cases": {}}
+    print(results["machine"], flush=True)
     for name in args.cases.split(","):
-        results["cases"][name] = result = alone(name, args, args.row, args.conversations)
-        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items() if k != "seconds"}
-        print(f"{name:16}", "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    if args.device == "cuda":
-        results["largest row"] = largest_row(args.cases.split(",")[0], args)
-        print(results["largest row"])
-    args.out.write_text(json.dumps(results, indent=1))
+        late = time.perf_counter() - started > LAST_START and f"left out: {LAST_START} seconds are over"
+        short = args.device == "cuda" and name in CASES and too_little_memory(name)
+        if late or short:
+            result = {"error": late or short}
+        else:
+            result = largest_row(args) if name == "largest" else alone(name, args)
+        results["cases"][name] = result
+        shown = {
+            k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if k not in ("seconds", "tried")
+        }
+        print(f"{name:14}", "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

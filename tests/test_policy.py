@@ -427,6 +427,19 @@ def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
+def test_offloaded_weights_are_pinned_where_twice_their_memory_is_there(monkeypatch, model):
+    count = sum(p.numel() for p in model.parameters())
+
+    def fits(bytes, copies=1.0):
+        monkeypatch.setattr(policy.os, "sysconf", dict(SC_PHYS_PAGES=int(bytes / 0.9), SC_PAGE_SIZE=1).get)
+        return policy.room_to_pin(model, copies)
+
+    assert fits(24 * count + 10) and not fits(24 * count - 10)  # twice weights and gradients, the state once
+    assert fits(6 * count + 10, 0.25) and not fits(6 * count - 10, 0.25)
+    model.requires_grad_(False)  # a reference
+    assert fits(8 * count + 10) and not fits(8 * count - 10)
+
+
 def by_segments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """torch 2.11's varlen_attn, which has no grouped heads; the real one needs CUDA."""
     assert query.shape[1] == key.shape[1] and (max_q, max_k) == (int(cu_seq_q.diff().max()),) * 2
@@ -455,7 +468,9 @@ def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, v
     query = torch.randn(1, 4, 9, 8)
     key, value = torch.randn(2, 1, kv_heads, 9, 8).unbind(0)
     options = dict(scaling=0.3, is_causal=causal, cu_seq_lens_q=torch.tensor([0, 4, 5, 9]), max_length_q=4)
-    fast, slow = (policy.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments"))
+    fast, slow = (
+        policy.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments")
+    )
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
 
 
