@@ -602,6 +602,8 @@ class Run:
         check_log(cfg)
         if cfg.loss == "sft" and not cfg.train_files:
             raise InputError("loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
+        if cfg.mode != "agent":
+            raise InputError(f"mode={cfg.mode} is for eval.py: training is of search on demand")
         self.device = init_distributed(cfg)
         self.ordered = is_deterministic(cfg, self.device)
         self.dir = RunDir(cfg)
