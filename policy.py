@@ -550,6 +550,7 @@ class HeadLogProbs(torch.autograd.Function):
             all_logp, p = distributions(hidden[part], weight, banned, temperature)
             logp[part] = all_logp.gather(-1, target[part, None])[:, 0]
             entropy[part] = -torch.einsum("sv,sv->s", p, all_logp.index_fill_(1, banned, 0.0))  # 0 * -inf would be NaN
+            del all_logp, p  # before the next ones are made
         ctx.save_for_backward(hidden, weight, target, banned, entropy)
         ctx.temperature, ctx.entropy_grad = temperature, entropy_grad
         if not entropy_grad:
@@ -575,6 +576,7 @@ class HeadLogProbs(torch.autograd.Function):
             grad = p.div_(-ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             grad_weight.addmm_(grad.T, hidden[part])
+            del p, grad
         return grad_hidden, grad_weight, None, None, None, None
 
 
