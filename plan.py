@@ -14,7 +14,15 @@ from torch import Tensor
 
 import toy
 from config import Config
-from policy import HEAD_LOGITS, compute_dtype, empty_model, read_config
+from policy import (
+    HEAD_LOGITS,
+    compute_dtype,
+    empty_model,
+    has_flash_attn,
+    read_config,
+    repeat_heads,
+    varlen_groups_heads,
+)
 from rollout import engine_limits
 
 SPARE = 0.08  # of a GPU's memory
@@ -68,7 +76,7 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     block = kept_by(lambda: vision.blocks[0](pixels, cu_seqlens=bounds, position_embeddings=rope), model)
 
     words = config.get_text_config().vocab_size
-    chunk = min(max(1, HEAD_LOGITS // words), 1024)  # with few words, a row's sampled tokens are fewer
+    chunk = min(max(1, HEAD_LOGITS["cuda"] // words), 1024)  # with few words, a row's sampled tokens are fewer
     head = chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize  # `HeadLogProbs.backward`
     return Sizes(
         vision=count(vision), largest=max(units), root=count(model) - sum(units), total=count(model),
@@ -91,6 +99,8 @@ class _Fused(torch.autograd.Function):
 
 def fused_attention(module, query, key, value, attention_mask=None, **_):
     """Stands in for `policy.packed_attention` on the meta device, where SDPA would keep all attention weights."""
+    if not has_flash_attn() and not varlen_groups_heads():
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     return _Fused.apply(query, key, value).transpose(1, 2), None
 
 

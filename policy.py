@@ -26,7 +26,7 @@ import pickle
 import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from types import MethodType
@@ -40,7 +40,9 @@ from config import Config, InputError
 from data import Codec, Episode, Picture, first_line
 from grpo import token_weights
 
-HEAD_LOGITS = 2**24  # logits that exist at one time, in each of two forms: 110 tokens of a vocabulary of 152,064
+# Logits that exist at one time, in each of two forms: 110 or 882 tokens of a vocabulary of 152,064. On a GPU the
+# gradient of the head is summed in bf16, and each part costs it a rounding.
+HEAD_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
 
 
@@ -56,6 +58,7 @@ def init_distributed(cfg: Config) -> torch.device:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape (0.1 to 1 s), and every row has its own
     else:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
     if is_deterministic(cfg, device):
@@ -197,7 +200,7 @@ def check_versions() -> None:
 
 def prepare(model, codec: Codec, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
-    if cfg.attention == "flash" and not importlib.util.find_spec("flash_attn"):
+    if cfg.attention == "flash" and not has_flash_attn():
         raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
     register_attention(cfg.attention)
     for config in (model.config, model.config.text_config, model.config.vision_config):
@@ -209,6 +212,16 @@ def prepare(model, codec: Codec, cfg: Config) -> None:
     banned[codec.banned_ids(len(banned))] = True
     model.banned_ids = banned
     model.row_logprobs = MethodType(row_logprobs, model)
+    model.model.visual.patch_embed.forward = MethodType(embed_patches, model.model.visual.patch_embed)
+
+
+def embed_patches(embed, pixels: Tensor) -> Tensor:
+    """[P, patch] to [P, H]. On a GPU a matrix product, which this convolution is (its kernel is the whole patch): cuDNN
+    can take seconds for it in bf16, and plans anew for each number of patches."""
+    if not pixels.is_cuda:
+        return type(embed).forward(embed, pixels)
+    weight = embed.proj.weight
+    return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
 
 
 def plain_config(model):
@@ -313,8 +326,8 @@ def packed_attention(
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-        if not grouped:  # before torch 2.12
+        grouped = {"enable_gqa": True} if varlen_groups_heads() else {}
+        if not grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         window = (-1, 0) if causal else (-1, -1)
         out = varlen_attn(
@@ -323,12 +336,24 @@ def packed_attention(
     return out[None], None
 
 
+def varlen_groups_heads() -> bool:
+    """Whether this torch's own kernel takes fewer key heads than query heads: from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+@cache
+def has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def pick_attention(kind: str, query: Tensor) -> str:
     """Which kernel can run: the fast ones need CUDA and a half-precision type."""
     if not query.is_cuda or query.dtype == torch.float32:
         return "segments"
     if kind == "auto":
-        return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
+        return "flash" if has_flash_attn() else "varlen"
     return kind
 
 
@@ -546,7 +571,7 @@ class HeadLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, banned, temperature, entropy_grad):
         banned = banned.nonzero()[:, 0]  # a few: a mask would be one more pass over the logits
         logp, entropy = (torch.empty(len(target), device=hidden.device) for _ in range(2))
-        for part in chunks(len(target), len(weight)):
+        for part in chunks(len(target), weight):
             all_logp, p = distributions(hidden[part], weight, banned, temperature)
             logp[part] = all_logp.gather(-1, target[part, None])[:, 0]
             entropy[part] = -torch.einsum("sv,sv->s", p, all_logp.index_fill_(1, banned, 0.0))  # 0 * -inf would be NaN
@@ -563,7 +588,7 @@ class HeadLogProbs(torch.autograd.Function):
         entropy)."""
         hidden, weight, target, banned, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for part in chunks(len(target), len(weight)):
+        for part in chunks(len(target), weight):
             all_logp, p = distributions(hidden[part], weight, banned, ctx.temperature)
             g = grad_logp[part, None]
             if ctx.entropy_grad:
@@ -580,9 +605,10 @@ class HeadLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def chunks(tokens: int, words: int) -> list[slice]:
-    """Slices of so many of `tokens` tokens that their logits are no more than HEAD_LOGITS."""
-    size = max(1, HEAD_LOGITS // words)
+def chunks(tokens: int, weight: Tensor) -> list[slice]:
+    """Slices of so many of `tokens` tokens that their logits, by the head's weight [V, H], are no more than
+    HEAD_LOGITS."""
+    size = max(1, HEAD_LOGITS[weight.device.type] // len(weight))
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 

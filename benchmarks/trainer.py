@@ -79,7 +79,8 @@ def save_codec(folder: Path) -> None:
 
 def settings(case) -> Config:
     return Config(
-        device="cpu", deterministic=False, threads=case.threads, max_tokens=min(8192, case.row), max_tokens_per_batch=case.row,
+        device="cpu", deterministic=False, threads=case.threads,
+        max_tokens=min(8192, case.row), max_tokens_per_batch=case.row,
         min_pixels=case.pixels**2, max_pixels=case.pixels**2,
         thumb_min_pixels=(case.pixels // 3) ** 2, thumb_max_pixels=(case.pixels // 3) ** 2,
         max_grad_norm=1e9,  # no clipping: gradients are compared

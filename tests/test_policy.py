@@ -361,7 +361,7 @@ def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, d
     (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
     results, distributions = [], policy.distributions
     for chunk in (1024, 3):
-        monkeypatch.setattr(policy, "HEAD_LOGITS", chunk * len(sharp_model.banned_ids))
+        monkeypatch.setitem(policy.HEAD_LOGITS, "cpu", chunk * len(sharp_model.banned_ids))
         sizes = []
         spy = lambda hidden, *rest, sizes=sizes: sizes.append(len(hidden)) or distributions(hidden, *rest)  # noqa: E731
         monkeypatch.setattr(policy, "distributions", spy)
@@ -425,6 +425,15 @@ def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
         max_length_q=max(lengths),
     )  # fmt: skip
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_patches_are_embedded_as_by_the_convolution(monkeypatch, model):
+    embed = model.model.visual.patch_embed
+    pixels = torch.randn(12, embed.proj.weight[0].numel())
+    expected = embed(pixels)
+    assert torch.equal(expected, type(embed).forward(embed, pixels))  # on a CPU: to the bit
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(embed(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_offloaded_weights_are_pinned_where_twice_their_memory_is_there(monkeypatch, model):
@@ -826,7 +835,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder, codec, cfg):
 
 
 def test_flash_attention_that_is_not_there_is_refused(folder, codec, cfg, monkeypatch):
-    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(policy, "has_flash_attn", lambda: False)
     with pytest.raises(InputError, match="flash-attn is not installed"):
         policy.prepare(policy.read_model(folder, empty=True), codec, replace(cfg, attention="flash"))
 
