@@ -68,6 +68,17 @@ def test_the_parts_follow_the_settings(sizes):
     assert vllm["engine's weights"] == (0.0, 2 * sizes.total)  # asleep during the update
 
 
+def test_before_torch_2_12_repeated_keys_and_values_are_kept(folder, monkeypatch):
+    def kept(groups):
+        monkeypatch.setattr(plan, "varlen_groups_heads", lambda: groups)
+        config = policy.read_config(folder)
+        config.text_config.num_key_value_heads = 1
+        return config.text_config, plan.measure(config, torch.bfloat16).layer_kept
+
+    (text, repeated), (_, grouped) = kept(False), kept(True)
+    assert repeated - grouped == 2 * 2 * (text.hidden_size - text.hidden_size // text.num_attention_heads)
+
+
 def test_the_largest_batch_just_fits(folder):
     cfg = config.Config(model=str(folder), gpu_memory=0.5, gpus=2)
     most = most_of(plan.plan(cfg))
