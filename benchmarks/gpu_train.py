@@ -64,6 +64,7 @@ LARGEST = "3b-varlen"  # the case whose row is made longer
 STEP = 4096  # tokens
 PATIENCE, IN_ALL = 150, 8.5 * 60  # seconds for a case, and for all
 STARTED = time.perf_counter()
+OUT_OF_MEMORY = "out of GPU memory"
 
 
 def configuration(size: str):
@@ -152,7 +153,7 @@ def run_case(name: str, args, row: int, pipe) -> None:
     try:
         pipe.send(figures(name, args, row))
     except torch.OutOfMemoryError:
-        pipe.send({"error": "out of GPU memory"})
+        pipe.send({"error": OUT_OF_MEMORY})
 
 
 def figures(name: str, args, row: int) -> dict:
@@ -241,6 +242,8 @@ def largest_row(args) -> dict:
         result = tried[row] = alone(LARGEST, args, row)
         said = result.get("error") or "{peak GiB:.1f} GiB, planned {planned GiB:.1f}".format(**result)
         print(f"a row of {row}: {said}", flush=True)
+        if result.get("error") not in (None, OUT_OF_MEMORY):  # no time
+            break
         longer = row + max(STEP, row // 4 // STEP * STEP)
         row = row - STEP if "error" in result else longer
     fits = [row for row, result in tried.items() if "error" not in result]
