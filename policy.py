@@ -315,6 +315,9 @@ def packed_attention(
     kind = pick_attention(kind, query)
     if kind == "segments":
         return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
+    grouped = kind == "varlen" and varlen_groups_heads()
+    if kind == "varlen" and not grouped:
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
     bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
     if kind == "flash":
@@ -326,16 +329,14 @@ def packed_attention(
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = {"enable_gqa": True} if varlen_groups_heads() else {}
-        if not grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        window = (-1, 0) if causal else (-1, -1)
+        window, more = (-1, 0) if causal else (-1, -1), {"enable_gqa": True} if grouped else {}
         out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **grouped
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **more
         )  # fmt: skip
     return out[None], None
 
 
+@cache
 def varlen_groups_heads() -> bool:
     """Whether this torch's own kernel takes fewer key heads than query heads: from 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn

@@ -193,12 +193,16 @@ def figures(name: str, args, row: int) -> dict:
 
 
 def planned_bytes(config, rows, cfg, device) -> float:
-    """What plan.py says of the largest of these rows, with as many image cells as it has; there is no engine here."""
+    """What plan.py says of the largest of these rows, with as many image cells as it has."""
     sizes = measure(config, compute_dtype(cfg, device))
-    gpu, _ = needs(sizes, cfg, 1, cache=0)
-    rest = sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
     share = lambda row: len(row.pixels) / 4 / len(row.ids)  # noqa: E731
-    return rest + max(activations(sizes, cfg, share(row)) * len(row.ids) for row in rows)
+    return but_activations(sizes, cfg) + max(activations(sizes, cfg, share(row)) * len(row.ids) for row in rows)
+
+
+def but_activations(sizes, cfg) -> float:
+    """Bytes on the GPU during an update, without the row's; there is no engine here."""
+    gpu, _ = needs(sizes, cfg, 1, cache=0)
+    return sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
 
 
 def alone(name: str, args, row: int = 0) -> dict:
@@ -233,9 +237,7 @@ def largest_row(args) -> dict:
     does)."""
     cfg = settings(LARGEST, "cuda")
     sizes = measure(configuration(CASES[LARGEST][0]), torch.bfloat16)
-    gpu, _ = needs(sizes, cfg, 1, cache=0)
-    rest = sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
-    usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory - rest
+    usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory - but_activations(sizes, cfg)
     promised = int(usable / activations(sizes, cfg))
     row, tried = max(STEP, promised // STEP * STEP), {}
     while row and row not in tried and len(tried) < 5:

@@ -20,7 +20,7 @@ not.
 
 What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of Row, its
 way through `row_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
-tests and a switch. It enters the product only if it wins and costs less than that.
+tests and a switch. It was to enter the product only if it wins and costs less than that; why not: RESULTS.md.
 """
 
 import argparse

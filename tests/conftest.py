@@ -21,6 +21,11 @@ from rollout import ScriptedEngine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 SHORT_WORLD = ["--toy_pretrain_steps=3", "--toy_teach_steps=2", "--toy_warmup_steps=8"]
+SHORT_RUN = [
+    "--prompts_per_step=3", "--samples_per_prompt=3", "--max_tokens_per_turn=12", "--val_limit=3", "--eval_every=2",
+    "--save_every=1", "--keep_last=2", "--threads=1", "--max_turns=2",
+    "--entropy_coef=0.01",  # a model that can do nothing earns nothing: without it nothing would be learned
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHORT_WORLD, question, replace
+from conftest import ROOT, SHORT_RUN, SHORT_WORLD, question, replace
 
 import policy
 from data import Codec
 from rollout import TorchEngine, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-SHORT = [
-    "--device=cuda", "--steps=2", "--prompts_per_step=3", "--samples_per_prompt=3", "--max_tokens_per_turn=12",
-    "--val_limit=3", "--eval_every=2", "--save_every=1", "--max_turns=2",
-]  # fmt: skip
 
 
 class NoSearch:
@@ -56,10 +50,9 @@ def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
 @pytest.mark.parametrize("more", [[], ["--offload_optimizer=true", "--kl_coef=0.001", "--offload_reference=true"]])
 def test_a_run(tmp_path, more):
     """The toy's whole path in bf16: world, rollouts, updates, weights into the engine, checkpoint, evaluation."""
-    command = [
-        "train.py", *SHORT_WORLD, *SHORT, f"--toy_dir={tmp_path / 'toy'}", f"--run_dir={tmp_path / 'run'}", *more
-    ]  # fmt: skip
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    places = [f"--toy_dir={tmp_path / 'toy'}", f"--run_dir={tmp_path / 'run'}"]
+    settings = [*SHORT_WORLD, *SHORT_RUN, "--device=cuda", "--steps=2", *places, *more]
+    done = subprocess.run([sys.executable, "train.py", *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["mismatch/mean"] for line in lines if "mismatch/mean" in line]

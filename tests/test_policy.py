@@ -472,6 +472,7 @@ def with_groups(query, key, value, *rest, scale, window_size, enable_gqa=False):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, varlen_attn, causal, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(policy, "varlen_groups_heads", policy.varlen_groups_heads.__wrapped__)  # not what is cached
     monkeypatch.setattr(policy, "pick_attention", lambda kind, query: kind)
     torch.manual_seed(0)
     query = torch.randn(1, 4, 9, 8)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SHORT_WORLD, guesser, on_two_ranks, picture, question, replace
+from conftest import ROOT, SHORT_RUN, SHORT_WORLD, guesser, on_two_ranks, picture, question, replace
 from safetensors.torch import load_file
 
 import config
@@ -33,18 +33,13 @@ from searchdb import SearchDB
 from tools import OfflineSearch
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
-SHORT = [
-    "--prompts_per_step=3", "--samples_per_prompt=3", "--max_tokens_per_turn=12", "--val_limit=3", "--eval_every=2",
-    "--save_every=1", "--keep_last=2", "--threads=1", "--max_turns=2",
-    "--entropy_coef=0.01",  # a model that can do nothing earns nothing: without it nothing would be learned
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def arguments(world):
     """The command line of a short run in the short world."""
     place, cfg = world
-    return [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", *SHORT]
+    return [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", *SHORT_RUN]
 
 
 def run_train(arguments, *more, kill_at=None):
