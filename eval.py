@@ -17,132 +17,26 @@ gets right, each with the searches it needs, as veRL parquet.
 import argparse
 import dataclasses
 import os
-import random
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 import reward
-import tools
+import search as searching
 import toy
+from analysis.judge import LLMJudge, judge
+from analysis.labels import judges_table, write_labels
+from analysis.results import ResultFile, code_version, comparison, file_id
+from backbone import read_model
+from chat import Codec, drop_overlong
 from config import Config, InputError, parse, run_main
-from data import (
-    Codec,
-    Episode,
-    Question,
-    Stop,
-    Usage,
-    decode_image,
-    drop_overlong,
-    load_questions,
-    path_of,
-    write_questions,
-)
-from judge import LLMJudge, agreement, judge
-from policy import init_distributed, is_deterministic, read_model
-from results import ResultFile, accuracy, by_question, code_version, comparison, file_id, key_of, several
-from rollout import engine_limits, make_engine, run, share
-
-
-def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
-    """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty."""
-    return reward.score(
-        episode.responses,
-        list(episode.question.answers),
-        search_penalty=cfg.search_penalty if penalty is None else penalty,
-        format_weight=cfg.format_weight,
-        match=cfg.match,
-        per_search_penalty=cfg.per_search_penalty,
-        any_order=cfg.any_order,
-    )
-
-
-def record(episode: Episode, score: reward.Score) -> dict:
-    """A conversation and what it earned, as a JSON line. reward is None for an aborted one: it says nothing."""
-    aborted = episode.stop == Stop.ABORTED
-    return {
-        **episode.record(),
-        "reward": None if aborted else score.reward,
-        "correct": score.correct,
-        "format_ok": score.format_ok,
-        "searches": score.searches,
-        "answer": score.answer,
-    }
-
-
-def evaluate(
-    questions: list[Question], engine, search, codec: Codec, cfg: Config, *, temperature: float, step: int = 0,
-    progress: str = "", ordered: bool = True, guard=lambda hold: hold(), samples: int = 1, mode: str = "agent",
-    done: dict | None = None, keep: Callable[[dict], None] = lambda r: None,
-) -> list[dict]:  # fmt: skip
-    """`samples` conversations about each question, the questions spread over the ranks; all records, on every rank, in
-    order.
-
-    guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again.
-    mode: see `rollout.run`. done: (question id, sample) -> records that need not be made again, the same on all ranks
-    (a question goes again unless all of its samples are there). keep: called with each record as it is finished.
-    """
-    cfg = dataclasses.replace(cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
-    done = done or {}
-    mine = share([q for q in questions if not all((q.id, sample) in done for sample in range(samples))], cfg)
-
-    def finished(episode):
-        bar.update()
-        if episode.stop != Stop.ABORTED:
-            keep(record(episode, score_episode(episode, cfg)))
-
-    quiet = not progress or dist.get_rank() > 0
-    with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
-        hold = lambda: run(  # noqa: E731
-            mine, engine, search, codec, cfg, samples=samples, step=step, temperature=temperature, ordered=ordered,
-            progress=finished, mode=mode,
-        )  # fmt: skip
-        episodes = guard(hold)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [record(e, score_episode(e, cfg)) for e in episodes])
-    records = done | {key_of(r): r for part in parts for r in part}
-    return [records[q.id, sample] for q in questions for sample in range(samples)]
-
-
-def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
-    """Figures by data_source, and over all under "all". Aborted conversations are counted and left out of the
-    shares."""
-    by_source = defaultdict(list)
-    for r in records:
-        by_source[r["data_source"]].append(r)
-    parts = {source: by_source[source] for source in sorted(by_source)}
-    return {name: _figures(part, cfg) for name, part in {**parts, "all": records}.items()}
-
-
-def _figures(records, cfg):
-    done = [r for r in records if r["stop"] != Stop.ABORTED.value]
-    n = max(len(done), 1)
-    kinds = [Counter(call["kind"] for call in r["calls"]) for r in done]
-    allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
-    usage = [call.get("usage", {}) for r in records for call in r["calls"]]
-    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
-    return {
-        "n": len(done),
-        **accuracy(by_question(records)),
-        **several(records),
-        "reward": sum(r["reward"] for r in done) / n,
-        "search_ratio": sum(k.total() for k in kinds) / (n * max(allowed, 1)),
-        "image": sum(k["image"] > 0 for k in kinds) / n,
-        "text": sum(k["text"] > 0 for k in kinds) / n,
-        "both": sum(len(k) == 2 for k in kinds) / n,
-        "format": sum(r["format_ok"] for r in done) / n,
-        "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
-        "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
-        "errors": dict(sorted(Counter(e for r in records for c in r["calls"] if (e := c.get("error_kind"))).items())),
-        "cost": used["cost"] / max(len(records), 1),
-        "cached": used["cached"] / max(len(usage), 1),
-        "usage": used,
-        "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
-    }
+from data import Episode, Question, decode_image, load_questions, path_of
+from engines import engine_limits, make_engine
+from policy import init_distributed, is_deterministic
+from reward import summarize
+from rollout import evaluate, run
 
 
 def table(summary: dict[str, dict]) -> str:
@@ -164,78 +58,6 @@ def table(summary: dict[str, dict]) -> str:
             passed = "  ".join(f"{k}: {share:.3f}" for k, share in f["pass"].items())
             lines.append(f"{source:{width}}  pass@k  {passed}   spread of accuracy {f['spread']:.3f}")
     return "\n".join(lines)
-
-
-def judges_table(records: list[dict], missing: Counter) -> str:
-    """What the judges say, by data source, and where they agree, as text."""
-    sources = [*sorted({r["data_source"] for r in records}), "all"]
-    width = max(map(len, sources))
-    lines = [f"{'':{width}}  judge   judged  missing  accuracy (95 %)"]
-    for source in sources:
-        part = [r for r in records if source in ("all", r["data_source"])]
-        for name in part[0]["judged"]:
-            f, n = accuracy(by_question(part, name)), sum(r["judged"][name] is not None for r in part)
-            interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
-            lines.append(f"{source:{width}}  {name:6}  {n:6d}  {len(part) - n:7d}  {interval}")
-    for (a, b), (same, n) in agreement(records).items():
-        lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
-    if missing:
-        lines.append("not judged: " + ", ".join(f"{why} {n}" for why, n in sorted(missing.items())))
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------- labels
-
-
-NEEDS = ("search-free", "image", "text", "both")
-
-
-def need_of(records: list[dict]) -> tuple[str | None, float]:
-    """(the searches a question needs, the share of right ones) of the conversations about it: the least that a right
-    one did, in the order of NEEDS; None if none was right."""
-    right = [{call["kind"] for call in r["calls"]} for r in records if r["correct"]]
-    needs = ["both" if len(kinds) == 2 else next(iter(kinds), "search-free") for kinds in right]
-    return min(needs, key=NEEDS.index, default=None), len(right) / max(len(records), 1)
-
-
-def balanced(labels: list[str], share: float, seed: int) -> list[int]:
-    """Indices, in order, of a largest subset in which `share` need a search: surplus ones of either kind are left out
-    at random."""
-    free = [i for i, label in enumerate(labels) if label == "search-free"]
-    needed = [i for i, label in enumerate(labels) if label != "search-free"]
-    most = min(len(needed) / share if share else len(free), len(free) / (1 - share) if share < 1 else len(needed))
-    rng = random.Random(f"{seed} balance")
-    return sorted(
-        rng.sample(needed, min(len(needed), round(most * share)))
-        + rng.sample(free, min(len(free), round(most * (1 - share))))
-    )
-
-
-def write_labels(questions: list[Question], records: list[dict], cfg: Config) -> None:
-    """Write the labelled questions to cfg.out, and with cfg.balance a subset of them beside it."""
-    of_question = {q.id: [] for q in questions}
-    for r in records:
-        of_question[r["question_id"]].append(r)
-    labelled = [(q, *need_of(of_question[q.id])) for q in questions]
-    labelled = [(q, need, share) for q, need, share in labelled if need]
-    counts = Counter(need for _, need, _ in labelled)
-    print(f"{len(questions) - len(labelled)} of {len(questions)} questions never right, left out; the others need:")
-    print("  " + ", ".join(f"{need} {counts[need]}" for need in NEEDS))
-    chosen = {cfg.out: range(len(labelled))}
-    if cfg.balance:
-        chosen[f"{cfg.out.removesuffix('.parquet')}.balanced.parquet"] = balanced(
-            [need for _, need, _ in labelled], cfg.balance, cfg.seed
-        )
-    for path, indices in chosen.items():
-        part = [labelled[i] for i in indices]
-        if not part:
-            raise InputError(f"{path}: no question is left to write")
-        columns = {"label": [need for _, need, _ in part], "pass_rate": [share for _, _, share in part]}
-        write_questions(path, [q for q, _, _ in part], columns)
-        print(f"{len(part)} questions in {path}")
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episode:
@@ -263,14 +85,7 @@ def _print_searches(calls):
 
 def open_search(cfg: Config):
     """The search of the configuration; an offline one in an index of the user's, or the toy world's."""
-    return tools.open_search(cfg, cfg.search_index or toy.locate(cfg).index)
-
-
-def question_files(cfg: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of training and of validation questions: the user's, or the toy world's."""
-    world = toy.locate(cfg)
-    train = cfg.train_files or (str(world.train),)
-    return train, cfg.val_files or (() if cfg.train_files else (str(world.val),))
+    return searching.open_search(cfg, cfg.search_index or toy.locate(cfg).index)
 
 
 def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Question]):
@@ -340,7 +155,7 @@ def main() -> None:
     if drop_overlong([question], codec, cfg.mode)[1]:
         raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
     if cfg.mode != "direct":
-        tools.check_questions([question], cfg)
+        searching.check_questions([question], cfg)
     search = open_search(cfg) if cfg.mode != "direct" else None
     ask(question, load_engine(folder, codec, cfg, device, [question]), search, codec, cfg)
 
@@ -356,8 +171,8 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
         dropped = f" ({dropped} over-long ones dropped)" if dropped else ""
         raise InputError(f"there is no question to evaluate on{dropped}")
     if cfg.mode != "direct":
-        tools.check_questions(questions, cfg)
-        if dist.get_rank() == 0 and (line := tools.estimate(len(questions) * samples, cfg)):
+        searching.check_questions(questions, cfg)
+        if dist.get_rank() == 0 and (line := searching.estimate(len(questions) * samples, cfg)):
             print(line, file=sys.stderr)
     out = _out(folder, cfg)
     file = ResultFile(out, header_of(cfg, folder, codec, files, samples, temperature), dist.get_rank(), NEUTRAL)

@@ -17,17 +17,11 @@ cells (merged patches), D head dimension.
 """
 
 import copy
-import hashlib
-import importlib.util
-import json
 import math
 import os
 import pickle
-import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
-from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -36,17 +30,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone import (
+    ATTENTION,
+    blank_image,
+    embed_patches,
+    has_flash_attn,
+    read_model,
+    register_attention,
+    rope_positions,
+    row_hidden,
+)
+from chat import Codec
 from config import Config, InputError
-from data import Codec, Episode, Picture, first_line
+from data import Episode
 from grpo import token_weights
 
 # Logits that exist at one time, in each of two forms: 110 or 882 tokens of a vocabulary of 152,064. On a GPU the
 # gradient of the head is summed in bf16, and each part costs it a rounding.
 HEAD_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
-
-
-# --------------------------------------------------------------------------------------------------- processes
 
 
 def init_distributed(cfg: Config) -> torch.device:
@@ -112,9 +113,6 @@ def all_max(value: float, device) -> float:
     return flat.item()
 
 
-# --------------------------------------------------------------------------------------------------- the model
-
-
 def load_policy(
     folder: str | Path, codec: Codec, cfg: Config, device, *, trainable: bool = True, offload: bool = False
 ):
@@ -140,64 +138,6 @@ def load_policy(
     return model.train(trainable)
 
 
-def read_model(folder: str | Path, *, empty: bool = False):
-    """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    check_versions()
-    config = read_config(folder)
-    if empty:
-        return empty_model(config)
-    try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
-        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
-    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
-    return model
-
-
-def read_config(folder: str | Path):
-    """transformers' configuration of a Qwen2.5-VL. Raises InputError if it is none."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # as above
-        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
-    if config.model_type != "qwen2_5_vl":
-        raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
-    return config
-
-
-def empty_model(config):
-    """A model whose weights are yet to come: memory is reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model.tie_weights()  # a tied head is left untied there
-    return model
-
-
-def parameter_names(config) -> list[str]:
-    """The names of a model's parameters; a shared one (tied embeddings) once."""
-    with torch.device("meta"):
-        return [name for name, _ in empty_model(config).named_parameters()]
-
-
-def check_versions() -> None:
-    import transformers
-    from packaging.version import Version
-
-    version = Version(transformers.__version__)
-    if Version("5.3.0") <= version <= Version("5.5.3"):
-        raise InputError(f"transformers {version} gives still images wrong M-RoPE positions; install 5.6 or later")
-
-
 def prepare(model, codec: Codec, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
     if cfg.attention == "flash" and not has_flash_attn():
@@ -213,24 +153,6 @@ def prepare(model, codec: Codec, cfg: Config) -> None:
     model.banned_ids = banned
     model.row_logprobs = MethodType(row_logprobs, model)
     model.model.visual.patch_embed.forward = MethodType(embed_patches, model.model.visual.patch_embed)
-
-
-def embed_patches(embed, pixels: Tensor) -> Tensor:
-    """[P, patch] to [P, H]. On a GPU a matrix product, which this convolution is (its kernel is the whole patch): cuDNN
-    can take seconds for it in bf16, and plans anew for each number of patches."""
-    if not pixels.is_cuda:
-        return type(embed).forward(embed, pixels)
-    weight = embed.proj.weight
-    return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
-
-
-def plain_config(model):
-    """The model's configuration as transformers knows it, for building another one of its kind."""
-    config = copy.deepcopy(model.config)
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation_internal = "sdpa"
-    config.use_cache = True
-    return config
 
 
 def shard(model, cfg: Config, device, offload: bool = False) -> None:
@@ -285,111 +207,6 @@ def full_weights(model):
 def dist_device(tensor):
     """Where a sharded tensor can be gathered: offloaded shards go to the GPU first."""
     return "cuda" if tensor.device_mesh.device_type == "cuda" else "cpu"
-
-
-# --------------------------------------------------------------------------------------------------- attention
-
-
-def register_attention(kind: str) -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, partial(packed_attention, kind=kind))
-
-
-def packed_attention(
-    module, query, key, value, attention_mask=None, *, kind="auto", scaling=None, is_causal=None, cu_seq_lens_q=None,
-    max_length_q=None, **_,
-):  # fmt: skip
-    """Attention inside each segment of a packed row: query [1, heads, T, D] to ([1, T, heads, D], None).
-
-    kind: "flash" (flash-attn), "varlen" (torch's own, CUDA), "segments" (SDPA for each length of segment), or "auto",
-    the first of these that can run here. Without cu_seq_lens_q (the in-process engine) it is SDPA with attention_mask.
-    """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is None:
-        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scaling, is_causal=causal and attention_mask is None
-        )
-        return out.transpose(1, 2), None
-    kind = pick_attention(kind, query)
-    if kind == "segments":
-        return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
-    grouped = kind == "varlen" and varlen_groups_heads()
-    if kind == "varlen" and not grouped:
-        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
-    bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
-    if kind == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        out = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal
-        )  # fmt: skip
-    else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        window, more = (-1, 0) if causal else (-1, -1), {"enable_gqa": True} if grouped else {}
-        out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **more
-        )  # fmt: skip
-    return out[None], None
-
-
-@cache
-def varlen_groups_heads() -> bool:
-    """Whether this torch's own kernel takes fewer key heads than query heads: from 2.12 on."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in signature(varlen_attn).parameters
-
-
-@cache
-def has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def pick_attention(kind: str, query: Tensor) -> str:
-    """Which kernel can run: the fast ones need CUDA and a half-precision type."""
-    if not query.is_cuda or query.dtype == torch.float32:
-        return "segments"
-    if kind == "auto":
-        return "flash" if has_flash_attn() else "varlen"
-    return kind
-
-
-def segment_attention(query, key, value, cu_seqlens, causal, scaling):
-    """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
-    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-    bounds = cu_seqlens.tolist()
-    starts_of = {}
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        starts_of.setdefault(end - start, []).append(start)
-    if len(starts_of) == 1:
-        order = None  # all alike: the row is a batch as it stands
-    else:
-        order = torch.cat(
-            [(torch.tensor(starts)[:, None] + torch.arange(length)).flatten() for length, starts in starts_of.items()]
-        ).to(query.device)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    outs, heads = [], query.shape[1]
-    sizes = [length * len(starts) for length, starts in starts_of.items()]
-    # one split, not slices: the backward of each slice would fill and add a gradient as long as the row
-    spans = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
-    for (length, starts), span in zip(starts_of.items(), spans, strict=True):
-        q, k, v = (x.unflatten(1, (len(starts), length)).transpose(0, 1) for x in span)  # [segments, heads, length, D]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
-        outs.append(out.transpose(0, 1).reshape(1, heads, -1, out.shape[-1]))
-    out = torch.cat(outs, 2)
-    return out if order is None else out.index_select(2, torch.argsort(order))
-
-
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Grouped-query attention: key or value heads [1, g, T, D] repeated to `heads`."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-# ----------------------------------------------------------------------------------------------------- packing
 
 
 @dataclass
@@ -482,26 +299,6 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
     )
 
 
-def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
-    """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
-    ids = torch.tensor([tokens])
-    is_image = (ids == codec.image_pad).int()
-    sizes = [[1, *p.grid] for p in pictures]
-
-    def make():
-        grids = torch.tensor(sizes) if sizes else None
-        return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
-
-    # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
-    return codec.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
-
-
-def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:
-    """(pixels, grids) of a picture of one cell, for rows that have none."""
-    patch, merge, frames = codec.processor.patch_size, codec.processor.merge_size, codec.processor.temporal_patch_size
-    return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]
-
-
 def empty_row(codec: Codec) -> Row:
     """A row without a sampled token: its loss is zero, yet it runs the whole model (FSDP's collectives need all
     ranks)."""
@@ -524,9 +321,6 @@ def empty_row(codec: Codec) -> Row:
     )
 
 
-# --------------------------------------------------------------------------------------------------- log-probs
-
-
 def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
     loss), float32. Call it on the sharded model as `model.row_logprobs(row, ...)`, with the row on the model's device.
@@ -539,26 +333,6 @@ def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False
         hidden, model.lm_head.weight, row.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
     )
     return logp, entropy, logp.sum() * 0.0
-
-
-def row_hidden(model, row: Row) -> Tensor:
-    """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
-    images runs both too, and its hidden states hang on both."""
-    core = model.model
-    features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
-    embeds = core.language_model.embed_tokens(row.ids)
-    embeds = embeds.index_copy(0, row.cell_positions, features.index_select(0, row.cells).to(embeds.dtype))
-    out = core.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=row.positions[:, None],
-        attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
-        use_cache=False,
-        cu_seq_lens_q=row.cu_seqlens,
-        cu_seq_lens_k=row.cu_seqlens,
-        max_length_q=row.longest,
-        max_length_k=row.longest,
-    )
-    return out.last_hidden_state[0]
 
 
 class HeadLogProbs(torch.autograd.Function):
@@ -629,9 +403,6 @@ def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]
     return logps
 
 
-# --------------------------------------------------------------------------------------------- optimiser steps
-
-
 def adamw(model, cfg: Config, device) -> torch.optim.AdamW:
     """The optimiser of what is trained. Where the policy is on a GPU it is the fused one: the others hold square roots
     as large as the weights for a moment, and are slow on weights in CPU memory."""
@@ -697,115 +468,3 @@ def update(
     if sums["count"]:
         optimizer.step()
     return {**sums, "grad_norm": norm}
-
-
-# ------------------------------------------------------------------------------------- checkpoints and exports
-
-
-def save_state(path: Path, model, optimizer, state: dict) -> None:
-    """Write a checkpoint folder: sharded masters and optimiser state (torch.distributed.checkpoint), and `state`, a
-    JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or does not exist."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "rng": torch.get_rng_state(),
-    }
-    dcp.save(tensors, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
-        for file in temporary.iterdir():  # the rename must not reach the disk before the content
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        put_in_place(temporary, path)
-    dist.barrier()
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a finished folder. One that is there already is renamed away first: deleting it takes longer than a kill,
-    and half of it would look like a whole one."""
-    old = Path(f"{path}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def read_state(path: Path) -> dict:
-    """The JSON part of a checkpoint. Raises InputError if it is not one."""
-    try:
-        state = json.loads((Path(path) / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise InputError(f"{path}: not a checkpoint (state.json does not describe one)")
-    return state
-
-
-def load_state(path: Path, model, optimizer) -> dict:
-    """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
-    it is incomplete or of another model."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    state = read_state(path)
-    if state["model"] != fingerprint(model):
-        raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
-    if not (Path(path) / ".metadata").is_file():
-        raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "rng": torch.get_rng_state(),
-    }
-    try:
-        dcp.load(tensors, checkpoint_id=path)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
-    set_model_state_dict(model, tensors["model"])
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
-    torch.set_rng_state(tensors["rng"])
-    return state
-
-
-def fingerprint(model) -> str:
-    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
-def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
-    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
-
-    dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
-    full copy of the weights in CPU memory meanwhile.
-    """
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    weights = {}
-    for name, value in full_weights(model):
-        if dist.get_rank() == 0:
-            weights[name] = value.to("cpu", dtype or value.dtype, copy=True)
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with torch.device("meta"):
-            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model)).to(dtype or torch.float32)
-        shell.save_pretrained(temporary, state_dict=weights)
-        codec.save(temporary)
-        put_in_place(temporary, path)
-    dist.barrier()

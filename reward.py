@@ -12,20 +12,36 @@ A conversation is the list of what the model said, one string a turn, without wh
 another reward, write another function that returns a `Score`.
 """
 
+import dataclasses
+import math
 import re
 import string
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from config import Config
+from data import Episode, Stop, Usage
+
 IMAGE_SEARCH = "<search><img></search>"  # one tag: a part of it, such as "<img>" alone, is plain text
+
+
 # The tags of each kind of turn, in the order in which the turn must hold them.
 TURN_TAGS = {
     "answer": ("<reason>", "</reason>", "<answer>", "</answer>"),
     "image": ("<reason>", "</reason>", IMAGE_SEARCH),
     "text": ("<reason>", "</reason>", "<text_search>", "</text_search>"),
 }
+
+
 ALL_TAGS = set().union(*TURN_TAGS.values())
+
+
 CONVERSATIONS = {("answer",), ("image", "answer"), ("text", "answer"), ("image", "text", "answer")}
+
+
 STRIP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -128,3 +144,143 @@ def score(
     well_formed, searches = format_ok(responses, any_order), count_searches(responses)
     s = correct * (1 - search_penalty) ** (searches if per_search_penalty else min(searches, 1))
     return Score((1 - format_weight) * s + format_weight * well_formed, correct, well_formed, searches, answer)
+
+
+def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> Score:
+    """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty."""
+    return score(
+        episode.responses,
+        list(episode.question.answers),
+        search_penalty=cfg.search_penalty if penalty is None else penalty,
+        format_weight=cfg.format_weight,
+        match=cfg.match,
+        per_search_penalty=cfg.per_search_penalty,
+        any_order=cfg.any_order,
+    )
+
+
+RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
+
+
+def verdict(record: dict, judge: str = "") -> bool | None:
+    """Was the conversation right: by the match that rewards it, or by a judge. None: aborted, or not judged."""
+    if record["stop"] == "aborted":
+        return None
+    return record.get("judged", {}).get(judge) if judge else record["correct"]
+
+
+def by_question(records: list[dict], judge: str = "") -> dict[str, list[bool]]:
+    """Question id -> the verdicts of its conversations, missing ones left out; questions without any are not there."""
+    verdicts = defaultdict(list)
+    for r in records:
+        if (right := verdict(r, judge)) is not None:
+            verdicts[r["question_id"]].append(right)
+    return dict(verdicts)
+
+
+def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
+    """95 % interval of sum(sums) / sum(counts), one of each a question: percentiles over questions drawn anew, with
+    replacement, 2,000 times (Efron 1979). The draws are the same in every run. (0, 1) without data."""
+    if not sums:
+        return 0.0, 1.0
+    rng = np.random.default_rng(0)
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    n, values = len(sums), []
+    while len(values) < RESAMPLES:
+        drawn = rng.integers(n, size=(min(max(1, 10**6 // n), RESAMPLES - len(values)), n))  # a million at once
+        values.extend(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson interval of a share: 95 % by default; (0, 1) without data."""
+    if n == 0:
+        return 0.0, 1.0
+    share, shrink = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
+    """accuracy (the mean over conversations), accuracy_low and accuracy_high (95 %)."""
+    right, counts = [sum(v) for v in verdicts.values()], [len(v) for v in verdicts.values()]
+    if sum(right) in (0, sum(counts)):  # all equal: drawing anew says nothing
+        low, high = wilson(len(verdicts) if sum(right) else 0, len(verdicts))
+    else:
+        low, high = bootstrap(right, counts)
+    return {"accuracy": sum(right) / max(sum(counts), 1), "accuracy_low": low, "accuracy_high": high}
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
+    n are (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def several(records: list[dict], judge: str = "") -> dict:
+    """Figures of several conversations a question; {} if there is one of each. pass: k -> mean pass@k over questions
+    with at least k conversations, for powers of two and the most; spread: standard deviation (Bessel) of the accuracy
+    between first, second ... conversations."""
+    verdicts, by_sample = by_question(records, judge), defaultdict(list)
+    for r in records:
+        if (right := verdict(r, judge)) is not None:
+            by_sample[r["sample"]].append(right)
+    if len(by_sample) < 2:
+        return {}
+    passed, most = {}, max(map(len, verdicts.values()))
+    for k in sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}):
+        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
+        passed[str(k)] = sum(chances) / len(chances)
+    return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
+
+
+def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
+    """Figures by data_source, and over all under "all". Aborted conversations are counted and left out of the
+    shares."""
+    by_source = defaultdict(list)
+    for r in records:
+        by_source[r["data_source"]].append(r)
+    parts = {source: by_source[source] for source in sorted(by_source)}
+    return {name: _figures(part, cfg) for name, part in {**parts, "all": records}.items()}
+
+
+def _figures(records, cfg):
+    done = [r for r in records if r["stop"] != Stop.ABORTED.value]
+    n = max(len(done), 1)
+    kinds = [Counter(call["kind"] for call in r["calls"]) for r in done]
+    allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
+    usage = [call.get("usage", {}) for r in records for call in r["calls"]]
+    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
+    return {
+        "n": len(done),
+        **accuracy(by_question(records)),
+        **several(records),
+        "reward": sum(r["reward"] for r in done) / n,
+        "search_ratio": sum(k.total() for k in kinds) / (n * max(allowed, 1)),
+        "image": sum(k["image"] > 0 for k in kinds) / n,
+        "text": sum(k["text"] > 0 for k in kinds) / n,
+        "both": sum(len(k) == 2 for k in kinds) / n,
+        "format": sum(r["format_ok"] for r in done) / n,
+        "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
+        "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
+        "errors": dict(sorted(Counter(e for r in records for c in r["calls"] if (e := c.get("error_kind"))).items())),
+        "cost": used["cost"] / max(len(records), 1),
+        "cached": used["cached"] / max(len(usage), 1),
+        "usage": used,
+        "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
+    }
+
+
+def record(episode: Episode, score: Score) -> dict:
+    """A conversation and what it earned, as a JSON line. reward is None for an aborted one: it says nothing."""
+    aborted = episode.stop == Stop.ABORTED
+    return {
+        **episode.record(),
+        "reward": None if aborted else score.reward,
+        "correct": score.correct,
+        "format_ok": score.format_ok,
+        "searches": score.searches,
+        "answer": score.answer,
+    }

@@ -19,33 +19,29 @@ Deviations from the paper are listed in the README. --help lists every setting.
 """
 
 import dataclasses
-import importlib
-import json
 import math
-import os
 import random
 import resource
-import secrets
-import shutil
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import config
-import tools
+import search
 import toy
+from analysis.curves import plot
+from analysis.results import read_results
+from chat import Codec, drop_overlong
+from checkpoint import RunDir, Stopper, check_log, export_hf, load_state
 from config import Config, InputError, parse, run_main
-from data import ERROR_KINDS, Codec, Episode, Stop, Usage, drop_overlong, load_questions, path_of
-from eval import evaluate, open_search, question_files, record, score_episode, summarize
+from data import Episode, Stop, load_questions, write_jsonl
+from engines import EngineDied, engine_limits, make_engine
 from grpo import (
     group_advantages,
     kl_penalty,
@@ -59,29 +55,21 @@ from policy import (
     NonFinite,
     Row,
     adamw,
-    all_max,
     all_sum,
     compute_dtype,
     even_rows,
-    export_hf,
     full_weights,
     imitation_loss,
     init_distributed,
     is_deterministic,
     load_policy,
-    load_state,
     logprobs,
     pack,
-    read_state,
-    save_state,
     swap,
     update,
 )
-from results import read_jsonl, read_results, write_jsonl
-from reward import ramped_penalty
-from rollout import EngineDied, engine_limits, make_engine, replay, run, share
-
-# ---------------------------------------------------------------------------------------------------- one step
+from reward import ramped_penalty, record, score_episode, summarize
+from rollout import SearchDown, check_searches, evaluate, replay, rollout_metrics, run, share
 
 
 @dataclass
@@ -284,60 +272,6 @@ def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, 
     return episodes, left_out
 
 
-def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
-    """Global means over the step's conversations, aborted ones counted and left out of the means."""
-    done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED]
-    calls = [call for e, _ in done for call, _ in e.calls]
-    sums = {
-        "reward": sum(s.reward for _, s in done),
-        "accuracy": sum(s.correct for _, s in done),
-        "format": sum(s.format_ok for _, s in done),
-        "search_ratio": len(calls) / max(1, min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)),
-        "image": sum(any(c.kind == "image" for c, _ in e.calls) for e, _ in done),
-        "text": sum(any(c.kind == "text" for c, _ in e.calls) for e, _ in done),
-        "turns": sum(len(e.turns) for e, _ in done),
-        "tokens": sum(len(e.tokens) for e, _ in done),
-        "tool_failures": sum(r.status == "error" for e in episodes for _, r in e.calls),
-        **search_metrics([result for e in episodes for _, result in e.calls]),
-        **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
-        "done": len(done),
-    }
-    sums = all_sum(sums, device)
-    n = max(sums.pop("done"), 1.0)
-    return {
-        k: v if k.startswith(("stop/", "tool_", "errors/", "search/", "seconds/")) else v / n for k, v in sums.items()
-    }
-
-
-def search_metrics(results) -> dict[str, float]:
-    """Sums: errors by kind, what was used, and seconds waited for the web."""
-    used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
-    return {
-        **{f"errors/{kind}": sum(r.error_kind == kind for r in results) for kind in ERROR_KINDS},
-        "search/calls": len(results),
-        "seconds/search": used.pop("seconds"),
-        **{f"search/{name}": value for name, value in used.items()},
-    }
-
-
-class SearchDown(Exception):
-    """Most searches of a step failed: its conversations say nothing about the policy."""
-
-
-def check_searches(episodes: list[Episode], cfg: Config, device) -> None:
-    """Raise SearchDown, on all ranks, if more than max_failed_searches of the step's searches failed, and more than a
-    few. What the model asked wrongly is not counted."""
-    kinds = Counter(r.error_kind for e in episodes for _, r in e.calls if r.error_kind != "bad_call")
-    sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
-    calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
-    if failed >= FEW_FAILURES and failed > cfg.max_failed_searches * calls:
-        said = ", ".join(f"{kind} {n:.0f}" for kind, n in sums.items() if n)
-        raise SearchDown(f"{failed:.0f} of {calls:.0f} searches failed ({said}): more than max_failed_searches")
-
-
-FEW_FAILURES = 5  # by themselves no reason to stop
-
-
 def signal_metrics(advantages: dict[int, float], cfg: Config, device) -> dict[str, float]:
     """What the rewards tell, over all ranks: mean |advantage|, and the share of groups in which all earned the same."""
     groups = defaultdict(list)
@@ -376,225 +310,6 @@ def questions_of_step(questions: list, step: int, cfg: Config) -> list:
     return [questions[i] for i in order[batch * size : (batch + 1) * size]]
 
 
-# ------------------------------------------------------------------------------------------------ run directory
-
-
-class RunDir:
-    """config.json, metrics.jsonl, rollouts/, checkpoints/step-N, and the exports best/ and final/. Rank 0 writes."""
-
-    def __init__(self, cfg: Config):
-        """Look what is there, change nothing. Raises InputError, on all ranks, if this run may not go there."""
-        self.cfg, self.path = cfg, Path(cfg.run_dir)
-        self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
-        self.checkpoints = self.path / "checkpoints"
-        self.resume_from = self._find_checkpoint()
-        self.elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
-        self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
-        if self.used:
-            self._check_used()
-
-    def _find_checkpoint(self) -> Path | None:
-        if self.cfg.resume not in ("", "auto"):
-            read_state(self.cfg.resume)
-            return Path(self.cfg.resume)
-        found = self.saved() if self.cfg.resume else []
-        return found[-1] if found else None
-
-    def _check_used(self):
-        cfg = self.cfg
-        if not (cfg.resume or cfg.overwrite):
-            raise InputError(
-                f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
-            )
-        try:
-            before = json.loads((self.path / "config.json").read_text())
-            before["run_dir"]  # a model folder has a config.json, too
-        except (OSError, ValueError, KeyError, TypeError):
-            message = f"{self.path} is not empty and holds no run of this program; give another --run_dir"
-            raise InputError(message) from None
-        if self.elsewhere and self.saved():
-            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        inputs = [cfg.model, cfg.search_index, cfg.search_cache, cfg.toy_dir]
-        inputs += map(path_of, (*cfg.train_files, *cfg.val_files))
-        inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
-        if cfg.overwrite and inside:
-            raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        changed = [k for k in now if k not in MAY_CHANGE and k in before and now[k] != before[k]]
-        if cfg.resume and changed:
-            name = changed[0]
-            raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
-
-    def prepare(self) -> None:
-        """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
-        if dist.get_rank() == 0:
-            try:
-                self._prepare()
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
-        dist.barrier()
-
-    def _prepare(self):
-        if self.used and self.cfg.overwrite:
-            old = self.path.with_name(f".{self.path.name}.removed")  # killed half-way, this must not look like a run
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.path, old)
-            shutil.rmtree(old)
-        self.path.mkdir(parents=True, exist_ok=True)
-        config.save(self.cfg, self.path / "config.json")
-        self.rollouts.mkdir(exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        self.metrics.touch()
-        self.also_log = open_log(self.cfg, self.path)
-        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
-        self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
-
-    def _cut_back(self, step, metrics_bytes):
-        """Forget what came after the checkpoint: it will happen again."""
-        os.truncate(self.metrics, metrics_bytes)
-        for file in self.rollouts.glob("*-[0-9]*.jsonl*"):
-            if int(file.name.split(".")[0].split("-")[1]) >= step or file.suffix == ".tmp":
-                file.unlink()
-        for folder in self.checkpoints.glob("step-*"):
-            if folder.suffix == ".tmp" or int(folder.name.split("-")[1]) > step:
-                shutil.rmtree(folder)
-
-    def saved(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp"]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-    def log(self, entry: dict) -> None:
-        if dist.get_rank() == 0:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
-
-    def position(self) -> int:
-        """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
-        return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
-
-    def read_log(self) -> list[dict]:
-        return list(read_jsonl(self.metrics))
-
-    def save(self, step: int, policy, optimizer, state: dict) -> None:
-        """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
-        path = self.checkpoints / f"step-{step:06d}"
-        if not path.exists():
-            save_state(path, policy, optimizer, state)
-        if dist.get_rank() == 0:
-            best = self.checkpoints / f"step-{state['best']['step']:06d}"
-            for old in self.saved()[: -self.cfg.keep_last]:
-                if old != best:
-                    shutil.rmtree(old)
-        dist.barrier()
-
-
-def check_log(cfg: Config) -> None:
-    """Raises InputError if the package that cfg.log needs is not there."""
-    needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-    try:
-        if cfg.log:
-            importlib.import_module(needed[cfg.log])
-    except ImportError:
-        raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
-
-
-def open_log(cfg: Config, folder: Path):
-    """A function (step, {name: number}) that logs to cfg.log as well. wandb takes its mode from WANDB_MODE (offline:
-    nothing leaves the machine); a resumed run goes on in the one it was."""
-    if cfg.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-
-        def log(step, figures):
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        return log
-    if cfg.log == "wandb":
-        import wandb
-
-        name = folder / "wandb.id"
-        if not name.exists():
-            name.write_text(secrets.token_hex(4))
-        run = wandb.init(
-            project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
-            config=dataclasses.asdict(cfg),
-        )  # fmt: skip
-        return lambda step, figures: run.log(figures, step=step)
-    return lambda step, figures: None
-
-
-def flat(figures: dict, prefix: str = ""):
-    """Nested figures as pairs: {"greedy": {"all": {"n": 3}}} -> ("greedy/all/n", 3); what is no number is left out."""
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield prefix + name, value
-
-
-# What a resumed run may set otherwise than the run it goes on with.
-MAY_CHANGE = set(
-    "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
-    "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
-    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance "
-    "search search_cache search_url serve_address search_budget search_deadline connect_timeout read_timeout "
-    "search_retries retry_pause max_failed_searches serpapi_url serpapi_in_flight serpapi_per_second reader_url "
-    "reader_in_flight reader_per_second summarizer_url summarizer_in_flight summarizer_per_second image_base_url "
-    "image_upload allow_hosts price_search price_reader price_summarizer".split()
-)
-
-
-class Stopper:
-    """SIGINT and SIGTERM: a rollout is left at once, anything else is finished; then all ranks agree to stop."""
-
-    class Stopped(Exception):
-        """All ranks leave."""
-
-    class Interrupted(BaseException):  # no `except Exception` may swallow it
-        """This rank's rollout is left."""
-
-    def __init__(self, device, at_once: bool = True):
-        """at_once: whether a rollout may be left in the middle; ranks that share an engine have to finish it."""
-        self.device, self.at_once, self.asked, self.in_rollout = device, at_once, False, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        if self.asked:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills
-        self.asked = True
-        if self.in_rollout:
-            self.in_rollout = False  # once: what cleans up after it is not interrupted again
-            raise self.Interrupted
-
-    def rollout(self, hold):
-        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
-        value, failed = None, False
-        try:
-            self.in_rollout = self.at_once
-            if not self.asked:
-                value = hold()
-        except self.Interrupted:
-            pass
-        except NonFinite:
-            failed = True
-        finally:
-            self.in_rollout = False
-        if all_max(self.asked, self.device):
-            raise self.Stopped
-        if all_max(failed, self.device):
-            raise NonFinite("the policy's logits are not finite while sampling", [])
-        return value
-
-
-# ------------------------------------------------------------------------------------------------------ the run
-
-
 class Run:
     """Everything a run holds, and its phases."""
 
@@ -611,8 +326,12 @@ class Run:
             toy.ensure(cfg)
         world, rank = toy.locate(cfg), dist.get_rank()
         folder = str(world.model) if cfg.model == "toy" else cfg.model
-        self.cfg, self.codec, self.search = cfg, Codec(folder, cfg), open_search(cfg)
-        train_files, val_files = question_files(cfg)
+        self.cfg, self.codec, self.search = (
+            cfg,
+            Codec(folder, cfg),
+            search.open_search(cfg, cfg.search_index or toy.locate(cfg).index),
+        )
+        train_files, val_files = toy.question_files(cfg)
         if cfg.loss == "sft":
             self.train = self._conversations((str(world.train), str(world.val)))
         else:
@@ -622,7 +341,7 @@ class Run:
         limits = engine_limits(folder, cfg, self.device, [*asked, *self.val])
         if rank == 0:
             print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
-        tools.check_questions([*asked, *self.val], cfg)
+        search.check_questions([*asked, *self.val], cfg)
         self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
         self.questions = {q.id: q for q in asked}
         self.reference = None
@@ -646,7 +365,7 @@ class Run:
                 f"{len(self.val)} validation questions; {self.dir.path}",
                 file=sys.stderr,
             )
-            if line := tools.estimate(self._how_many(), cfg):
+            if line := search.estimate(self._how_many(), cfg):
                 print(line, file=sys.stderr)
 
     def _how_many(self):
@@ -936,39 +655,6 @@ def before_and_after(log: list[dict]) -> str:
             lines.append(f"{kind:{width}}  " + "    ".join(cells))
         lines.append("")
     return "\n".join(lines)
-
-
-PLOTTED = (
-    "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second".split()
-)
-
-
-def plot(runs: tuple[str, ...]) -> Path:
-    """Draw the curves of runs over each other (dashed: greedy validation) into curves.png in the first one's folder.
-    Needs matplotlib. Raises InputError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    charts = dict(zip(PLOTTED, figure.subplots(3, 4).flat, strict=True))
-    for number, folder in enumerate(runs):
-        log = list(read_jsonl(Path(folder) / "metrics.jsonl"))
-        for key, axes in charts.items():
-            axes.set_title(key)
-            trained = [(e["step"], e[key]) for e in log if e["phase"] == "train" and e.get(key) is not None]
-            judged = [(e["step"], e["greedy"]["all"].get(key)) for e in log if e["phase"] == "eval"]
-            judged = [point for point in judged if point[1] is not None]
-            axes.plot([p[0] for p in trained], [p[1] for p in trained], color=f"C{number}", label=folder)
-            axes.plot([p[0] for p in judged], [p[1] for p in judged], "o--", color=f"C{number}", markersize=3)
-    lines, labels = charts["reward"].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center")
-    path = Path(runs[0]) / "curves.png"
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
-    return path
 
 
 def main() -> None:

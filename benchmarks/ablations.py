@@ -56,12 +56,12 @@ def search_heavy(source: Path, target: Path) -> None:
 def right_conversations(world, cfg, device, target: Path) -> None:
     """A script that searches when it must and only then, about the training questions; what it gets wrong, because a
     search did not find the thing, is left out by train.py's sft_min_reward."""
-    import searchdb
-    from data import Codec, load_questions
-    from eval import record, score_episode
-    from results import write_jsonl
-    from rollout import ScriptedEngine, run
-    from tools import OfflineSearch
+    from chat import Codec
+    from data import load_questions, write_jsonl
+    from engines import ScriptedEngine
+    from reward import record, score_episode
+    from rollout import run
+    from search.index import OfflineSearch, SearchDB
 
     codec = Codec(world.model, cfg)
     questions = load_questions((str(world.train),), progress=False)
@@ -84,7 +84,7 @@ def right_conversations(world, cfg, device, target: Path) -> None:
         found = value[1] if value else "unknown"
         return f"<reason> {found}.</reason><answer> {found}</answer>"
 
-    index = searchdb.SearchDB(world.index)
+    index = SearchDB(world.index)
     search = OfflineSearch(index, image_results=cfg.image_results, text_results=cfg.text_results)
     episodes = run(questions, ScriptedEngine(codec, script), search, codec, cfg, ordered=True)
     header = {"header": {"config": {"mode": "agent", "files": [str(world.train)]}}}
@@ -102,7 +102,7 @@ def figures(entry: dict) -> dict[str, float]:
 
 
 def validations(run: Path) -> list[dict]:
-    from results import read_jsonl
+    from data import read_jsonl
 
     return [entry for entry in read_jsonl(run / "metrics.jsonl") if entry["phase"] == "eval"]
 
@@ -122,9 +122,9 @@ def load(folder: Path) -> tuple[dict, dict]:
 
 def modes(folder: Path) -> dict[str, list[dict]]:
     """The grpo model asked directly, with both searches forced, and on demand: {mode: [summary of a seed]}."""
+    from analysis.results import read_results
     from config import Config
-    from eval import summarize
-    from results import read_results
+    from reward import summarize
 
     found = defaultdict(list)
     for mode in ("direct", "pipeline"):

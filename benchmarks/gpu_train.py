@@ -37,10 +37,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from trainer import conversations, save_codec  # noqa: E402
 
+from analysis.plan import GIB, SPARE, activations, measure, needs  # noqa: E402
+from backbone import empty_model  # noqa: E402
+from chat import Codec  # noqa: E402
 from config import Config  # noqa: E402
-from data import Codec  # noqa: E402
-from plan import GIB, SPARE, activations, measure, needs  # noqa: E402
-from policy import adamw, compute_dtype, empty_model, init_distributed, pack, prepare, shard  # noqa: E402
+from policy import adamw, compute_dtype, init_distributed, pack, prepare, shard  # noqa: E402
 from train import train_step  # noqa: E402
 
 VOCABULARY = 151_936

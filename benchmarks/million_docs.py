@@ -40,13 +40,13 @@ def draw(rng, size):
 
 
 def main(count, folder):
-    from searchdb import SearchDB
+    from search.index import SearchDB
 
     rng = np.random.default_rng(0)
     docs, index = folder / "docs.jsonl", folder / "search.sqlite"
     write(docs, count, rng)
     started = time.monotonic()
-    command = [sys.executable, ROOT / "searchdb.py", "index", "--docs", docs, "--out", index]
+    command = [sys.executable, "-m", "search", "index", "--docs", docs, "--out", index]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     built = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -47,10 +47,12 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import backbone
 import policy
-import toy
+from chat import Codec
 from config import Config
-from data import Codec, Episode, Question
+from data import Episode, Question
+from toy import model as toy_model
 
 SHARED = "shared_prefix"  # the name of the attention function
 BLOCK = 512  # queries for which SDPA gets a mask at one time
@@ -110,7 +112,7 @@ def share(row: policy.Row) -> tuple[policy.Row, list[int]]:
 
 def shared_attention(module, query, key, value, attention_mask=None, *, parents, scaling, cu_seq_lens_q, **_):
     """As policy.packed_attention, in a row of `share`: query [1, heads, T, D] to ([1, T, heads, D], None)."""
-    key, value = (policy.repeat_heads(x, query.shape[1]) for x in (key, value))
+    key, value = (backbone.repeat_heads(x, query.shape[1]) for x in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     queries = query.split(lengths, 2)
     keys, values = (segment_keys(x, lengths, parents) for x in (key, value))
@@ -156,8 +158,8 @@ def save_model(folder: Path, hidden: int, layers: int, sharp: bool = False) -> N
     """A random model; sharp: with grouped heads and weights that are far from the uniform attention of a new one."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    toy.save_random_model(folder, seed=0)
-    config = policy.read_config(folder)
+    toy_model.save_random_model(folder, seed=0)
+    config = backbone.read_config(folder)
     text, heads = config.text_config, hidden // 32
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, 3 * hidden, layers
     text.num_attention_heads, text.num_key_value_heads = heads, heads // 2 if sharp else heads
@@ -234,7 +236,7 @@ def use_attention(model, parents: list[int] | None) -> None:
 
     AttentionInterface.register(SHARED, partial(shared_attention, parents=parents))
     text = model.config.text_config
-    text._attn_implementation_internal = policy.ATTENTION if parents is None else SHARED
+    text._attn_implementation_internal = backbone.ATTENTION if parents is None else SHARED
 
 
 def check(folder: Path) -> dict[str, float]:

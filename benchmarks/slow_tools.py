@@ -56,11 +56,13 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import engines  # noqa: E402
 import policy  # noqa: E402
 import rollout  # noqa: E402
-import toy  # noqa: E402
+from chat import Codec  # noqa: E402
 from config import Config  # noqa: E402
-from data import Call, Codec, Episode, Hit, Question, Result  # noqa: E402
+from data import Call, Episode, Hit, Question, Result  # noqa: E402
+from toy import model as toy_model  # noqa: E402
 
 SIZES, TURNS, MEDIAN, P99 = (8, 16, 64, 256), 3, 0.5, 8.0
 SERIAL_UP_TO = 8  # conversations; a serial run with more is simulated
@@ -79,7 +81,7 @@ class Work:
             tool_threads=most, max_turns=TURNS, max_tokens_per_turn=48, max_tokens=256,
             prompts=str(ROOT / "prompts/toy"),
         )  # fmt: skip
-        toy.save_random_model(folder, seed=0)
+        toy_model.save_random_model(folder, seed=0)
         self.codec = Codec(folder, self.cfg)
         self.codec.stop_ids = (*self.codec.stop_ids, *range(300, 300 + len(self.codec) // STOP_SHARE))
         rollout.parse_call = lambda text: Call("text", "it")  # every turn asks for a search, whatever it says
@@ -88,8 +90,8 @@ class Work:
         self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
         device = policy.init_distributed(self.cfg)
         self.weights = list(policy.full_weights(policy.load_policy(folder, self.codec, self.cfg, device)))
-        limits = rollout.engine_limits(folder, self.cfg, device, self.questions)
-        make = Asleep if engine == "asleep" else partial(rollout.make_engine, str(folder))
+        limits = engines.engine_limits(folder, self.cfg, device, self.questions)
+        make = Asleep if engine == "asleep" else partial(engines.make_engine, str(folder))
         self.engine = make(self.codec, self.cfg, device, limits)
 
 
@@ -113,7 +115,7 @@ class Asleep:
             turn[2] -= 1
         self.running = [turn for turn in turns if turn[2]]
         done = [turn for turn in turns if not turn[2]]
-        return [rollout.Reply(id, self.word * length, [0.0] * length, "stop", 0) for id, length, _ in done]
+        return [engines.Reply(id, self.word * length, [0.0] * length, "stop", 0) for id, length, _ in done]
 
     def abort(self, request_ids):
         return []

@@ -51,11 +51,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import toy  # noqa: E402
+from chat import Codec  # noqa: E402
 from config import Config  # noqa: E402
-from data import Codec, Episode, Question  # noqa: E402
+from data import Episode, Question  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from policy import init_distributed, prepare  # noqa: E402
+from toy import model as toy_model  # noqa: E402
 from train import train_step  # noqa: E402
 
 VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied
@@ -73,7 +74,7 @@ TOLERANCE = 1e-3
 def save_codec(folder: Path) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    toy.save_tokenizer(folder)
+    toy_model.save_tokenizer(folder)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(folder)
 
 

@@ -15,8 +15,11 @@ from PIL import Image
 import config
 import policy
 import toy
-from data import Codec, Question
-from rollout import ScriptedEngine
+from chat import Codec
+from data import Question
+from engines import ScriptedEngine
+from toy import build as toy_build
+from toy import model as toy_model
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
@@ -38,7 +41,7 @@ def device():
 def folder(tmp_path_factory):
     """A random Qwen2.5-VL of the toy's size, with tokenizer and image processor."""
     path = tmp_path_factory.mktemp("model")
-    toy.save_random_model(path, seed=0)
+    toy_model.save_random_model(path, seed=0)
     return path
 
 
@@ -66,7 +69,7 @@ def world(tmp_path_factory):
     cfg = config.parse([*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"])
     device = policy.init_distributed(cfg)
     assert device.type == "cpu" or torch.cuda.is_available()
-    return toy.build(toy.locate(cfg).folder, cfg), cfg
+    return toy_build.build(toy.locate(cfg).folder, cfg), cfg
 
 
 def picture(seed: int, width: int = 60, height: int = 50, format: str = "PNG") -> bytes:

@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from data import Hit, Result
-from searchdb import SearchCache
+from search.cache import SearchCache
 
 
 def asked(n, kind="text"):

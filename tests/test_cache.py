@@ -25,12 +25,15 @@ from hammer import asked, hammered
 from local_web import LocalWeb, wait_until
 from PIL import Image, PngImagePlugin
 
-import searchdb
 from config import Config, InputError
 from data import Call, Hit, Result
-from searchdb import SearchCache, SearchDB, build, canonical, import_fvqa, request_key
-from tools import open_search
-from web import Client
+from search import __main__ as search_main
+from search import embedding as search_embedding
+from search import open_search
+from search.cache import SearchCache, canonical, request_key
+from search.fvqa import import_fvqa
+from search.index import SearchDB, build
+from search.web import Client
 
 JPEG = picture(1, format="JPEG")
 
@@ -165,7 +168,7 @@ def test_a_cache_that_many_make_at_once_is_made_once(tmp_path):
 
 
 def command(*args):
-    run = subprocess.run([sys.executable, str(ROOT / "searchdb.py"), *map(str, args)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "search", *map(str, args)], capture_output=True, text=True)
     return run.returncode, run.stdout, run.stderr
 
 
@@ -179,16 +182,16 @@ def test_the_command_line_of_a_cache(tmp_path, cache):
         db.execute("DELETE FROM images")
     code, out, err = command("verify", path)
     assert code == 2 and out.count("\n") == 3 and err == f"error: {path}: 3 problems\n"
-    searchdb.main(["stats", str(path)])
+    search_main.main(["stats", str(path)])
     with pytest.raises(InputError, match="is missing"):
-        searchdb.main(["export", str(path), "--out", str(parquet)])
+        search_main.main(["export", str(path), "--out", str(parquet)])
     assert not list(tmp_path.glob("*.parquet*"))
 
 
 def test_statistics_in_a_line(tmp_path, cache, capsys):
     cache.put(asked(0), result())
     cache.get(asked(0), count=True)
-    searchdb.main(["stats", str(tmp_path / "c.sqlite")])
+    search_main.main(["stats", str(tmp_path / "c.sqlite")])
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and "1 results (1 text ok)" in line and "hit rate 50%" in line and "1 images" in line
 
@@ -197,29 +200,29 @@ def test_parquet_and_back(tmp_path, cache, capsys):
     kept = {n: result(n, ("ok", "no_results", "error")[n % 3]) for n in range(600)}
     cache.put_all([(canonical(asked(n)), 1e9 + n, r) for n, r in kept.items()])
     parquet = tmp_path / "snapshot.parquet"
-    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(parquet)])
+    search_main.main(["export", str(tmp_path / "c.sqlite"), "--out", str(parquet)])
     table = pq.read_table(parquet)
     assert table.num_rows == 600
     row = next(row for row in table.to_pylist() if json.loads(row["request"]) == asked(3))
     assert row["hits"][0] == {"title": "t3", "url": "https://x.example/3", "text": "ä\x00\n東京", "image": JPEG}
     assert (row["status"], row["created"]) == ("ok", 1e9 + 3)
     again = tmp_path / "again.sqlite"
-    searchdb.main(["import", str(parquet), "--out", str(again)])
+    search_main.main(["import", str(parquet), "--out", str(again)])
     assert "600 results" in capsys.readouterr().out and problems(again) == []
     with closing(SearchCache(again)) as copy:
         assert list(copy.rows()) == list(cache.rows())
         assert all(copy.get(asked(n)) == r for n, r in kept.items())
-    searchdb.main(["export", str(again), "--out", str(tmp_path / "b.parquet")])
+    search_main.main(["export", str(again), "--out", str(tmp_path / "b.parquet")])
     assert (tmp_path / "b.parquet").read_bytes() == parquet.read_bytes()
 
 
 def test_imports_add_and_do_not_replace(tmp_path, cache):
     cache.put(asked(0), result(0))
-    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(tmp_path / "s.parquet")])
+    search_main.main(["export", str(tmp_path / "c.sqlite"), "--out", str(tmp_path / "s.parquet")])
     with closing(SearchCache(tmp_path / "d.sqlite", write=True)) as other:
         other.put(asked(0), result(7))
         other.put(asked(1), result(1))
-        searchdb.main(["import", str(tmp_path / "s.parquet"), "--out", str(tmp_path / "d.sqlite")])
+        search_main.main(["import", str(tmp_path / "s.parquet"), "--out", str(tmp_path / "d.sqlite")])
         assert [other.get(asked(n)) for n in (0, 1)] == [result(7), result(1)]
 
 
@@ -228,7 +231,7 @@ def test_bad_files_are_one_line(tmp_path, cache):
 
     cache.put(asked(0), result())
     good = tmp_path / "good.parquet"
-    searchdb.main(["export", str(tmp_path / "c.sqlite"), "--out", str(good)])
+    search_main.main(["export", str(tmp_path / "c.sqlite"), "--out", str(good)])
     (tmp_path / "text").write_text("x" * 200)
     rows = pq.read_table(good).to_pylist()
     schema = pq.read_schema(good)
@@ -242,7 +245,7 @@ def test_bad_files_are_one_line(tmp_path, cache):
     for n, change in enumerate(bad):
         pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], **change}], schema), tmp_path / f"bad{n}.parquet")
         with pytest.raises(InputError, match=f"bad{n}.parquet, row 2"):
-            searchdb.main(["import", str(tmp_path / f"bad{n}.parquet"), "--out", str(tmp_path / "d.sqlite")])
+            search_main.main(["import", str(tmp_path / f"bad{n}.parquet"), "--out", str(tmp_path / "d.sqlite")])
         with closing(SearchCache(tmp_path / "d.sqlite")) as untouched:
             assert untouched.stats()["results"] == 0
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
@@ -260,7 +263,7 @@ def test_bad_files_are_one_line(tmp_path, cache):
     ):  # fmt: skip
         args = [str(tmp_path / a) if n in (1, 3) else a for n, a in enumerate(args)]
         with pytest.raises(InputError, match=why) as error:
-            searchdb.main(args)
+            search_main.main(args)
         assert "\n" not in str(error.value)
 
 
@@ -299,7 +302,7 @@ def test_fvqa_s_pickle_with_pictures(tmp_path, cache, protocol):
     kept = cache.get({"data_id": "fvqa_1"})
     assert kept.status == "ok" and [hit.title for hit in kept.hits] == [f"t{n}" for n in range(5)]
     for hit, image in zip(kept.hits, pictures, strict=True):
-        assert pil(hit.image).format == "JPEG" and hit.image == searchdb._thumbnail(image.convert("RGB"))
+        assert pil(hit.image).format == "JPEG" and hit.image == search_embedding._thumbnail(image.convert("RGB"))
     assert cache.get({"data_id": "fvqa_2"}) == Result("no_results")
     assert list(cache.verify()) == []
 
@@ -314,7 +317,7 @@ def test_fvqa_s_urls_are_fetched_if_live_and_listed_if_not(tmp_path, cache, caps
         ]
         entry = {"tool_returned_web_title_list": list("abcd"), "tool_returned_images_urls": urls}
         path = write_pickle(tmp_path / "p", {7: entry})
-        searchdb.main(["import-fvqa", str(path), "--out", str(tmp_path / "offline.sqlite")])
+        search_main.main(["import-fvqa", str(path), "--out", str(tmp_path / "offline.sqlite")])
         out = capsys.readouterr().out
         assert "1 entries" in out and "4 pictures missing" in out and "--live" in out and not server.log
         listed = (tmp_path / "offline.sqlite.missing.tsv").read_text().splitlines()
@@ -328,7 +331,7 @@ def test_fvqa_s_urls_are_fetched_if_live_and_listed_if_not(tmp_path, cache, caps
 def test_fvqa_answers_by_data_id_where_the_picture_is_unknown(tmp_path):
     entry = {"tool_returned_web_title_list": list("abcde"), "tool_returned_images_urls": [pil(JPEG)] * 5}
     path = write_pickle(tmp_path / "p", {"train_1": entry})
-    searchdb.main(["import-fvqa", str(path), "--out", str(tmp_path / "c.sqlite")])
+    search_main.main(["import-fvqa", str(path), "--out", str(tmp_path / "c.sqlite")])
     search = open_search(Config(search="replay", search_cache=str(tmp_path / "c.sqlite"), image_results=3))
     known = question(0)
     object.__setattr__(known, "data_id", "train_1")

@@ -21,23 +21,13 @@ import torch
 from conftest import ROOT, picture, question, replace
 from PIL import Image
 
+import chat
 import data
+from chat import Codec, drop_overlong
 from config import InputError
-from data import (
-    Call,
-    Codec,
-    Episode,
-    Hit,
-    Question,
-    Result,
-    Stop,
-    decode_image,
-    drop_overlong,
-    load_questions,
-    picture_key,
-)  # fmt: skip
+from data import Call, Episode, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
+from engines import Reply
 from reward import normalize_answer
-from rollout import Reply
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
@@ -469,7 +459,7 @@ def test_final_sizes_keep_to_the_range(low, high):
     for width, height in SIZES + [(w, h) for w in range(1, 400, 37) for h in range(1, 400, 41)]:
         if max(width, height) > 200 * min(width, height):
             continue
-        size = data.final_size(height, width, 28, low, high)
+        size = chat.final_size(height, width, 28, low, high)
         assert size[0] % 28 == size[1] % 28 == 0 and low <= size[0] * size[1] <= high
         assert smart_resize(*size, 28, min_pixels=low, max_pixels=high) == size  # resizing again changes nothing
         usual = smart_resize(height, width, 28, min_pixels=low, max_pixels=high)
@@ -481,9 +471,9 @@ def test_the_largest_pictures_stay_within_the_aspect_that_processors_take():
 
     low, high = 512**2, 672**2 * 2  # the recipe's range
     assert smart_resize(70, 14_000, 28, min_pixels=low, max_pixels=high) == (56, 14_000)  # 1:250, refused if resized
-    height, width = data.final_size(70, 14_000, 28, low, high)
+    height, width = chat.final_size(70, 14_000, 28, low, high)
     assert smart_resize(height, width, 28, min_pixels=low, max_pixels=high) == (height, width) and width <= 200 * height
-    assert "multiples of 28" in refused(data.final_size, 30, 30, 28, 784 * 211, 784 * 212 - 1)  # 211 is a prime
+    assert "multiples of 28" in refused(chat.final_size, 30, 30, 28, 784 * 211, 784 * 212 - 1)  # 211 is a prime
 
 
 @pytest.mark.parametrize("thumbnail", [False, True])
@@ -533,14 +523,14 @@ def test_equal_bytes_share_a_key_and_thumbnails_do_not(codec, monkeypatch):
 
 
 def test_caches_are_bounded_and_forget_what_was_used_least(codec):
-    cache, makes = data.Cache(3), []
+    cache, makes = chat.Cache(3), []
 
     def get(cache, key):
         return cache.get(key, lambda: makes.append(key) or key * 2)
 
     assert [get(cache, key) for key in "abcadb"] == ["aa", "bb", "cc", "aa", "dd", "bb"]
     assert makes == [*"abcdb"] and list(cache.values) == [*"adb"]  # b went for d, c for b
-    sized = data.Cache(6, len)
+    sized = chat.Cache(6, len)
     assert [get(sized, key) and list(sized.values) for key in ("a", "b", "cc", "dddd", "a", "b", "a", "cc")] == [
         ["a"], ["a", "b"], ["b", "cc"], ["dddd"], ["a"], ["a", "b"], ["b", "a"], ["a", "cc"]
     ]  # fmt: skip

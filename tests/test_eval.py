@@ -15,11 +15,14 @@ from test_judge import Server, asked, says
 
 import config
 import eval as evaluation
-import results
+import reward
 import rollout
 import toy
-from data import Codec, Hit, Result, Stop, load_questions
-from rollout import ScriptedEngine, run
+from analysis import labels
+from chat import Codec
+from data import Hit, Result, Stop, load_questions
+from engines import ScriptedEngine
+from rollout import run
 
 
 class OneHit:
@@ -54,12 +57,12 @@ def records(folder, cfg):
         return SCRIPTS[key[images[0].key]][prompt.count("<|im_start|>assistant") - 1]
 
     episodes = run(questions, ScriptedEngine(codec, script), OneHit(), codec, codec.cfg)
-    return [evaluation.record(e, evaluation.score_episode(e, codec.cfg)) for e in episodes], codec.cfg
+    return [reward.record(e, reward.score_episode(e, codec.cfg)) for e in episodes], codec.cfg
 
 
 def test_figures_against_a_recount(records):
     records, cfg = records
-    figures = evaluation.summarize(records, cfg)["all"]
+    figures = reward.summarize(records, cfg)["all"]
     assert figures["n"] == 6 and figures["accuracy"] == 3 / 6
     assert figures["search_ratio"] == pytest.approx((0 + 1 + 2 + 1 + 0 + 1) / (6 * 2))
     assert (figures["image"], figures["text"], figures["both"]) == pytest.approx((3 / 6, 2 / 6, 1 / 6))
@@ -74,16 +77,16 @@ def test_figures_against_a_recount(records):
 def test_aborted_conversations_are_counted_apart(records):
     records, cfg = records
     aborted = {**records[4], "stop": Stop.ABORTED.value, "reward": None}
-    figures = evaluation.summarize([*records[:4], aborted], cfg)["all"]
+    figures = reward.summarize([*records[:4], aborted], cfg)["all"]
     assert figures["n"] == 4 and figures["accuracy"] == 3 / 4 and figures["stops"]["aborted"] == 1
-    assert evaluation.summarize([aborted], cfg)["all"]["n"] == 0
+    assert reward.summarize([aborted], cfg)["all"]["n"] == 0
 
 
 def test_by_data_source(records):
     records, cfg = records
     for i, r in enumerate(records):
         r["data_source"] = "ab"[i % 2]
-    summary = evaluation.summarize(records, cfg)
+    summary = reward.summarize(records, cfg)
     assert list(summary) == ["a", "b", "all"] and summary["a"]["n"] == summary["b"]["n"] == 3
     text = evaluation.table(summary)
     assert len(text.splitlines()) == 4 and "0.500" in text
@@ -102,7 +105,7 @@ def test_records_are_readable_and_hold_no_pictures(records):
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (5, 10), (50, 100), (1, 1)])
 def test_wilson(right, n):
     """The interval's ends are the shares p that solve |right/n - p| = 1.96 sqrt(p (1 - p) / n)."""
-    for p in results.wilson(right, n):
+    for p in reward.wilson(right, n):
         assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
 
 
@@ -291,8 +294,8 @@ def test_labelling(folder, cfg, tmp_path, capsys):
         return SCRIPTS[key[images[0].key]][prompt.count("<|im_start|>assistant") - 1]
 
     episodes = run(questions, ScriptedEngine(codec, script), OneHit(), codec, cfg, samples=2)
-    records = [evaluation.record(e, evaluation.score_episode(e, cfg)) for e in episodes]
-    evaluation.write_labels(questions, records, cfg)
+    records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
+    labels.write_labels(questions, records, cfg)
     assert "3 of 6 questions never right" in capsys.readouterr().out
     rows = pq.read_table(tmp_path / "l.parquet").to_pylist()
     assert [(r["label"], r["pass_rate"]) for r in rows] == [("search-free", 1.0), ("image", 1.0), ("both", 1.0)]
@@ -405,5 +408,5 @@ def test_search_ratio_counts_calls_over_calls_allowed(cfg):
     }
     call = {"kind": "image", "status": "ok"}
     records = [{**base, "calls": [call]}, {**base, "calls": []}]
-    assert evaluation.summarize(records, replace(cfg, max_turns=2))["all"]["search_ratio"] == 0.5
-    assert evaluation.summarize(records, replace(cfg, max_turns=3))["all"]["search_ratio"] == 0.25
+    assert reward.summarize(records, replace(cfg, max_turns=2))["all"]["search_ratio"] == 0.5
+    assert reward.summarize(records, replace(cfg, max_turns=3))["all"]["search_ratio"] == 0.25

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, SHORT_RUN, SHORT_WORLD, question, replace
 
+import backbone
 import policy
-from data import Codec
-from rollout import TorchEngine, run
+from chat import Codec
+from engines import TorchEngine
+from rollout import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -29,8 +31,8 @@ def test_fast_attention_is_segment_attention(kind, causal):
     q, k, v = (torch.randn(1, heads, 300, 64, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2))
     bounds = torch.tensor([0, 100, 117, 300], dtype=torch.int32, device="cuda")
     options = dict(scaling=0.125, is_causal=causal, cu_seq_lens_q=bounds, max_length_q=183)
-    fast, _ = policy.packed_attention(None, q, k, v, kind=kind, **options)
-    slow, _ = policy.packed_attention(None, q.float(), k.float(), v.float(), kind="segments", **options)
+    fast, _ = backbone.packed_attention(None, q, k, v, kind=kind, **options)
+    slow, _ = backbone.packed_attention(None, q.float(), k.float(), v.float(), kind="segments", **options)
     assert (fast.float() - slow).abs().max() < 0.03
 
 
@@ -39,7 +41,7 @@ def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
     device = policy.init_distributed(cfg)
     codec = Codec(folder, cfg)
     trainer = policy.load_policy(folder, codec, cfg, device)
-    engine = TorchEngine(policy.plain_config(trainer), codec, cfg, device)
+    engine = TorchEngine(backbone.plain_config(trainer), codec, cfg, device)
     engine.load_weights(policy.full_weights(trainer), version=0)
     episodes = run([question(i) for i in range(4)], engine, NoSearch(), codec, cfg, samples=2)
     rows = policy.pack(episodes, codec, trainer, cfg.max_tokens_per_batch)

@@ -1,49 +1,65 @@
-"""The house: a file imports only files above it, and importing one does nothing but define things."""
+"""The house: budgets of size, which file may import which, and importing one does nothing but define things."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT
 
-HOUSE = [
-    "config",
-    "data",
-    "reward",
-    "web",
-    "searchdb",
-    "tools",
-    "grpo",
-    "policy",
-    "rollout",
-    "toy",
-    "plan",
-    "results",
-    "judge",
-    "eval",
-    "train",
-    "report",
-]
+CORE = "config data tools chat reward grpo backbone policy engines rollout checkpoint eval train".split()
+COMMANDS = ("eval", "train")  # the core's files that may use the folders; no folder imports them
+FOLDERS = ("search", "toy", "analysis")  # a folder imports the core and the folders before it
+PATHS = [ROOT / f"{name}.py" for name in CORE] + sorted(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))
+FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PATHS}
 
 
-@pytest.mark.parametrize("name", HOUSE)
-def test_a_file_imports_only_files_above_it(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported & set(HOUSE) <= set(HOUSE[: HOUSE.index(name)])
+def imports(name: str, everywhere: bool = True) -> set[str]:
+    """The files of the house that a file imports; everywhere: inside of functions, too."""
+    tree = ast.parse(FILES[name].read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found & FILES.keys() - {name}
+
+
+def allowed(name: str, other: str) -> bool:
+    place, other_place = name.split(".")[0], other.split(".")[0]
+    if place in CORE and other_place in CORE:
+        return CORE.index(other_place) < CORE.index(place)
+    if place in CORE:
+        return place in COMMANDS
+    if other_place in CORE:
+        return other_place not in COMMANDS
+    return FOLDERS.index(other_place) <= FOLDERS.index(place)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_it_may(name):
+    assert not [other for other in imports(name) if not allowed(name, other)]
+
+
+def test_the_core_starts_analysis_only_from_a_command():
+    assert not [name for name in CORE for other in imports(name, everywhere=False) if other.startswith("analysis")]
+
+
+def test_there_are_no_circles():
+    list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
 
 
 def test_the_house_is_complete():
-    assert {p.stem for p in ROOT.glob("*.py")} == set(HOUSE)
+    assert {p.stem for p in ROOT.glob("*.py")} == set(CORE)
 
 
 def test_nothing_runs_on_import(tmp_path):
     """Importing all of it prints nothing, writes nothing, and starts neither threads nor a process group."""
     script = (
         f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
-        f"import {', '.join(HOUSE)}\n"
+        f"import {', '.join(FILES)}\n"
         "import torch.distributed as dist\n"
         "assert not dist.is_initialized() and threading.active_count() == 1\n"
     )

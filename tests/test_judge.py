@@ -13,8 +13,7 @@ import pytest
 from conftest import question, replace
 from PIL import Image
 
-import eval as evaluation
-import judge
+from analysis import judge, labels
 from config import InputError
 from data import Question
 
@@ -249,7 +248,7 @@ def test_agreement_and_the_table_against_a_recount():
     both = [j for j in judged if j["llm"] is not None]
     same = sum(j["em"] == j["llm"] for j in both)
     assert judge.agreement(records) == {("em", "llm"): (same, len(both))}
-    table = evaluation.judges_table(records, Counter({"HTTP 500": 60 - len(both)}))
+    table = labels.judges_table(records, Counter({"HTTP 500": 60 - len(both)}))
     right = sum(j["llm"] for j in both) / len(both)
     assert f"em and llm agree on {same} of {len(both)}" in table and f"not judged: HTTP 500 {60 - len(both)}" in table
     line = next(x for x in table.splitlines() if x.startswith("all") and "llm" in x)

@@ -20,11 +20,17 @@ from conftest import picture, question
 from local_web import EVIL, JINA, SERPAPI, SUMMARIZER, LocalWeb, settings, wait_until
 from PIL import Image
 
-import tools
+import search
+from chat import Codec
 from config import Config, InputError
-from data import ERROR_KINDS, Call, Codec, Question, Result, Usage
-from rollout import ScriptedEngine, run
-from tools import RemoteSearch, SearchServer, WebSearch, open_search
+from data import ERROR_KINDS, Call, Question, Result, Usage
+from engines import ScriptedEngine
+from rollout import run
+from search import __main__ as search_main
+from search import live as search_live
+from search import open_search
+from search.live import WebSearch
+from search.service import RemoteSearch, SearchServer
 
 IMAGE, FOUNDER = Call("image"), Call("text", "who is the founder?")
 SECRETS = (SERPAPI, JINA, SUMMARIZER)
@@ -32,7 +38,7 @@ SECRETS = (SERPAPI, JINA, SUMMARIZER)
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-    for name, value in zip(tools.KEYS, SECRETS, strict=True):
+    for name, value in zip(search_live.KEYS, SECRETS, strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -323,7 +329,7 @@ def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
     cfg = Config(**settings(server, **summarized(server)))
     open_search(cfg)
     assert sorted(p.split("?")[0] for p, *_ in server.log) == ["/account.json", "/read", "/v1/models"]
-    for name, words in zip(tools.KEYS, ("SerpApi", "reader", "summariser"), strict=True):
+    for name, words in zip(search_live.KEYS, ("SerpApi", "reader", "summariser"), strict=True):
         with monkeypatch.context() as patch:
             patch.setenv(name, "not-the-key")
             message = refused(open_search, cfg)
@@ -340,21 +346,21 @@ def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
 def test_images_without_an_address_are_refused_at_start_up(server):
     questions = [question(0), dataclasses.replace(question(1), image_url="https://a.example/b.jpg")]
     bytes_only = Config(**settings(server, image_base_url=""))
-    message = refused(tools.check_questions, questions, bytes_only)
+    message = refused(search.check_questions, questions, bytes_only)
     assert "1 of 2" in message and "--image_base_url" in message and "--image_upload" in message
     for changes in (dict(image_base_url="https://x.example"), dict(image_upload="up"), dict(max_image_searches=0)):
-        tools.check_questions(questions, dataclasses.replace(bytes_only, **changes))
-    tools.check_questions(questions[1:], bytes_only)
-    tools.check_questions(questions, Config())
+        search.check_questions(questions, dataclasses.replace(bytes_only, **changes))
+    search.check_questions(questions[1:], bytes_only)
+    search.check_questions(questions, Config())
 
 
 def test_searches_are_estimated_before_a_run():
-    assert tools.estimate(100, Config()) == ""
-    line = tools.estimate(100, Config(search="live", price_search=0.02))
+    assert search.estimate(100, Config()) == ""
+    line = search.estimate(100, Config(search="live", price_search=0.02))
     assert "at most 200 searches" in line and "4.00" in line and "no budget" in line
-    assert "ends them earlier" in tools.estimate(100, Config(search="live", search_budget=199))
-    assert "within" in tools.estimate(100, Config(search="live", search_budget=200))
-    assert "100 searches" in tools.estimate(100, Config(search="live", max_turns=2))
+    assert "ends them earlier" in search.estimate(100, Config(search="live", search_budget=199))
+    assert "within" in search.estimate(100, Config(search="live", search_budget=200))
+    assert "100 searches" in search.estimate(100, Config(search="live", max_turns=2))
 
 
 def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_path, server):
@@ -370,7 +376,7 @@ def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_pat
         for b in (picture(1), picture(2, format="JPEG"))
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    tools.main(["images", "--files", str(tmp_path / "q.parquet"), "--out", str(tmp_path / "out")])
+    search_main.main(["images", "--files", str(tmp_path / "q.parquet"), "--out", str(tmp_path / "out")])
     base = live(server)
     for n, row in enumerate(rows):
         url = base.public_url(Question("q", "", images=(row["images"][0]["bytes"],)), time.monotonic() + 1)
@@ -378,9 +384,9 @@ def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_pat
         assert name.endswith((".png", ".jpg")[n])
         assert (tmp_path / "out" / name).read_bytes() == row["images"][0]["bytes"]
     with pytest.raises(InputError, match="command"):
-        tools.main(["sing"])
+        search_main.main(["sing"])
     with pytest.raises(InputError, match="--files"):
-        tools.main(["images"])
+        search_main.main(["images"])
 
 
 # --------------------------------------------------------------------------------------------- record, replay

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, question, replace
 
+import backbone
 import config
-import plan
 import policy
+from analysis import plan
+from backbone import read_config
 from data import Episode
-from policy import read_config
-from rollout import Reply
+from engines import Reply
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_what_autograd_keeps_is_what_it_keeps_of_a_real_row(sizes, model, codec,
         episode.add_reply(Reply("", [*range(300, 300 + length), codec.im_end], [0.0] * (length + 1), "stop", 0))
         episodes.append(episode)
     (row,) = policy.pack(episodes, codec, model, 1000)
-    kept = plan.kept_by(lambda: policy.row_hidden(model, row), model)
+    kept = plan.kept_by(lambda: backbone.row_hidden(model, row), model)
     patches = len(row.pixels)
     expected = sizes.layers * sizes.layer_kept * len(row.ids) + sizes.blocks * sizes.block_kept * patches
     assert kept == pytest.approx(expected, rel=0.15)

@@ -24,12 +24,15 @@ from conftest import picture, question, replace
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import backbone
+import checkpoint
 import config
 import policy
+from chat import Codec
 from config import InputError
-from data import Call, Codec, Episode, Hit, Question, Result, decode_image
+from data import Call, Episode, Hit, Question, Result, decode_image
+from engines import Reply
 from grpo import token_weights
-from rollout import Reply
 
 # ------------------------------------------------------------------------------------------ what to compare with
 
@@ -37,7 +40,7 @@ from rollout import Reply
 def save_sharp_model(folder, path):
     """A model that forgives nothing: grouped heads, its own head, no norm at 1 and no bias at 0, far from uniform."""
     shutil.copytree(folder, path)
-    shape = policy.read_model(folder, empty=True).config
+    shape = backbone.read_model(folder, empty=True).config
     shape.text_config.num_key_value_heads = 2
     shape.tie_word_embeddings = False
     torch.manual_seed(1)
@@ -273,7 +276,7 @@ def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_codec)
     """They are remembered by layout, of which the grids are a part."""
     tokens = [sharp_codec.vision_start, *[sharp_codec.image_pad] * 8, sharp_codec.im_end]
     wide, tall = (
-        policy.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_codec, sharp_model)
+        backbone.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_codec, sharp_model)
         for grid in ((4, 8), (8, 4))
     )
     extent = lambda positions: positions[:, 1:9].amax(1).tolist()  # noqa: E731
@@ -420,7 +423,7 @@ def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
     many = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
     expected = F.scaled_dot_product_attention(query, *many, mask, scale=0.3)
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    out, _ = policy.packed_attention(
+    out, _ = backbone.packed_attention(
         torch.nn.Module(), query, key, value, scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds,
         max_length_q=max(lengths),
     )  # fmt: skip
@@ -440,7 +443,7 @@ def test_offloaded_weights_are_pinned_where_twice_their_memory_is_there(monkeypa
     count = sum(p.numel() for p in model.parameters())
 
     def fits(bytes, copies=1.0):
-        monkeypatch.setattr(policy.os, "sysconf", dict(SC_PHYS_PAGES=int(bytes / 0.9), SC_PAGE_SIZE=1).get)
+        monkeypatch.setattr(os, "sysconf", dict(SC_PHYS_PAGES=int(bytes / 0.9), SC_PAGE_SIZE=1).get)
         return policy.room_to_pin(model, copies)
 
     assert fits(24 * count + 10) and not fits(24 * count - 10)  # twice weights and gradients, the state once
@@ -472,14 +475,14 @@ def with_groups(query, key, value, *rest, scale, window_size, enable_gqa=False):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, varlen_attn, causal, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(policy, "varlen_groups_heads", policy.varlen_groups_heads.__wrapped__)  # not what is cached
-    monkeypatch.setattr(policy, "pick_attention", lambda kind, query: kind)
+    monkeypatch.setattr(backbone, "varlen_groups_heads", backbone.varlen_groups_heads.__wrapped__)  # not what is cached
+    monkeypatch.setattr(backbone, "pick_attention", lambda kind, query: kind)
     torch.manual_seed(0)
     query = torch.randn(1, 4, 9, 8)
     key, value = torch.randn(2, 1, kv_heads, 9, 8).unbind(0)
     options = dict(scaling=0.3, is_causal=causal, cu_seq_lens_q=torch.tensor([0, 4, 5, 9]), max_length_q=4)
     fast, slow = (
-        policy.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments")
+        backbone.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments")
     )
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
 
@@ -642,12 +645,12 @@ def test_a_checkpoint_goes_on_to_the_bit(folder, wide, device, tmp_path, changes
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.1)
         if resumed:
             torch.manual_seed(99)
-            state = policy.load_state(tmp_path / "step-000001", model, optimizer)
+            state = checkpoint.load_state(tmp_path / "step-000001", model, optimizer)
             assert state["step"] == 1 and state["best"] == {"accuracy": 0.5}
         else:
             train_once(model, optimizer, codec, wide, device)
             torch.manual_seed(7)
-            policy.save_state(tmp_path / "step-000001", model, optimizer, {"step": 1, "best": {"accuracy": 0.5}})
+            checkpoint.save_state(tmp_path / "step-000001", model, optimizer, {"step": 1, "best": {"accuracy": 0.5}})
         noise = torch.rand(5)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3
@@ -665,7 +668,7 @@ def saved(model, tmp_path):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    policy.save_state(tmp_path / "saved", model, optimizer, {"step": 1})
+    checkpoint.save_state(tmp_path / "saved", model, optimizer, {"step": 1})
     return model, optimizer, tmp_path / "saved"
 
 
@@ -696,14 +699,14 @@ def test_a_kill_leaves_no_half_checkpoint(saved, tmp_path, monkeypatch, moment, 
     with monkeypatch.context() as patch:
         patch.setattr(where, moment.split()[-1], kill)
         try:
-            policy.save_state(path, model, optimizer, {"step": 2})
+            checkpoint.save_state(path, model, optimizer, {"step": 2})
         except Killed:
             pass
     assert calls
     if path.exists():
-        assert policy.load_state(path, model, optimizer)["step"] in ((1, 2) if old else (2,))
-    policy.save_state(path, model, optimizer, {"step": 3})  # what was left behind is in nobody's way
-    assert policy.load_state(path, model, optimizer)["step"] == 3
+        assert checkpoint.load_state(path, model, optimizer)["step"] in ((1, 2) if old else (2,))
+    checkpoint.save_state(path, model, optimizer, {"step": 3})  # what was left behind is in nobody's way
+    assert checkpoint.load_state(path, model, optimizer)["step"] == 3
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "saved") == ([] if old else ["new"])
 
 
@@ -718,7 +721,7 @@ def test_what_is_no_checkpoint_is_refused(model, tmp_path, content):
     if content is not None:
         (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match="not a checkpoint") as error:
-        policy.load_state(path, model, torch.optim.AdamW(model.parameters()))
+        checkpoint.load_state(path, model, torch.optim.AdamW(model.parameters()))
     assert str(path) in str(error.value) and one_line(error)
 
 
@@ -731,13 +734,13 @@ def test_a_damaged_checkpoint_is_refused(saved, damage):
     else:
         {"shard": shard, "metadata": path / ".metadata"}[damage].unlink()
     with pytest.raises(InputError, match="not a whole checkpoint") as error:
-        policy.load_state(path, model, optimizer)
+        checkpoint.load_state(path, model, optimizer)
     assert str(path) in str(error.value) and one_line(error)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved, sharp_model):
     with pytest.raises(InputError, match="another model") as error:
-        policy.load_state(saved[2], sharp_model, torch.optim.AdamW(sharp_model.parameters()))
+        checkpoint.load_state(saved[2], sharp_model, torch.optim.AdamW(sharp_model.parameters()))
     assert one_line(error)
 
 
@@ -753,7 +756,7 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     episodes = some_episodes(codec)
     step(model, episodes, codec, wide, device, lr=0.1)
     for _ in range(2):  # over an earlier one too
-        policy.export_hf(tmp_path / "best", model, codec)
+        checkpoint.export_hf(tmp_path / "best", model, codec)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
     from safetensors.torch import load_file
@@ -763,7 +766,7 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= keys
     assert tied == ("lm_head.weight" not in keys)
     texts = [(tmp_path / "best" / name).read_text() for name in ("config.json", "generation_config.json")]
-    assert not any(word in text for text in texts for word in (policy.ATTENTION, "flash", "attn_implementation"))
+    assert not any(word in text for text in texts for word in (backbone.ATTENTION, "flash", "attn_implementation"))
     assert json.loads(texts[0])["use_cache"] and json.loads(texts[0])["model_type"] == "qwen2_5_vl"
 
     exported, again = Plain(tmp_path / "best", wide), Codec(tmp_path / "best", wide)
@@ -776,7 +779,7 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
 
 
 def test_an_export_in_bf16_says_so(model, codec, tmp_path):
-    policy.export_hf(tmp_path / "half", model, codec, dtype=torch.bfloat16)
+    checkpoint.export_hf(tmp_path / "half", model, codec, dtype=torch.bfloat16)
     half = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
@@ -823,22 +826,22 @@ def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypa
     shutil.copytree(folder, path)
     broken_folder(path, kind)
     with pytest.raises(InputError) as error:
-        policy.read_model(path)
+        backbone.read_model(path)
     assert str(path) in str(error.value) and one_line(error)
     assert kind != "llama" or "unsupported architecture 'llama'" in str(error.value)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, codec, cfg):
-    model = policy.read_model(folder)
+    model = backbone.read_model(folder)
     model.config.text_config.vocab_size = len(codec) - 1
     with pytest.raises(InputError, match="tokenizer has"):
         policy.prepare(model, codec, cfg)
 
 
 def test_flash_attention_that_is_not_there_is_refused(folder, codec, cfg, monkeypatch):
-    monkeypatch.setattr(policy, "has_flash_attn", lambda: False)
+    monkeypatch.setattr(backbone, "has_flash_attn", lambda: False)
     with pytest.raises(InputError, match="flash-attn is not installed"):
-        policy.prepare(policy.read_model(folder, empty=True), codec, replace(cfg, attention="flash"))
+        policy.prepare(backbone.read_model(folder, empty=True), codec, replace(cfg, attention="flash"))
 
 
 @pytest.mark.parametrize(
@@ -848,9 +851,9 @@ def test_flash_attention_that_is_not_there_is_refused(folder, codec, cfg, monkey
 def test_versions_with_wrong_positions_are_refused(folder, monkeypatch, version, good):
     monkeypatch.setattr("transformers.__version__", version)
     if good:
-        return policy.check_versions()
+        return backbone.check_versions()
     with pytest.raises(InputError, match="M-RoPE"):
-        policy.read_model(folder)
+        backbone.read_model(folder)
 
 
 # --------------------------------------------------------------------------------------------------- two processes
@@ -905,8 +908,8 @@ def worker(folder, out):
     except policy.NonFinite as error:
         results["nan"] = [None, None]
         dist.all_gather_object(results["nan"], error.episodes)
-    policy.save_state(out / "checkpoint", model, optimizer, {"step": 1})
-    policy.export_hf(out / "export", model, codec)
+    checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
+    checkpoint.export_hf(out / "export", model, codec)
     results["final"] = dict(policy.full_weights(model))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
     if rank == 0:
@@ -955,10 +958,10 @@ def test_a_nan_on_one_rank_stops_all(two_ranks):
 def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     results, out = two_ranks
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    assert policy.load_state(out / "checkpoint", model, optimizer)["step"] == 1
+    assert checkpoint.load_state(out / "checkpoint", model, optimizer)["step"] == 1
     assert all(torch.equal(value, results["final"][name]) for name, value in policy.full_weights(model))
     assert same_bits([optimizer.state[p]["exp_avg"] for p in model.parameters()], results["moments"])
-    exported = policy.read_model(out / "export")
+    exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
 
 

@@ -18,14 +18,15 @@ from conftest import picture
 from PIL import Image
 
 import config
-import report
-import searchdb
+from analysis import report
+from chat import Codec
 from config import InputError
-from data import Codec, load_questions, picture_key
-from eval import record, score_episode, summarize
-from results import write_jsonl
-from rollout import ScriptedEngine, run
-from tools import OfflineSearch
+from data import load_questions, picture_key, write_jsonl
+from engines import ScriptedEngine
+from reward import record, score_episode, summarize
+from rollout import run
+from search import index as search_index
+from search.index import OfflineSearch
 
 ATTACK = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"
 RTL = "\u202eمن أسسها؟"
@@ -64,13 +65,13 @@ def hostile(folder, tmp_path_factory):
         {"title": f"river {i} {ATTACK}", "text": f"{RTL} {ATTACK}", "url": "javascript:hacked = 1"} for i in range(2)
     ]
     thumbs = [{"image": picture(i), "title": f"{RTL} {ATTACK}", "url": "https://example.org/<b>"} for i in (7, 8)]
-    searchdb.build(place / "index", docs, thumbs)
+    search_index.build(place / "index", docs, thumbs)
     cfg = config.Config(
         threads=1, prompts="prompts", max_tokens=6000, max_prompt_tokens=2000, max_tokens_per_turn=1000,
         search_index=str(place / "index"), train_files=(str(place / "train.parquet"),),
         val_files=(str(place / "train.parquet"),), run_dir=str(place / "run"),
     )  # fmt: skip
-    codec, search = Codec(folder, cfg), OfflineSearch(searchdb.SearchDB(cfg.search_index))
+    codec, search = Codec(folder, cfg), OfflineSearch(search_index.SearchDB(cfg.search_index))
     records = []
     for asked in load_questions(cfg.train_files):
         for sample, plan in enumerate(PLANS):
@@ -107,7 +108,7 @@ def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
     assert [len(data["runs"][0][name]) for name in ("train", "evals")] == [2, 2]
     assert data["runs"][0]["train"][0]["loss"] is None  # NaN is no JSON
     assert data["runs"][0]["settings"]["max_tokens"] == 6000 and data["defaults"]["max_tokens"] == 250
-    index = searchdb.SearchDB(hostile.parent / "index")
+    index = search_index.SearchDB(hostile.parent / "index")
     thumbs = {picture_key(hit.image) for hit in index.image(picture(7), 2)}
     index.close()
     assert set(data["pictures"]) == thumbs | {picture_key(picture(i)) for i in (0, 1)}

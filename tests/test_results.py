@@ -9,10 +9,12 @@ import statistics
 import pytest
 from conftest import ROOT
 
+import data
 import eval as evaluation
-import results
+import reward
+from analysis import labels, results
+from analysis.results import ResultFile
 from config import InputError
-from results import ResultFile
 
 HEADER = {"config": {"mode": "agent", "out": "a"}, "model_id": "m", "code": "c"}
 
@@ -51,7 +53,7 @@ def test_an_interrupted_file_goes_on_and_ends_as_the_undisturbed_one(tmp_path):
     other.add(records[5])
     other.close()
     again = ResultFile(tmp_path / "r.jsonl", HEADER)
-    assert again.done() == {results.key_of(r): r for r in (records[4], records[1], records[5])}
+    assert again.done() == {data.key_of(r): r for r in (records[4], records[1], records[5])}
     again.add(records[0])
     again.add(records[4])  # its question goes again if another of its samples was missing
     again.close()
@@ -102,10 +104,10 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     (tmp_path / "notes.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match="line 1: not a conversation"):
         ResultFile(tmp_path / "notes.jsonl", HEADER).done()
-    results.write_jsonl(tmp_path / "old.jsonl", some(0, 2))
+    data.write_jsonl(tmp_path / "old.jsonl", some(0, 2))
     with pytest.raises(InputError, match="without the header"):
         ResultFile(tmp_path / "old.jsonl", HEADER).done()
-    results.write_jsonl(tmp_path / "twice.jsonl", [conversation(0, True)] * 2)
+    data.write_jsonl(tmp_path / "twice.jsonl", [conversation(0, True)] * 2)
     with pytest.raises(InputError, match="two conversations"):
         results.read_results(tmp_path / "twice.jsonl")
     (tmp_path / "foreign.jsonl").write_text(json.dumps(conversation("\u2028\x85", True), ensure_ascii=False) + "\n\n")
@@ -116,7 +118,7 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
 
 def test_of_a_validation_the_greedy_half_is_read(tmp_path):
     records = [conversation(0, True, mode="greedy"), conversation(0, False, mode="sampled")]
-    results.write_jsonl(tmp_path / "eval-000000.jsonl", records)
+    data.write_jsonl(tmp_path / "eval-000000.jsonl", records)
     assert results.read_results(tmp_path / "eval-000000.jsonl") == ({}, records[:1])
 
 
@@ -153,12 +155,12 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right, n):
     samples = [True] * right + [False] * (n - right)
     for k in range(1, n + 1):
         subsets = [any(s) for s in itertools.combinations(samples, k)]
-        assert results.pass_at_k(right, n, k) == pytest.approx(sum(subsets) / len(subsets))
+        assert reward.pass_at_k(right, n, k) == pytest.approx(sum(subsets) / len(subsets))
 
 
 def test_several_samples_against_a_recount(cfg):
     records = some(1, questions=9, samples=5, share=0.3)
-    figures = evaluation.summarize(records, cfg)["all"]
+    figures = reward.summarize(records, cfg)["all"]
     right = {q: [r["correct"] for r in records if r["question_id"] == f"q{q}"] for q in range(9)}
     assert list(figures["pass"]) == ["1", "2", "4", "5"]
     for k, share in figures["pass"].items():
@@ -167,30 +169,30 @@ def test_several_samples_against_a_recount(cfg):
     assert figures["accuracy"] == pytest.approx(figures["pass"]["1"])
     by_sample = [statistics.mean(v[i] for v in right.values()) for i in range(5)]
     assert figures["spread"] == pytest.approx(statistics.stdev(by_sample))
-    assert "pass" not in evaluation.summarize([r for r in records if r["sample"] == 0], cfg)["all"]
+    assert "pass" not in reward.summarize([r for r in records if r["sample"] == 0], cfg)["all"]
     line = next(line for line in evaluation.table({"all": figures}).splitlines() if "pass@k" in line)
     assert f"5: {figures['pass']['5']:.3f}" in line and f"{figures['spread']:.3f}" in line
 
 
 def test_the_bootstrap_of_a_share_is_the_binomials_interval():
     """200 questions, half right: the percentiles of a binomial share, 0.5 +- 1.96 sqrt(0.25 / 200)."""
-    low, high = results.bootstrap([1] * 100 + [0] * 100, [1] * 200)
+    low, high = reward.bootstrap([1] * 100 + [0] * 100, [1] * 200)
     assert (low, high) == pytest.approx((0.5 - 0.0693, 0.5 + 0.0693), abs=0.006)
-    assert results.bootstrap([1] * 100 + [0] * 100, [1] * 200) == (low, high)
+    assert reward.bootstrap([1] * 100 + [0] * 100, [1] * 200) == (low, high)
 
 
 def test_conversations_about_one_question_are_no_independent_evidence():
     """Eight copies of each conversation leave the interval as it is."""
-    one = results.accuracy({f"q{i}": [i % 3 == 0] for i in range(60)})
-    assert results.accuracy({f"q{i}": [i % 3 == 0] * 8 for i in range(60)}) == pytest.approx(one)
+    one = reward.accuracy({f"q{i}": [i % 3 == 0] for i in range(60)})
+    assert reward.accuracy({f"q{i}": [i % 3 == 0] * 8 for i in range(60)}) == pytest.approx(one)
     assert one["accuracy_low"] < 1 / 3 < one["accuracy_high"]
 
 
 def test_all_right_is_not_certainty():
-    figures = results.accuracy({f"q{i}": [True] * 4 for i in range(10)})
+    figures = reward.accuracy({f"q{i}": [True] * 4 for i in range(10)})
     assert figures["accuracy"] == figures["accuracy_high"] == 1.0
     assert figures["accuracy_low"] == pytest.approx(1 / (1 + 1.96**2 / 10))  # Wilson's, of ten
-    assert results.accuracy({}) == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0}
+    assert reward.accuracy({}) == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0}
 
 
 # ------------------------------------------------------------------------------------------- comparison
@@ -270,15 +272,15 @@ def test_compare_as_the_command_prints_it(tmp_path, capsys):
 )
 def test_labels(did, need, share):
     records = [{"correct": right, "calls": [{"kind": kind} for kind in kinds.split()]} for kinds, right in did]
-    assert evaluation.need_of(records) == (need, pytest.approx(share))
+    assert labels.need_of(records) == (need, pytest.approx(share))
 
 
 @pytest.mark.parametrize(("free", "needed", "share"), [(30, 30, 2 / 3), (5, 90, 2 / 3), (90, 5, 0.5), (4, 4, 1.0)])
 def test_balance(free, needed, share):
     labels = ["search-free"] * free + ["image", "text", "both"] * (needed // 3) + ["image"] * (needed % 3)
     random.Random(1).shuffle(labels)
-    chosen = evaluation.balanced(labels, share, seed=0)
-    assert chosen == sorted(set(chosen)) == evaluation.balanced(labels, share, seed=0)
+    chosen = labels.balanced(labels, share, seed=0)
+    assert chosen == sorted(set(chosen)) == labels.balanced(labels, share, seed=0)
     n = sum(labels[i] != "search-free" for i in chosen)
     assert n / len(chosen) == pytest.approx(share, abs=0.5 / len(chosen))
     assert n == needed or len(chosen) - n == free  # as large as can be: one kind is used up

@@ -1,5 +1,6 @@
 """Conversations: each way to end, written by hand; many at once; and the engine against transformers' own forward."""
 
+import importlib.metadata
 import json
 import random
 import re
@@ -13,12 +14,16 @@ import torch.distributed as dist
 from conftest import on_two_ranks, picture, question, replace
 from test_policy import PICTURES, Plain, save_sharp_model, wide_range
 
+import backbone
 import config
+import engines
 import policy
 import rollout
+from chat import Codec
 from config import InputError
-from data import Call, Codec, Episode, Hit, Question, Result, Stop
-from rollout import Generate, Reply, Sampling, ScriptedEngine, TorchEngine, converse, run, turn_seed
+from data import Call, Episode, Hit, Question, Result, Stop
+from engines import Reply, Sampling, ScriptedEngine, TorchEngine
+from rollout import Generate, converse, run, turn_seed
 
 PROMPTS = {
     "question": "{question}",
@@ -524,10 +529,10 @@ def test_share(monkeypatch):
 
 
 def test_a_vllm_for_another_torch_is_one_line(monkeypatch):
-    monkeypatch.setattr(rollout, "_version", lambda package: "0.32.0" if package == "vllm" else None)
-    monkeypatch.setattr(rollout.importlib.metadata, "requires", lambda package: ["numpy", "torch==1.0.0+cpu"])
+    monkeypatch.setattr(engines, "_version", lambda package: "0.32.0" if package == "vllm" else None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: ["numpy", "torch==1.0.0+cpu"])
     with pytest.raises(InputError, match="vllm 0.32.0 needs torch ==1.0.0, this is torch 2"):
-        rollout._import_vllm(torch.device("cpu"))
+        engines._import_vllm(torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------- TorchEngine
@@ -549,8 +554,8 @@ def make_engine(folder, cfg, device, stops=0):
     ever say <|im_end|>."""
     codec = Codec(folder, cfg)
     codec.stop_ids = (*codec.stop_ids, *range(300, 300 + stops))
-    model = policy.read_model(folder)
-    engine = TorchEngine(policy.plain_config(model), codec, cfg, device)
+    model = backbone.read_model(folder)
+    engine = TorchEngine(backbone.plain_config(model), codec, cfg, device)
     engine.load_weights(model.named_parameters(), version=0)
     return engine
 
@@ -655,8 +660,8 @@ def test_the_company_of_a_conversation_changes_nothing(engine, sharp, wide, devi
         rolled(make_engine(sharp, four, device, 60), [3, 1, 5, 0, 4, 2]),
         rolled(engine, ordered=True),  # a used engine
     ]
-    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)
-    monkeypatch.setattr(rollout, "FEATURE_CELLS", 10)
+    monkeypatch.setattr(engines, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(engines, "FEATURE_CELLS", 10)
     ways.append(rolled(make_engine(sharp, wide, device, 60)))
     for episodes in ways:
         for old, new in zip(together, sorted(episodes, key=lambda e: e.question_id), strict=True):
@@ -784,7 +789,7 @@ def test_nothing_is_reused_after(engine, sharp, event):
         assert engine.cache is None and not engine.features
         engine.wake()
     else:
-        engine.load_weights(policy.read_model(sharp).named_parameters(), 1)
+        engine.load_weights(backbone.read_model(sharp).named_parameters(), 1)
     sizes = forwards(engine)
     ask(engine, episode.engine_prompt(), episode.images)
     assert sizes[0] == len(episode.tokens)
@@ -796,9 +801,9 @@ def test_new_weights_make_a_used_engine_a_new_one(engine, sharp, wide, device, m
     wide = replace(wide, concurrency=4)
     used, new = (make_engine(sharp, wide, device, 60) for _ in range(2))
     rolled(used, cfg=wide, ordered=True)
-    used.load_weights(policy.read_model(sharp).named_parameters(), 0)
-    begin, batches = rollout._KVCache.begin, []
-    monkeypatch.setattr(rollout._KVCache, "begin", lambda *args: batches.append(args[1]) or begin(*args))
+    used.load_weights(backbone.read_model(sharp).named_parameters(), 0)
+    begin, batches = engines._KVCache.begin, []
+    monkeypatch.setattr(engines._KVCache, "begin", lambda *args: batches.append(args[1]) or begin(*args))
     one, other = (rolled(e, cfg=wide, ordered=True, step=1) for e in (used, new))
     assert [e.tokens for e in one] == [e.tokens for e in other]
     assert [e.logprobs for e in one] == [e.logprobs for e in other]
@@ -809,7 +814,7 @@ def test_new_weights_make_a_used_engine_a_new_one(engine, sharp, wide, device, m
 
 
 def test_weights_that_are_missing_or_unknown_are_errors(engine, sharp):
-    weights = dict(policy.read_model(sharp).named_parameters())
+    weights = dict(backbone.read_model(sharp).named_parameters())
     last = list(weights)[-1]
     with pytest.raises(RuntimeError, match=re.escape(last)):
         engine.load_weights([(n, w) for n, w in weights.items() if n != last], 5)
@@ -825,7 +830,7 @@ def test_weights_cannot_change_under_a_conversation(engine, sharp):
     engine.submit("a", prompt, [], Sampling(1.0, 8, 0))
     for _ in range(2):  # while it waits, and while it runs
         with pytest.raises(RuntimeError, match="running"):
-            engine.load_weights(policy.read_model(sharp).named_parameters(), 1)
+            engine.load_weights(backbone.read_model(sharp).named_parameters(), 1)
         with pytest.raises(RuntimeError, match="running"):
             engine.sleep()
         engine.step()

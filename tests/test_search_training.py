@@ -3,6 +3,7 @@ most searches fail; accounts in the evaluation's table."""
 
 import json
 import random
+import signal
 import sys
 
 import pytest
@@ -14,9 +15,13 @@ from safetensors.torch import load_file
 import config
 import eval as evaluation
 import policy
+import reward
+import rollout
 import train
-from data import Call, Codec, Episode, Hit, Result, Usage
-from rollout import ScriptedEngine, run
+from chat import Codec
+from data import Call, Episode, Hit, Result, Usage
+from engines import ScriptedEngine
+from rollout import run
 
 FAULTS = {"hang": "timeout", "429": "rate_limit", "500": "server", "truncated": "bad_response", "cut": "connection"}
 
@@ -56,7 +61,7 @@ def live_run(world, server, tmp_path, monkeypatch, *more):
     place, cfg = world
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     monkeypatch.delenv("JINA_API_KEY", raising=False)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
     values = settings(server, search_retries=0, read_timeout=0.3)
     values["allow_hosts"] = values["allow_hosts"][0]
     arguments = [
@@ -148,9 +153,9 @@ def failed(kind, count, ok):
 def test_when_a_step_s_searches_stop_the_run(folder, codec, cfg, device, calls, changes, stops):
     episode = Episode(question(), codec, calls=calls)
     try:
-        train.check_searches([episode], replace(cfg, **changes), device)
+        rollout.check_searches([episode], replace(cfg, **changes), device)
         assert not stops
-    except train.SearchDown as error:
+    except rollout.SearchDown as error:
         assert stops and calls[0][1].error_kind in str(error)
 
 
@@ -171,10 +176,10 @@ def test_accounts_in_records_and_in_the_table(folder, cfg):
     engine = Talker(codec, [question(n) for n in range(6)])
     engine.step = lambda: ScriptedEngine.step(engine)
     episodes = run([question(n) for n in range(6)], engine, Priced(), codec, codec.cfg, ordered=True)
-    records = [evaluation.record(e, evaluation.score_episode(e, cfg)) for e in episodes]
+    records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     usage = [call["usage"] for r in records for call in r["calls"]]
     assert len(usage) == 12 and sum(u["cached"] for u in usage) == 6
-    figures = evaluation.summarize(records, cfg)["all"]
+    figures = reward.summarize(records, cfg)["all"]
     assert figures["cost"] == pytest.approx(6 * 0.03 / 6) and figures["cached"] == 0.5 and figures["errors"] == {}
     assert figures["usage"]["pages"] == 12 and figures["usage"]["tokens"] == 2400 and figures["usage"]["seconds"] == 9
     heads, line = evaluation.table({"all": figures}).splitlines()

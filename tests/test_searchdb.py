@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import searchdb
 from config import InputError
-from searchdb import SearchDB, build, embed
+from search import __main__ as search_main
+from search import index as search_index
+from search.embedding import embed
+from search.index import SearchDB, build
 
-ROOT = Path(searchdb.__file__).parent
+ROOT = Path(search_index.__file__).parents[1]
 
 
 def encode(picture, format="PNG", **options):
@@ -401,7 +403,7 @@ def test_what_is_not_an_index_is_refused_in_one_line(tmp_path, make, why):
 
 KILLED = """
 import os, sys
-import searchdb
+from search import __main__ as searchdb
 def rows():
     for n in range(500):
         if n == 400: os._exit(9)
@@ -473,8 +475,8 @@ def test_only_an_index_is_overwritten(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    small_disk = searchdb.SCHEMA + "PRAGMA max_page_count = 20;"
-    monkeypatch.setattr(searchdb, "SCHEMA", small_disk)
+    small_disk = search_index.SCHEMA + "PRAGMA max_page_count = 20;"
+    monkeypatch.setattr(search_index, "SCHEMA", small_disk)
     with pytest.raises(InputError, match="cannot write the index .*full"):
         build(tmp_path / "i.sqlite", ({"title": "t", "text": "word " * 5000} for _ in range(50)))
     assert list(tmp_path.iterdir()) == []
@@ -544,7 +546,7 @@ def test_empty_sides(tmp_path):
 
 
 def command(*args, cwd):
-    run = subprocess.run([sys.executable, str(ROOT / "searchdb.py"), *map(str, args)], cwd=cwd, capture_output=True)
+    run = subprocess.run([sys.executable, "-m", "search", *map(str, args)], cwd=cwd, capture_output=True)
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 
 
@@ -611,7 +613,7 @@ def test_main_says_what_is_wrong(tmp_path, jsonl, monkeypatch, args, why):
     (jsonl / "latin.jsonl").write_bytes('{"title": "é"}'.encode("latin-1"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=why):
-        searchdb.main(args)
+        search_main.main(args)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -619,7 +621,7 @@ def test_main_counts_the_rows_it_leaves_out(tmp_path, jsonl, capsys):
     with open(jsonl / "docs.jsonl", "a") as file:
         file.write('{"title": "cut sho\n[]\n')
     args = ["index", "--docs", str(jsonl / "docs.jsonl"), "--out", str(tmp_path / "s"), "--skip_bad_rows"]
-    searchdb.main(args)
+    search_main.main(args)
     assert capsys.readouterr().out.startswith(f"left out 2 bad rows\n{tmp_path / 's'}: 3 documents, 0 images")
 
 
@@ -660,7 +662,7 @@ def test_images_by_a_vision_encoder(tmp_path, encoder):
     for n, row in enumerate(rows):
         (tmp_path / f"{n}.png").write_bytes(row["image"])
     index = ["index", "--images", str(tmp_path / "images.jsonl"), "--out", str(tmp_path / "i.sqlite")]
-    searchdb.main([*index, "--image_embedding", str(folder)])
+    search_main.main([*index, "--image_embedding", str(folder)])
     with closing(SearchDB(tmp_path / "i.sqlite")) as db:
         for query in noise_pictures(3, seed=5):
             wanted = vector(query)
@@ -700,9 +702,9 @@ def test_an_index_of_the_first_version_is_read(tmp_path):
 def test_a_large_index_leaves_common_words_out(tmp_path, monkeypatch):
     """From LARGE_INDEX documents on: words that over a tenth of them hold, if the query has others."""
     docs = [{"title": f"t{n}", "text": f"the word{n} tenth{n % 10} often{n % 9}"} for n in range(90)]
-    monkeypatch.setattr(searchdb, "LARGE_INDEX", 91)
+    monkeypatch.setattr(search_index, "LARGE_INDEX", 91)
     build(tmp_path / "small.sqlite", docs)
-    monkeypatch.setattr(searchdb, "LARGE_INDEX", 90)
+    monkeypatch.setattr(search_index, "LARGE_INDEX", 90)
     build(tmp_path / "large.sqlite", docs)
     with closing(SearchDB(tmp_path / "small.sqlite")) as small, closing(SearchDB(tmp_path / "large.sqlite")) as large:
         assert len(small.text("the word7", 99)) == 90 and [h.title for h in large.text("The word7", 99)] == ["t7"]

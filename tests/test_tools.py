@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data import Call, Question, Result
-from searchdb import SearchDB, build
-from tools import OfflineSearch, has_answer, parse_call
+from search.index import OfflineSearch, SearchDB, build
+from tools import has_answer, parse_call
 
 IMAGE, ANSWER = Call("image"), "answer"
 IMG = "<search><img></search>"

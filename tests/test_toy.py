@@ -13,10 +13,14 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import ROOT, SHORT_WORLD
 
-import toy
-from data import Call, Codec, Stop, load_questions
-from eval import open_search, score_episode
-from rollout import ScriptedEngine, run
+from chat import Codec
+from data import Call, Stop, load_questions
+from engines import ScriptedEngine
+from eval import open_search
+from reward import score_episode
+from rollout import run
+from toy import lessons as toy_lessons
+from toy import world as toy_world
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def questions(world):
 
 @pytest.fixture(scope="module")
 def things():
-    return toy.make_things(random.Random("world 0"))
+    return toy_world.make_things(random.Random("world 0"))
 
 
 def needs_search(question):
@@ -63,27 +67,29 @@ def test_pictures_give_need_away_only_by_what_they_show(questions):
 
 def test_the_kinds_are_balanced_and_everything_can_be_answered(questions):
     for part, size in zip(questions, (400, 60), strict=True):
-        assert Counter(q.data_source for q in part) == dict.fromkeys(toy.KINDS[:4], size)
+        assert Counter(q.data_source for q in part) == dict.fromkeys(toy_world.KINDS[:4], size)
         assert all(len(q.answers) == 1 and len(q.images) == 1 for q in part)
 
 
 def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things, world):
     train, val = questions
     unknown = {q.data_id.split("-")[0] for q in val if needs_search(q)}
-    hidden = things[toy.KNOWN + toy.TAUGHT :]
-    assert unknown <= {t.name for t in things[-toy.VAL :]}
+    hidden = things[toy_world.KNOWN + toy_world.TAUGHT :]
+    assert unknown <= {t.name for t in things[-toy_world.VAL :]}
     assert not unknown & {q.data_id.split("-")[0] for q in train}
     assert not {q.images[0] for q in val} & {q.images[0] for q in train}
     words = [word for t in things for word in (t.name, t.founder, t.city, t.river)]
     assert len(words) == len(set(words))  # a fact never betrays whose it is
     place, cfg = world
-    lessons = toy.Lessons(things, Codec(place.base, cfg), 0)
-    assert not {toy.look_of(t) for t in hidden} & set(lessons.looks)
+    lessons = toy_lessons.Lessons(things, Codec(place.base, cfg), 0)
+    assert not {toy_world.look_of(t) for t in hidden} & set(lessons.looks)
     assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
-    assert len({toy.look_of(t) for t in things}) == len(things)
-    known = [toy.look_of(t) for t in things[: toy.KNOWN]]
-    assert all(toy.alike(toy.look_of(t), look) < 3 for t in hidden for look in known)  # no eye should mistake them
-    assert any(toy.alike(toy.look_of(t), look) == 3 for t in lessons.similar for look in known)
+    assert len({toy_world.look_of(t) for t in things}) == len(things)
+    known = [toy_world.look_of(t) for t in things[: toy_world.KNOWN]]
+    assert all(
+        toy_world.alike(toy_world.look_of(t), look) < 3 for t in hidden for look in known
+    )  # no eye should mistake them
+    assert any(toy_world.alike(toy_world.look_of(t), look) == 3 for t in lessons.similar for look in known)
 
 
 @pytest.mark.parametrize(("named", "beliefs"), [(0, True), (24, True), (0, False)])
@@ -91,10 +97,10 @@ def test_the_scripted_policy_is_blind_to_need(world, named, beliefs):
     """Which searches it makes does not depend on what it knows; what it says is well-formed."""
     place, cfg = world
     cfg = dataclasses.replace(cfg, toy_named=named, toy_beliefs=beliefs)
-    things = toy.make_things(random.Random("world 0"), named)
+    things = toy_world.make_things(random.Random("world 0"), named)
     codec = Codec(place.base, cfg)
-    policy, rng = toy.SloppyPolicy(codec, cfg), random.Random(0)
-    asked = [policy.question(things[i % 96], rng.choice(["name", *toy.FACTS]), rng) for i in range(800)]
+    policy, rng = toy_lessons.SloppyPolicy(codec, cfg), random.Random(0)
+    asked = [policy.question(things[i % 96], rng.choice(["name", *toy_world.FACTS]), rng) for i in range(800)]
     episodes = run(asked, ScriptedEngine(codec, policy), open_search_of(world), codec, cfg)
     searched = defaultdict(list)
     for question, episode in zip(asked, episodes, strict=True):
@@ -112,10 +118,10 @@ def test_the_scripted_policy_is_blind_to_need(world, named, beliefs):
 
 def test_a_fifth_kind_knows_the_name_alone(world, tmp_path):
     _, cfg = world
-    things = toy.make_things(random.Random("world 0"), 12)
-    toy.write_world(tmp_path, things, dataclasses.replace(cfg, toy_named=12))
+    things = toy_world.make_things(random.Random("world 0"), 12)
+    toy_world.write_world(tmp_path, things, dataclasses.replace(cfg, toy_named=12))
     questions = load_questions([str(tmp_path / "val.parquet")])
-    assert Counter(q.data_source for q in questions) == dict.fromkeys(toy.KINDS, 60)
+    assert Counter(q.data_source for q in questions) == dict.fromkeys(toy_world.KINDS, 60)
     by_name = {t.name: t for t in things}
     for q in questions:
         name, what = q.data_id.split("-")
@@ -148,7 +154,7 @@ def test_text_search_needs_the_name_and_the_fact(world, things):
     search, rng = open_search(cfg), random.Random(1)
     by_name_only = 0
     for thing in rng.sample(things, 60):
-        fact = rng.choice(toy.FACTS)
+        fact = rng.choice(toy_world.FACTS)
         hits = search.search(Call("text", f"{thing.name} {fact}"), None).hits
         assert hits[0].title == f"{thing.name} {fact}" and hits[0].text == getattr(thing, fact)
         assert len(hits) == cfg.text_results  # the others are distractors
@@ -184,7 +190,7 @@ def test_building_goes_on_where_it_was_killed(world, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert {p.name for p in folder.iterdir()} == {"world", "base.building"}
     made = (folder / "world" / "train.parquet").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, "toy.py", *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "toy", *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "world" / "train.parquet").stat().st_mtime_ns == made
     assert {p.name for p in folder.iterdir()} == {"world", "base", "model"}
@@ -193,8 +199,8 @@ def test_building_goes_on_where_it_was_killed(world, tmp_path):
 
 
 def test_another_seed_is_another_world(things):
-    other = toy.make_things(random.Random("world 1"))
-    assert len({t.name for t in things[: toy.KNOWN]} & {t.name for t in other[: toy.KNOWN]}) < 5
+    other = toy_world.make_things(random.Random("world 1"))
+    assert len({t.name for t in things[: toy_world.KNOWN]} & {t.name for t in other[: toy_world.KNOWN]}) < 5
 
 
 def test_the_exported_model_is_an_ordinary_one(world):

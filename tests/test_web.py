@@ -12,8 +12,8 @@ from contextlib import closing, contextmanager
 import pytest
 from local_web import LocalWeb
 
-import web
-from web import (
+from search import web as search_web
+from search.web import (
     Client,
     Failure,
     Limit,
@@ -124,8 +124,8 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch):
         connected.append(address)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(web.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(web.socket, "create_connection", connect)
+    monkeypatch.setattr(search_web.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(search_web.socket, "create_connection", connect)
     assert failure("http://rebind.example/").kind == "connection" and connected == [("93.184.216.34", 80)]
     assert failure("http://rebind.example/").kind == "blocked" and len(connected) == 1
 
@@ -183,13 +183,13 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date():
         assert failure(url, ours=True, retries=1, seconds=2.0).kind == "server"  # it would come too late
         assert len(server.replies) == 1
     for nonsense in ("soon", "-1", "9" * 400, "\x00"):
-        assert (web._seconds(nonsense) or 0) <= 1e9
+        assert (search_web._seconds(nonsense) or 0) <= 1e9
 
 
 def test_pauses_between_attempts_double_and_end_at_the_deadline(monkeypatch):
     pauses = []
-    monkeypatch.setattr(web.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
-    monkeypatch.setattr(web, "_address", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
+    monkeypatch.setattr(search_web.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
+    monkeypatch.setattr(search_web, "_address", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
     message = str(failure("http://a.example/", retries=6, pause=1.0, seconds=500.0))
     assert "7 attempts" in message and len(pauses) == 6
     assert all(0.5 <= pause / 2**n <= 1.0 for n, pause in enumerate(pauses[:5])) and pauses[5] <= 30.0
@@ -245,7 +245,7 @@ def test_certificates_are_checked(tmp_path):
     with replies(OK, OK, tls=tls) as (server, url), pytest.MonkeyPatch.context() as patch:
         wrong = failure(url, ours=True)
         assert wrong.kind == "connection" and "Cert" in str(wrong)
-        patch.setattr(web, "_context", ssl.create_default_context(cafile=certificate))
+        patch.setattr(search_web, "_context", ssl.create_default_context(cafile=certificate))
         assert fetch(url, ours=True) == b"yes"
         wrong = failure(url.replace("localhost", "127.0.0.1"), ours=True)  # another name than the certificate's
         assert wrong.kind == "connection" and "Cert" in str(wrong)

@@ -24,15 +24,19 @@ import sqlite3
 from pathlib import Path
 
 import toy
-from config import Config, InputError, run_main
-from data import decode_image, load_questions, picture_key
-from eval import question_files
-from results import read_jsonl
-from searchdb import SearchDB
+from config import Config, InputError
+from data import decode_image, load_questions, picture_key, read_jsonl
+from search.index import SearchDB
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
 CONVERSATIONS = 2000  # on a page, unless --limit says otherwise
+
+
 QUESTION_SIDE, THUMBNAIL_SIDE = 384, 128  # pixels, at most
+
+
 PICTURE_BYTES = 48 * 2**20  # of a page's pictures, as data URLs, at most
 
 
@@ -136,9 +140,6 @@ def reward_parts(record: dict, format_weight: float) -> dict[str, float] | None:
     return {"answer": right, "searching": round(record["reward"] - right - form, 9), "format": form}
 
 
-# ----------------------------------------------------------------------------------------------------- pictures
-
-
 class Pictures:
     """The page's pictures as data URLs, each distinct one once, small, up to PICTURE_BYTES together."""
 
@@ -180,7 +181,7 @@ def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> lis
     except InputError as error:
         return [f"pictures not looked up: the settings are of another version ({error})"]
     problems = []
-    for what, files in zip(("training", "validation"), question_files(cfg), strict=True):
+    for what, files in zip(("training", "validation"), toy.question_files(cfg), strict=True):
         mine = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
             _add_question_pictures(mine, files, pictures)
@@ -225,7 +226,3 @@ def main() -> None:
         raise InputError(f"limit={args.limit}: must not be negative")
     path = render(args.runs, args.out, args.limit)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -14,26 +14,13 @@ drawing questions, not conversations, anew. Plain Python and numpy: nothing here
 
 import hashlib
 import json
-import math
-import os
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError
-
-RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
-Key = tuple[str, int]  # a conversation: question id, number of the sample
-
-
-def key_of(record: dict) -> Key:
-    return record["question_id"], record["sample"]
-
-
-# ------------------------------------------------------------------------------------------------- header
+from data import key_of, write_jsonl
+from reward import bootstrap, by_question
 
 
 def file_id(path: str | Path) -> str:
@@ -67,36 +54,6 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return f"{commit} {digest}".strip()
-
-
-# --------------------------------------------------------------------------------------------- files
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
-    written, and is left out. Raises InputError."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if line.endswith("\n"):
-                    yield json.loads(line, parse_constant=lambda _: None)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
-
-
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write records as JSON lines, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            for r in records:
-                file.write(json.dumps(r) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
 
 
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
@@ -142,7 +99,7 @@ class ResultFile:
     def parts(self) -> list[Path]:
         return sorted(p for p in self.path.parent.glob(f"{self.path.name}.part*") if p.name[-1].isdigit())
 
-    def done(self) -> dict[Key, dict]:
+    def done(self) -> dict[tuple[str, int], dict]:
         """The conversations that are there. Raises InputError if they are of another evaluation."""
         found = {}
         for path in [self.path, *self.parts()]:
@@ -203,86 +160,6 @@ class ResultFile:
     def close(self) -> None:
         if self.file:
             self.file.close()
-
-
-# ------------------------------------------------------------------------------------------- statistics
-
-
-def verdict(record: dict, judge: str = "") -> bool | None:
-    """Was the conversation right: by the match that rewards it, or by a judge. None: aborted, or not judged."""
-    if record["stop"] == "aborted":
-        return None
-    return record.get("judged", {}).get(judge) if judge else record["correct"]
-
-
-def by_question(records: list[dict], judge: str = "") -> dict[str, list[bool]]:
-    """Question id -> the verdicts of its conversations, missing ones left out; questions without any are not there."""
-    verdicts = defaultdict(list)
-    for r in records:
-        if (right := verdict(r, judge)) is not None:
-            verdicts[r["question_id"]].append(right)
-    return dict(verdicts)
-
-
-def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
-    """95 % interval of sum(sums) / sum(counts), one of each a question: percentiles over questions drawn anew, with
-    replacement, 2,000 times (Efron 1979). The draws are the same in every run. (0, 1) without data."""
-    if not sums:
-        return 0.0, 1.0
-    rng = np.random.default_rng(0)
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    n, values = len(sums), []
-    while len(values) < RESAMPLES:
-        drawn = rng.integers(n, size=(min(max(1, 10**6 // n), RESAMPLES - len(values)), n))  # a million at once
-        values.extend(sums[drawn].sum(1) / counts[drawn].sum(1))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share: 95 % by default; (0, 1) without data."""
-    if n == 0:
-        return 0.0, 1.0
-    share, shrink = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
-    """accuracy (the mean over conversations), accuracy_low and accuracy_high (95 %)."""
-    right, counts = [sum(v) for v in verdicts.values()], [len(v) for v in verdicts.values()]
-    if sum(right) in (0, sum(counts)):  # all equal: drawing anew says nothing
-        low, high = wilson(len(verdicts) if sum(right) else 0, len(verdicts))
-    else:
-        low, high = bootstrap(right, counts)
-    return {"accuracy": sum(right) / max(sum(counts), 1), "accuracy_low": low, "accuracy_high": high}
-
-
-def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
-    n are (arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def several(records: list[dict], judge: str = "") -> dict:
-    """Figures of several conversations a question; {} if there is one of each. pass: k -> mean pass@k over questions
-    with at least k conversations, for powers of two and the most; spread: standard deviation (Bessel) of the accuracy
-    between first, second ... conversations."""
-    verdicts, by_sample = by_question(records, judge), defaultdict(list)
-    for r in records:
-        if (right := verdict(r, judge)) is not None:
-            by_sample[r["sample"]].append(right)
-    if len(by_sample) < 2:
-        return {}
-    passed, most = {}, max(map(len, verdicts.values()))
-    for k in sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}):
-        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
-        passed[str(k)] = sum(chances) / len(chances)
-    return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
-
-
-# ------------------------------------------------------------------------------------------- comparison
 
 
 def compare(a: list[dict], b: list[dict], judge: str = "") -> dict[str, dict]:

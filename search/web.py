@@ -28,9 +28,17 @@ from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
 MAX_REDIRECTS = 4
+
+
 LONGEST_PAUSE = 30.0  # seconds between two attempts, at most, unless Retry-After asks for more
+
+
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
+
+
 JSON_TYPES = ("application/json",)
+
+
 AGENT = "nanoMMSearch"
 
 
@@ -43,9 +51,6 @@ class Failure(Exception):
 
 
 RETRIED = ("timeout", "connection", "rate_limit", "server")
-
-
-# ------------------------------------------------------------------------------------------------------ limits
 
 
 class Limit:
@@ -315,9 +320,6 @@ def _seconds(retry_after):
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-# -------------------------------------------------------------------------------------------------------- text
 
 
 def clean(text, limit: int) -> str:

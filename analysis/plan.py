@@ -12,22 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import toy
+from backbone import empty_model, has_flash_attn, read_config, repeat_heads, varlen_groups_heads
 from config import Config
-from policy import (
-    HEAD_LOGITS,
-    compute_dtype,
-    empty_model,
-    has_flash_attn,
-    read_config,
-    repeat_heads,
-    varlen_groups_heads,
-)
-from rollout import engine_limits
+from engines import engine_limits
+from policy import HEAD_LOGITS, compute_dtype
+from toy.model import save_random_model
 
 SPARE = 0.08  # of a GPU's memory
+
+
 IMAGE_SHARE = 0.5  # of a row's tokens that are cells of images not shown before in the row; four patches each
+
+
 FUSED = "planned_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
+
+
 GIB = 2**30
 
 
@@ -163,7 +162,7 @@ def plan(cfg: Config) -> str:
     memory = cfg.gpu_memory * GIB
     with tempfile.TemporaryDirectory() as folder:
         if cfg.model == "toy":
-            toy.save_random_model(folder, cfg.seed)
+            save_random_model(folder, cfg.seed)
         name = folder if cfg.model == "toy" else cfg.model
         device = torch.device("cuda")
         sizes = measure(read_config(name), compute_dtype(cfg, device))

@@ -1,0 +1,233 @@
+"""backbone.py"""
+
+import copy
+import importlib.util
+from functools import cache, partial
+from inspect import signature
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chat import Codec
+from config import InputError
+from data import Picture, first_line
+
+
+def read_model(folder: str | Path, *, empty: bool = False):
+    """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    check_versions()
+    config = read_config(folder)
+    if empty:
+        return empty_model(config)
+    try:
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
+        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
+    return model
+
+
+def read_config(folder: str | Path):
+    """transformers' configuration of a Qwen2.5-VL. Raises InputError if it is none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
+    if config.model_type != "qwen2_5_vl":
+        raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
+    return config
+
+
+def empty_model(config):
+    """A model whose weights are yet to come: memory is reserved and not filled."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.tie_weights()  # a tied head is left untied there
+    return model
+
+
+def parameter_names(config) -> list[str]:
+    """The names of a model's parameters; a shared one (tied embeddings) once."""
+    with torch.device("meta"):
+        return [name for name, _ in empty_model(config).named_parameters()]
+
+
+def check_versions() -> None:
+    import transformers
+    from packaging.version import Version
+
+    version = Version(transformers.__version__)
+    if Version("5.3.0") <= version <= Version("5.5.3"):
+        raise InputError(f"transformers {version} gives still images wrong M-RoPE positions; install 5.6 or later")
+
+
+def embed_patches(embed, pixels: Tensor) -> Tensor:
+    """[P, patch] to [P, H]. On a GPU a matrix product, which this convolution is (its kernel is the whole patch): cuDNN
+    can take seconds for it in bf16, and plans anew for each number of patches."""
+    if not pixels.is_cuda:
+        return type(embed).forward(embed, pixels)
+    weight = embed.proj.weight
+    return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
+
+
+def plain_config(model):
+    """The model's configuration as transformers knows it, for building another one of its kind."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation_internal = "sdpa"
+    config.use_cache = True
+    return config
+
+
+def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
+    """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
+    ids = torch.tensor([tokens])
+    is_image = (ids == codec.image_pad).int()
+    sizes = [[1, *p.grid] for p in pictures]
+
+    def make():
+        grids = torch.tensor(sizes) if sizes else None
+        return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+    # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
+    return codec.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
+
+
+ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
+
+
+def register_attention(kind: str) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, partial(packed_attention, kind=kind))
+
+
+def packed_attention(
+    module, query, key, value, attention_mask=None, *, kind="auto", scaling=None, is_causal=None, cu_seq_lens_q=None,
+    max_length_q=None, **_,
+):  # fmt: skip
+    """Attention inside each segment of a packed row: query [1, heads, T, D] to ([1, T, heads, D], None).
+
+    kind: "flash" (flash-attn), "varlen" (torch's own, CUDA), "segments" (SDPA for each length of segment), or "auto",
+    the first of these that can run here. Without cu_seq_lens_q (the in-process engine) it is SDPA with attention_mask.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if cu_seq_lens_q is None:
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scaling, is_causal=causal and attention_mask is None
+        )
+        return out.transpose(1, 2), None
+    kind = pick_attention(kind, query)
+    if kind == "segments":
+        return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
+    grouped = kind == "varlen" and varlen_groups_heads()
+    if kind == "varlen" and not grouped:
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
+    bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+    if kind == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal
+        )  # fmt: skip
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window, more = (-1, 0) if causal else (-1, -1), {"enable_gqa": True} if grouped else {}
+        out = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **more
+        )  # fmt: skip
+    return out[None], None
+
+
+@cache
+def varlen_groups_heads() -> bool:
+    """Whether this torch's own kernel takes fewer key heads than query heads: from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+@cache
+def has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def pick_attention(kind: str, query: Tensor) -> str:
+    """Which kernel can run: the fast ones need CUDA and a half-precision type."""
+    if not query.is_cuda or query.dtype == torch.float32:
+        return "segments"
+    if kind == "auto":
+        return "flash" if has_flash_attn() else "varlen"
+    return kind
+
+
+def segment_attention(query, key, value, cu_seqlens, causal, scaling):
+    """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
+    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    bounds = cu_seqlens.tolist()
+    starts_of = {}
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        starts_of.setdefault(end - start, []).append(start)
+    if len(starts_of) == 1:
+        order = None  # all alike: the row is a batch as it stands
+    else:
+        order = torch.cat(
+            [(torch.tensor(starts)[:, None] + torch.arange(length)).flatten() for length, starts in starts_of.items()]
+        ).to(query.device)
+        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    outs, heads = [], query.shape[1]
+    sizes = [length * len(starts) for length, starts in starts_of.items()]
+    # one split, not slices: the backward of each slice would fill and add a gradient as long as the row
+    spans = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
+    for (length, starts), span in zip(starts_of.items(), spans, strict=True):
+        q, k, v = (x.unflatten(1, (len(starts), length)).transpose(0, 1) for x in span)  # [segments, heads, length, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
+        outs.append(out.transpose(0, 1).reshape(1, heads, -1, out.shape[-1]))
+    out = torch.cat(outs, 2)
+    return out if order is None else out.index_select(2, torch.argsort(order))
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Grouped-query attention: key or value heads [1, g, T, D] repeated to `heads`."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def row_hidden(model, row) -> Tensor:
+    """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
+    images runs both too, and its hidden states hang on both."""
+    core = model.model
+    features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
+    embeds = core.language_model.embed_tokens(row.ids)
+    embeds = embeds.index_copy(0, row.cell_positions, features.index_select(0, row.cells).to(embeds.dtype))
+    out = core.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=row.positions[:, None],
+        attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
+        use_cache=False,
+        cu_seq_lens_q=row.cu_seqlens,
+        cu_seq_lens_k=row.cu_seqlens,
+        max_length_q=row.longest,
+        max_length_k=row.longest,
+    )
+    return out.last_hidden_state[0]
+
+
+def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:
+    """(pixels, grids) of a picture of one cell, for rows that have none."""
+    patch, merge, frames = codec.processor.patch_size, codec.processor.merge_size, codec.processor.temporal_patch_size
+    return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

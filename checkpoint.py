@@ -1,0 +1,344 @@
+"""checkpoint.py"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import config
+from backbone import plain_config
+from chat import Codec
+from config import Config, InputError
+from data import first_line, path_of, read_jsonl
+from policy import NonFinite, all_max, full_weights
+
+
+def save_state(path: Path, model, optimizer, state: dict) -> None:
+    """Write a checkpoint folder: sharded masters and optimiser state (torch.distributed.checkpoint), and `state`, a
+    JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or does not exist."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "rng": torch.get_rng_state(),
+    }
+    dcp.save(tensors, checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
+        for file in temporary.iterdir():  # the rename must not reach the disk before the content
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        put_in_place(temporary, path)
+    dist.barrier()
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a finished folder. One that is there already is renamed away first: deleting it takes longer than a kill,
+    and half of it would look like a whole one."""
+    old = Path(f"{path}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict:
+    """The JSON part of a checkpoint. Raises InputError if it is not one."""
+    try:
+        state = json.loads((Path(path) / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise InputError(f"{path}: not a checkpoint (state.json does not describe one)")
+    return state
+
+
+def load_state(path: Path, model, optimizer) -> dict:
+    """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
+    it is incomplete or of another model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    state = read_state(path)
+    if state["model"] != fingerprint(model):
+        raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
+    if not (Path(path) / ".metadata").is_file():
+        raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "rng": torch.get_rng_state(),
+    }
+    try:
+        dcp.load(tensors, checkpoint_id=path)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
+    set_model_state_dict(model, tensors["model"])
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    torch.set_rng_state(tensors["rng"])
+    return state
+
+
+def fingerprint(model) -> str:
+    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
+    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
+
+    dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
+    full copy of the weights in CPU memory meanwhile.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    weights = {}
+    for name, value in full_weights(model):
+        if dist.get_rank() == 0:
+            weights[name] = value.to("cpu", dtype or value.dtype, copy=True)
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with torch.device("meta"):
+            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model)).to(dtype or torch.float32)
+        shell.save_pretrained(temporary, state_dict=weights)
+        codec.save(temporary)
+        put_in_place(temporary, path)
+    dist.barrier()
+
+
+class RunDir:
+    """config.json, metrics.jsonl, rollouts/, checkpoints/step-N, and the exports best/ and final/. Rank 0 writes."""
+
+    def __init__(self, cfg: Config):
+        """Look what is there, change nothing. Raises InputError, on all ranks, if this run may not go there."""
+        self.cfg, self.path = cfg, Path(cfg.run_dir)
+        self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
+        self.checkpoints = self.path / "checkpoints"
+        self.resume_from = self._find_checkpoint()
+        self.elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
+        self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
+        if self.used:
+            self._check_used()
+
+    def _find_checkpoint(self) -> Path | None:
+        if self.cfg.resume not in ("", "auto"):
+            read_state(self.cfg.resume)
+            return Path(self.cfg.resume)
+        found = self.saved() if self.cfg.resume else []
+        return found[-1] if found else None
+
+    def _check_used(self):
+        cfg = self.cfg
+        if not (cfg.resume or cfg.overwrite):
+            raise InputError(
+                f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
+            )
+        try:
+            before = json.loads((self.path / "config.json").read_text())
+            before["run_dir"]  # a model folder has a config.json, too
+        except (OSError, ValueError, KeyError, TypeError):
+            message = f"{self.path} is not empty and holds no run of this program; give another --run_dir"
+            raise InputError(message) from None
+        if self.elsewhere and self.saved():
+            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
+        inputs = [cfg.model, cfg.search_index, cfg.search_cache, cfg.toy_dir]
+        inputs += map(path_of, (*cfg.train_files, *cfg.val_files))
+        inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
+        if cfg.overwrite and inside:
+            raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        changed = [k for k in now if k not in MAY_CHANGE and k in before and now[k] != before[k]]
+        if cfg.resume and changed:
+            name = changed[0]
+            raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
+
+    def prepare(self) -> None:
+        """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
+        if dist.get_rank() == 0:
+            try:
+                self._prepare()
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
+        dist.barrier()
+
+    def _prepare(self):
+        if self.used and self.cfg.overwrite:
+            old = self.path.with_name(f".{self.path.name}.removed")  # killed half-way, this must not look like a run
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.path, old)
+            shutil.rmtree(old)
+        self.path.mkdir(parents=True, exist_ok=True)
+        config.save(self.cfg, self.path / "config.json")
+        self.rollouts.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.metrics.touch()
+        self.also_log = open_log(self.cfg, self.path)
+        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
+        self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
+
+    def _cut_back(self, step, metrics_bytes):
+        """Forget what came after the checkpoint: it will happen again."""
+        os.truncate(self.metrics, metrics_bytes)
+        for file in self.rollouts.glob("*-[0-9]*.jsonl*"):
+            if int(file.name.split(".")[0].split("-")[1]) >= step or file.suffix == ".tmp":
+                file.unlink()
+        for folder in self.checkpoints.glob("step-*"):
+            if folder.suffix == ".tmp" or int(folder.name.split("-")[1]) > step:
+                shutil.rmtree(folder)
+
+    def saved(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp"]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def log(self, entry: dict) -> None:
+        if dist.get_rank() == 0:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
+        return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
+
+    def read_log(self) -> list[dict]:
+        return list(read_jsonl(self.metrics))
+
+    def save(self, step: int, policy, optimizer, state: dict) -> None:
+        """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
+        path = self.checkpoints / f"step-{step:06d}"
+        if not path.exists():
+            save_state(path, policy, optimizer, state)
+        if dist.get_rank() == 0:
+            best = self.checkpoints / f"step-{state['best']['step']:06d}"
+            for old in self.saved()[: -self.cfg.keep_last]:
+                if old != best:
+                    shutil.rmtree(old)
+        dist.barrier()
+
+
+def check_log(cfg: Config) -> None:
+    """Raises InputError if the package that cfg.log needs is not there."""
+    needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    try:
+        if cfg.log:
+            importlib.import_module(needed[cfg.log])
+    except ImportError:
+        raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
+
+
+def open_log(cfg: Config, folder: Path):
+    """A function (step, {name: number}) that logs to cfg.log as well. wandb takes its mode from WANDB_MODE (offline:
+    nothing leaves the machine); a resumed run goes on in the one it was."""
+    if cfg.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def log(step, figures):
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return log
+    if cfg.log == "wandb":
+        import wandb
+
+        name = folder / "wandb.id"
+        if not name.exists():
+            name.write_text(secrets.token_hex(4))
+        run = wandb.init(
+            project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
+            config=dataclasses.asdict(cfg),
+        )  # fmt: skip
+        return lambda step, figures: run.log(figures, step=step)
+    return lambda step, figures: None
+
+
+def flat(figures: dict, prefix: str = ""):
+    """Nested figures as pairs: {"greedy": {"all": {"n": 3}}} -> ("greedy/all/n", 3); what is no number is left out."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
+
+
+# What a resumed run may set otherwise than the run it goes on with.
+MAY_CHANGE = set(
+    "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
+    "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
+    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance "
+    "search search_cache search_url serve_address search_budget search_deadline connect_timeout read_timeout "
+    "search_retries retry_pause max_failed_searches serpapi_url serpapi_in_flight serpapi_per_second reader_url "
+    "reader_in_flight reader_per_second summarizer_url summarizer_in_flight summarizer_per_second image_base_url "
+    "image_upload allow_hosts price_search price_reader price_summarizer".split()
+)
+
+
+class Stopper:
+    """SIGINT and SIGTERM: a rollout is left at once, anything else is finished; then all ranks agree to stop."""
+
+    class Stopped(Exception):
+        """All ranks leave."""
+
+    class Interrupted(BaseException):  # no `except Exception` may swallow it
+        """This rank's rollout is left."""
+
+    def __init__(self, device, at_once: bool = True):
+        """at_once: whether a rollout may be left in the middle; ranks that share an engine have to finish it."""
+        self.device, self.at_once, self.asked, self.in_rollout = device, at_once, False, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills
+        self.asked = True
+        if self.in_rollout:
+            self.in_rollout = False  # once: what cleans up after it is not interrupted again
+            raise self.Interrupted
+
+    def rollout(self, hold):
+        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
+        value, failed = None, False
+        try:
+            self.in_rollout = self.at_once
+            if not self.asked:
+                value = hold()
+        except self.Interrupted:
+            pass
+        except NonFinite:
+            failed = True
+        finally:
+            self.in_rollout = False
+        if all_max(self.asked, self.device):
+            raise self.Stopped
+        if all_max(failed, self.device):
+            raise NonFinite("the policy's logits are not finite while sampling", [])
+        return value

