@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chat import Codec
+from chat import Chat
 from config import InputError
 from data import Picture, first_line
 
@@ -91,10 +91,10 @@ def plain_config(model):
     return config
 
 
-def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
+def rope_positions(tokens: list[int], pictures: list[Picture], chat: Chat, model) -> Tensor:
     """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
     ids = torch.tensor([tokens])
-    is_image = (ids == codec.image_pad).int()
+    is_image = (ids == chat.image_pad).int()
     sizes = [[1, *p.grid] for p in pictures]
 
     def make():
@@ -102,7 +102,7 @@ def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, mod
         return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
 
     # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
-    return codec.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
+    return chat.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
 
 
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
@@ -207,13 +207,13 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def row_hidden(model, row) -> Tensor:
+def packed_hidden(model, row) -> Tensor:
     """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
     images runs both too, and its hidden states hang on both."""
     core = model.model
     features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
     embeds = core.language_model.embed_tokens(row.ids)
-    embeds = embeds.index_copy(0, row.cell_positions, features.index_select(0, row.cells).to(embeds.dtype))
+    embeds = embeds.index_copy(0, row.vision_positions, features.index_select(0, row.cells).to(embeds.dtype))
     out = core.language_model(
         inputs_embeds=embeds[None],
         position_ids=row.positions[:, None],
@@ -227,7 +227,7 @@ def row_hidden(model, row) -> Tensor:
     return out.last_hidden_state[0]
 
 
-def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:
+def blank_image(chat: Chat) -> tuple[list[Tensor], list[list[int]]]:
     """(pixels, grids) of a picture of one cell, for rows that have none."""
-    patch, merge, frames = codec.processor.patch_size, codec.processor.merge_size, codec.processor.temporal_patch_size
+    patch, merge, frames = chat.processor.patch_size, chat.processor.merge_size, chat.processor.temporal_patch_size
     return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

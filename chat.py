@@ -39,7 +39,7 @@ def final_size(height: int, width: int, factor: int, low: int, high: int) -> tup
     return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 
-class Codec:
+class Chat:
     """Tokenizer, image processor, chat format and prompts of one model folder.
 
     Text of users, of search results and of prompts is tokenised with special tokens off: it cannot open a turn or add
@@ -316,10 +316,10 @@ def _load_parts(folder):
         raise InputError(f"{folder}: {what}") from None
 
 
-def drop_overlong(questions: list[Question], codec: "Codec", mode: str = "agent") -> tuple[list[Question], int]:
+def drop_overlong(questions: list[Question], chat: "Chat", mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
-    template = codec.template(FIRST_PROMPTS[mode])
-    kept = [q for q in questions if len(codec.prompt(q, template)[0]) <= codec.cfg.max_prompt_tokens]
+    template = chat.template(FIRST_PROMPTS[mode])
+    kept = [q for q in questions if len(chat.prompt(q, template)[0]) <= chat.cfg.max_prompt_tokens]
     return kept, len(questions) - len(kept)
 
 

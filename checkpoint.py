@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import config
 from backbone import plain_config
-from chat import Codec
+from chat import Chat
 from config import Config, InputError
 from data import first_line, path_of, read_jsonl
 from policy import NonFinite, all_max, full_weights
@@ -108,7 +108,7 @@ def fingerprint(model) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
+def export_hf(path: Path, model, chat: Chat, dtype=None) -> None:
     """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
 
     dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
@@ -126,7 +126,7 @@ def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
         with torch.device("meta"):
             shell = Qwen2_5_VLForConditionalGeneration(plain_config(model)).to(dtype or torch.float32)
         shell.save_pretrained(temporary, state_dict=weights)
-        codec.save(temporary)
+        chat.save(temporary)
         put_in_place(temporary, path)
     dist.barrier()
 

@@ -151,7 +151,7 @@ class Episode:
     """One conversation. `tokens`, `sampled` and `logprobs` have one length and only ever grow."""
 
     question: Question
-    codec: object = field(repr=False)  # a chat.Codec
+    chat: object = field(repr=False)  # a chat.Chat
     sample: int = 0
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
@@ -162,10 +162,10 @@ class Episode:
     stop: Stop | None = None
 
     @classmethod
-    def start(cls, question: Question, codec, sample: int = 0, template: str | None = None) -> "Episode":
+    def start(cls, question: Question, chat, sample: int = 0, template: str | None = None) -> "Episode":
         """template: instead of the prompt file question.txt."""
-        episode = cls(question, codec, sample)
-        episode._append(*codec.prompt(question, template))
+        episode = cls(question, chat, sample)
+        episode._append(*chat.prompt(question, template))
         return episode
 
     @property
@@ -175,17 +175,17 @@ class Episode:
     @property
     def responses(self) -> list[str]:
         """The text of each of the model's turns, without the token that ended it."""
-        return [self.codec.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
+        return [self.chat.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
 
     def room(self) -> int:
         """Tokens left in the conversation's budget."""
-        return self.codec.cfg.max_tokens - len(self.tokens)
+        return self.chat.cfg.max_tokens - len(self.tokens)
 
     def add_reply(self, reply) -> None:
         """Append what the model said: `reply.ids`, `reply.logprobs` (one each), `reply.version`."""
         if len(reply.ids) != len(reply.logprobs) or len(reply.ids) > self.room():
             raise ValueError(f"reply of {len(reply.ids)} ids, {len(reply.logprobs)} log-probs, room for {self.room()}")
-        if not self.codec.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
+        if not self.chat.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
             raise ValueError("reply with a vision token: the sampler must ban them")
         start = len(self.tokens)
         self.tokens += reply.ids
@@ -197,7 +197,7 @@ class Episode:
         """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
         conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
         prompt file of the search."""
-        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1], template)
+        ids, images = self.chat.result_turn(call, result, self.question, self.tokens[-1], template)
         self.calls.append((call, result))
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
@@ -207,7 +207,7 @@ class Episode:
     def add_words(self, text: str) -> bool:
         """Append a turn in the model's name that it did not say itself, so that it is not trained on. False, and
         nothing is appended, if there is no room."""
-        ids = [*self.codec.encode(text), self.codec.im_end]
+        ids = [*self.chat.encode(text), self.chat.im_end]
         if len(ids) >= self.room():
             return False
         self._append(ids, [])
@@ -224,11 +224,11 @@ class Episode:
         ids, position, pictures = [], 0, iter(self.images)
         while position < len(self.tokens):
             ids.append(self.tokens[position])
-            is_image = self.tokens[position] == self.codec.image_pad
+            is_image = self.tokens[position] == self.chat.image_pad
             position += next(pictures).tokens if is_image else 1
         return ids
 
-    def parcel(self) -> dict:
+    def serialize(self) -> dict:
         """What another rank needs to train on this conversation, without what it has: of the question only the id, of
         its images only their numbers; tool images as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
@@ -238,23 +238,23 @@ class Episode:
         return {**arrays, "sampled": np.array(self.sampled, bool), "images": images, **rest}
 
     @classmethod
-    def unpack(cls, parcel: dict, questions: dict[str, Question], codec) -> "Episode":
+    def deserialize(cls, parcel: dict, questions: dict[str, Question], chat) -> "Episode":
         """The conversation of a parcel; questions by their ids."""
         question = questions[parcel["question_id"]]
-        images = [codec.picture(question.images[x] if not thumb else x, thumb) for x, thumb in parcel["images"]]
+        images = [chat.picture(question.images[x] if not thumb else x, thumb) for x, thumb in parcel["images"]]
         lists = {name: parcel[name].tolist() for name in ("tokens", "sampled", "logprobs")}
         rest = {name: parcel[name] for name in ("sample", "turns", "stop")}
-        return cls(question, codec, images=images, **lists, **rest)
+        return cls(question, chat, images=images, **lists, **rest)
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
         turns, position = [], 0
         for turn in self.turns:
-            turns.append({"role": "context", "text": self.codec.show(self.tokens[position : turn.start])})
-            turns.append({"role": "model", "text": self.codec.decode_reply(self.tokens[turn.start : turn.end])})
+            turns.append({"role": "context", "text": self.chat.show(self.tokens[position : turn.start])})
+            turns.append({"role": "model", "text": self.chat.decode_reply(self.tokens[turn.start : turn.end])})
             position = turn.end
         if position < len(self.tokens):
-            turns.append({"role": "context", "text": self.codec.show(self.tokens[position:])})
+            turns.append({"role": "context", "text": self.chat.show(self.tokens[position:])})
         calls = [
             {
                 "kind": call.kind,

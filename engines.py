@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from backbone import empty_model, parameter_names, read_config, rope_positions
-from chat import Cache, Codec
+from chat import Cache, Chat
 from config import Config, InputError
 from data import Picture, Question, first_line
 from policy import NonFinite, compute_dtype, prepare
@@ -56,13 +56,13 @@ class TorchEngine:
     generator, so they do not depend on what else is in the batch.
     """
 
-    def __init__(self, model_config, codec: Codec, cfg: Config, device):
+    def __init__(self, model_config, chat: Chat, cfg: Config, device):
         model = empty_model(model_config).requires_grad_(False).eval()
         for parameter in model.parameters():  # not model.to(dtype): RoPE's frequencies, buffers, have to stay fp32
             parameter.data = parameter.data.to(compute_dtype(cfg, device))
         self.model = model.to(device)
-        prepare(self.model, codec, cfg)
-        self.codec, self.cfg, self.device = codec, cfg, device
+        prepare(self.model, chat, cfg)
+        self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
         self.version = -1
         self.queue: deque[_Request] = deque()
@@ -73,7 +73,7 @@ class TorchEngine:
     # -- the interface
 
     def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
-        ids = self.codec.expand(prompt_ids, images)
+        ids = self.chat.expand(prompt_ids, images)
         if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
             raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
         self.queue.append(_Request(request_id, ids, images, sampling))
@@ -148,7 +148,7 @@ class TorchEngine:
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.popleft()
-            positions = rope_positions(request.prompt, request.images, self.codec, self.model)
+            positions = rope_positions(request.prompt, request.images, self.chat, self.model)
             fits = [slot for slot in free if slot.begins(request)]
             slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
             free.remove(slot)
@@ -170,7 +170,7 @@ class TorchEngine:
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
         new = [r.pending() for r in batch]  # (ids, pictures among them)
         width, device = max(len(ids) for ids, _ in new), self.device
-        padded = torch.tensor([ids + [self.codec.im_end] * (width - len(ids)) for ids, _ in new])
+        padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
         embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
         starts = torch.tensor([r.slot.length for r in batch])
@@ -186,7 +186,7 @@ class TorchEngine:
         tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
             request.slot.length += length
-            request.take(token, logp, self.codec.stop_ids)
+            request.take(token, logp, self.chat.stop_ids)
 
     def _embed(self, ids, pictures):
         """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
@@ -194,14 +194,14 @@ class TorchEngine:
             self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
         missing = {p.key: p for p in pictures if p.key not in self.features}
         if missing:
-            pixels = torch.cat([self.codec.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
+            pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
             features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
             sizes = [p.tokens for p in missing.values()]
             self.features.update(zip(missing, features.split(sizes), strict=True))
         embeds = self.model.model.language_model.embed_tokens(ids)
         if pictures:
-            embeds[ids == self.codec.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
+            embeds[ids == self.chat.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
         return embeds
 
     def _sample(self, logits, batch):
@@ -340,10 +340,10 @@ class VLLMEngine:
     that show it. It expands placeholders by itself; what it reports back must be the episode's own ids.
     """
 
-    def __init__(self, folder: str, codec: Codec, cfg: Config, device, limits: "Limits"):
+    def __init__(self, folder: str, chat: Chat, cfg: Config, device, limits: "Limits"):
         """folder: of the model, or a hub id; the weights in use are those of `load_weights`. Raises InputError if vLLM
         is missing, does not fit the installed torch, or has not enough memory."""
-        self.codec, self.cfg, self.device = codec, cfg, device
+        self.chat, self.cfg, self.device = chat, cfg, device
         EngineArgs, LLMEngine = _import_vllm(device)
         if "RANK" in os.environ:  # under torchrun, this process is one of the engine's tensor_parallel workers
             launcher = dict(distributed_executor_backend="external_launcher")
@@ -353,7 +353,7 @@ class VLLMEngine:
         if device.type == "cpu":  # never split a prompt: vLLM 0.32 cannot take back the random number of a part of one
             batch = limits.tokens * limits.conversations
         args = EngineArgs(
-            model=str(folder), tokenizer=str(codec.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
+            model=str(folder), tokenizer=str(chat.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
             seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
             enable_sleep_mode=device.type == "cuda", enforce_eager=device.type == "cpu",
@@ -370,7 +370,7 @@ class VLLMEngine:
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
         self.names = parameter_names(self.llm.vllm_config.model_config.hf_config)
         _remember_what_loads(self._model())
-        self.banned = codec.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
+        self.banned = chat.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
         self.version, self.asleep, self.group = -1, False, None
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
@@ -386,7 +386,7 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids = self.codec.expand(prompt_ids, images)
+        ids = self.chat.expand(prompt_ids, images)
         if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
             raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
         prompt = {"prompt_token_ids": prompt_ids}
@@ -395,7 +395,7 @@ class VLLMEngine:
             prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
-            stop_token_ids=list(self.codec.stop_ids), ignore_eos=True, detokenize=False,
+            stop_token_ids=list(self.chat.stop_ids), ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
         )  # fmt: skip
         with _names_its_cause():
@@ -470,7 +470,7 @@ class VLLMEngine:
 
     def _image(self, picture):
         """The picture at its final size, kept a while: all conversations of a question show it."""
-        return self.pictures.get(picture.key, lambda: self.codec.final_image(picture))
+        return self.pictures.get(picture.key, lambda: self.chat.final_image(picture))
 
 
 class _Running:
@@ -626,18 +626,18 @@ def _obey(engine, orders):
     return result
 
 
-def make_engine(folder: str, codec: Codec, cfg: Config, device, limits: Limits):
+def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
     """The engine of the configuration for the model in `folder`; its weights are those of a `load_weights` to come."""
     if cfg.engine == "vllm":
-        return VLLMEngine(folder, codec, cfg, device, limits)
-    return TorchEngine(read_config(folder), codec, cfg, device)
+        return VLLMEngine(folder, chat, cfg, device, limits)
+    return TorchEngine(read_config(folder), chat, cfg, device)
 
 
 class ScriptedEngine:
     """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
 
-    def __init__(self, codec: Codec, script: Callable[[str, list[Picture], Sampling], str]):
-        self.codec, self.script, self.queue = codec, script, []
+    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
+        self.chat, self.script, self.queue = chat, script, []
 
     def submit(self, request_id, prompt_ids, images, sampling):
         self.queue.append((request_id, prompt_ids, images, sampling))
@@ -645,8 +645,8 @@ class ScriptedEngine:
     def step(self):
         replies = []
         for request_id, prompt_ids, images, sampling in self.queue:
-            text = self.script(self.codec.show(prompt_ids), images, sampling)
-            ids = [*self.codec.encode(text), self.codec.im_end]
+            text = self.script(self.chat.show(prompt_ids), images, sampling)
+            ids = [*self.chat.encode(text), self.chat.im_end]
             reason = "stop" if len(ids) <= sampling.max_tokens else "length"
             ids = ids[: sampling.max_tokens]
             replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))

@@ -30,7 +30,7 @@ from analysis.judge import LLMJudge, judge
 from analysis.labels import judges_table, write_labels
 from analysis.results import ResultFile, code_version, comparison, file_id
 from backbone import read_model
-from chat import Codec, drop_overlong
+from chat import Chat, drop_overlong
 from config import Config, InputError, parse, run_main
 from data import Episode, Question, decode_image, load_questions, path_of
 from engines import engine_limits, make_engine
@@ -60,9 +60,9 @@ def table(summary: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def ask(question: Question, engine, search, codec: Codec, cfg: Config) -> Episode:
+def ask(question: Question, engine, search, chat: Chat, cfg: Config) -> Episode:
     """Hold one conversation and print it turn by turn, what the searches found included."""
-    episode = run([question], engine, search, codec, cfg, temperature=cfg.eval_temperature, mode=cfg.mode)[0]
+    episode = run([question], engine, search, chat, cfg, temperature=cfg.eval_temperature, mode=cfg.mode)[0]
     calls = list(episode.calls)
     print(f"question  {question.text}")
     if cfg.mode == "pipeline":  # it searches before the model says anything
@@ -88,13 +88,13 @@ def open_search(cfg: Config):
     return searching.open_search(cfg, cfg.search_index or toy.locate(cfg).index)
 
 
-def load_engine(folder, codec: Codec, cfg: Config, device, questions: list[Question]):
+def load_engine(folder, chat: Chat, cfg: Config, device, questions: list[Question]):
     """An engine with the weights of a Hugging Face folder, for conversations about these questions."""
     limits = engine_limits(folder, cfg, device, questions)
     if dist.get_rank() == 0 and cfg.engine != "torch":
         print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
     model = read_model(folder)
-    engine = make_engine(folder, codec, cfg, device, limits)
+    engine = make_engine(folder, chat, cfg, device, limits)
     engine.load_weights(model.named_parameters(), version=0)
     return engine
 
@@ -109,7 +109,7 @@ NEUTRAL = set(
 )
 
 
-def header_of(cfg: Config, folder, codec: Codec, files, samples: int, temperature: float) -> dict:
+def header_of(cfg: Config, folder, chat: Chat, files, samples: int, temperature: float) -> dict:
     """What a result file says about how it came about: settings, and ids of model, questions, prompts, search and
     code."""
     config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL or k.startswith("judge")}
@@ -118,7 +118,7 @@ def header_of(cfg: Config, folder, codec: Codec, files, samples: int, temperatur
         "config": {**config, "files": list(files), "samples": samples, "eval_temperature": temperature},
         "model_id": file_id(folder) if Path(folder).is_dir() else str(folder),
         "question_ids": [file_id(path_of(f)) for f in files],
-        "prompts_id": codec.prompts_id(cfg.mode),
+        "prompts_id": chat.prompts_id(cfg.mode),
         "search_id": file_id(index) if Path(index).is_file() and cfg.mode != "direct" else None,
         "code": code_version(),
     }
@@ -147,25 +147,25 @@ def main() -> None:
     if cfg.model == "toy" or (searching and not cfg.search_index) or not (cfg.files or cfg.question):
         toy.ensure(cfg)
     folder = toy.locate(cfg).model if cfg.model == "toy" else cfg.model
-    codec = Codec(folder, cfg)
+    chat = Chat(folder, cfg)
     if not cfg.question:
-        return evaluate_files(folder, codec, cfg, device)
+        return evaluate_files(folder, chat, cfg, device)
     image = (_read_image(cfg.image),) if cfg.image else ()
     question = Question(id="asked", text=cfg.question, images=image)
-    if drop_overlong([question], codec, cfg.mode)[1]:
+    if drop_overlong([question], chat, cfg.mode)[1]:
         raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
     if cfg.mode != "direct":
         searching.check_questions([question], cfg)
     search = open_search(cfg) if cfg.mode != "direct" else None
-    ask(question, load_engine(folder, codec, cfg, device, [question]), search, codec, cfg)
+    ask(question, load_engine(folder, chat, cfg, device, [question]), search, chat, cfg)
 
 
-def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
+def evaluate_files(folder, chat: Chat, cfg: Config, device) -> None:
     """Evaluate on cfg.files, or the toy world's validation questions; write and print the results."""
     samples = cfg.samples or (8 if cfg.label else 1)
     temperature = cfg.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
     files = cfg.files or (str(toy.locate(cfg).val),)
-    questions, dropped = drop_overlong(load_questions(files, skip_bad_rows=cfg.skip_bad_rows), codec, cfg.mode)
+    questions, dropped = drop_overlong(load_questions(files, skip_bad_rows=cfg.skip_bad_rows), chat, cfg.mode)
     questions = questions[: cfg.val_limit or None]
     if not questions:
         dropped = f" ({dropped} over-long ones dropped)" if dropped else ""
@@ -175,7 +175,7 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
         if dist.get_rank() == 0 and (line := searching.estimate(len(questions) * samples, cfg)):
             print(line, file=sys.stderr)
     out = _out(folder, cfg)
-    file = ResultFile(out, header_of(cfg, folder, codec, files, samples, temperature), dist.get_rank(), NEUTRAL)
+    file = ResultFile(out, header_of(cfg, folder, chat, files, samples, temperature), dist.get_rank(), NEUTRAL)
     if "llm" in cfg.judges and dist.get_rank() == 0:
         LLMJudge(cfg).close()  # if it cannot be asked, that is better known now
     if cfg.overwrite and dist.get_rank() == 0:
@@ -184,10 +184,10 @@ def evaluate_files(folder, codec: Codec, cfg: Config, device) -> None:
     here = [None] * dist.get_world_size()
     dist.all_gather_object(here, file.done())  # other nodes may see other files
     done = {key: r for part in here for key, r in part.items()}
-    engine = load_engine(folder, codec, cfg, device, questions)
+    engine = load_engine(folder, chat, cfg, device, questions)
     search = open_search(cfg) if cfg.mode != "direct" else None
     records = evaluate(
-        questions, engine, search, codec, cfg, temperature=temperature, progress="evaluating",
+        questions, engine, search, chat, cfg, temperature=temperature, progress="evaluating",
         ordered=is_deterministic(cfg, device), samples=samples, mode=cfg.mode, done=done, keep=file.add,
     )  # fmt: skip
     file.close()

@@ -1,7 +1,7 @@
 """The model and the processes: loading and sharding (FSDP2), packing, log-probs, the optimiser step, checkpoints.
 
 Parallelism is applied from outside: the model is transformers' own Qwen2.5-VL, its blocks are wrapped by `fully_shard`,
-and one extra root method (`row_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses
+and one extra root method (`packed_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses
 the same methods on the plain model.
 
 Episodes are packed whole, one behind the other, into rows without padding. Two episodes of 4 and 3 tokens, `x` sampled:
@@ -38,9 +38,9 @@ from backbone import (
     read_model,
     register_attention,
     rope_positions,
-    row_hidden,
+    packed_hidden,
 )
-from chat import Codec
+from chat import Chat
 from config import Config, InputError
 from data import Episode
 from grpo import token_weights
@@ -96,7 +96,7 @@ def all_sum(values: dict[str, float], device) -> dict[str, float]:
     return dict(zip(values, flat.tolist(), strict=True))
 
 
-def swap(outbox: list[list]) -> list[list]:
+def all_to_all(outbox: list[list]) -> list[list]:
     """outbox[r]: picklable things for rank r. Returns what each rank had for this one. All ranks must call it."""
     parcels = [torch.frombuffer(bytearray(pickle.dumps(things)), dtype=torch.uint8) for things in outbox]
     sizes = [None] * dist.get_world_size()
@@ -113,9 +113,7 @@ def all_max(value: float, device) -> float:
     return flat.item()
 
 
-def load_policy(
-    folder: str | Path, codec: Codec, cfg: Config, device, *, trainable: bool = True, offload: bool = False
-):
+def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False):
     """A Qwen2.5-VL from a Hugging Face folder or hub id, sharded over the ranks, masters in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
@@ -126,7 +124,7 @@ def load_policy(
 
     model = read_model(folder, empty=dist.get_rank() != 0)
     weights = model.state_dict() if dist.get_rank() == 0 else {}
-    prepare(model, codec, cfg)
+    prepare(model, chat, cfg)
     model.requires_grad_(trainable)
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -138,7 +136,7 @@ def load_policy(
     return model.train(trainable)
 
 
-def prepare(model, codec: Codec, cfg: Config) -> None:
+def prepare(model, chat: Chat, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
     if cfg.attention == "flash" and not has_flash_attn():
         raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
@@ -146,12 +144,12 @@ def prepare(model, codec: Codec, cfg: Config) -> None:
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = ATTENTION
     model.config.use_cache = False
-    if len(codec) > model.config.text_config.vocab_size:
-        raise InputError(f"the tokenizer has {len(codec)} tokens, the model only {model.config.text_config.vocab_size}")
+    if len(chat) > model.config.text_config.vocab_size:
+        raise InputError(f"the tokenizer has {len(chat)} tokens, the model only {model.config.text_config.vocab_size}")
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
-    banned[codec.banned_ids(len(banned))] = True
+    banned[chat.banned_ids(len(banned))] = True
     model.banned_ids = banned
-    model.row_logprobs = MethodType(row_logprobs, model)
+    model.packed_logprobs = MethodType(packed_logprobs, model)
     model.model.visual.patch_embed.forward = MethodType(embed_patches, model.model.visual.patch_embed)
 
 
@@ -179,7 +177,7 @@ def shard(model, cfg: Config, device, offload: bool = False) -> None:
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    register_fsdp_forward_method(model, "row_logprobs")
+    register_fsdp_forward_method(model, "packed_logprobs")
 
 
 def local_world() -> int:
@@ -210,7 +208,7 @@ def dist_device(tensor):
 
 
 @dataclass
-class Row:
+class PackedBatch:
     """Episodes packed one behind the other; see the top of the file. Tensors are on the CPU until `to`."""
 
     episodes: list[int]  # which episodes, as indices into the list that was packed
@@ -221,13 +219,13 @@ class Row:
     pixels: Tensor  # float32 [P, patch]: each distinct image of the row once
     grids: Tensor  # long [images, 3]
     cells: Tensor  # long [C]: row of the vision tower's output that fills ...
-    cell_positions: Tensor  # long [C]: ... this token
+    vision_positions: Tensor  # long [C]: ... this token
     predict: Tensor  # long [S]
     target: Tensor  # long [S]
     sequence: Tensor  # long [S]: which of `episodes`
     sampler_logp: Tensor = field(default=None)  # float32 [S]
 
-    def to(self, device) -> "Row":
+    def to(self, device) -> "PackedBatch":
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -235,7 +233,7 @@ class Row:
         return moved
 
 
-def pack(episodes: list[Episode], codec: Codec, model, max_tokens: int) -> list[Row]:
+def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int) -> list[PackedBatch]:
     """Whole episodes into rows of at most max_tokens, in order, so that a question's samples (and their image) meet.
 
     A row is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode longer than a row.
@@ -245,44 +243,46 @@ def pack(episodes: list[Episode], codec: Codec, model, max_tokens: int) -> list[
         if len(episode.tokens) > max_tokens:
             raise ValueError(f"an episode of {len(episode.tokens)} tokens does not fit a row of {max_tokens}")
         if current and size + len(episode.tokens) > max_tokens:
-            rows.append(make_row(current, episodes, codec, model))
+            rows.append(pack_batch(current, episodes, chat, model))
             current, size = [], 0
         current.append(index)
         size += len(episode.tokens)
     if current:
-        rows.append(make_row(current, episodes, codec, model))
+        rows.append(pack_batch(current, episodes, chat, model))
     return rows
 
 
-def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -> Row:
+def pack_batch(indices: list[int], episodes: list[Episode], chat: Chat, model) -> PackedBatch:
     ids, positions, bounds = [], [], [0]
     predict, target, sequence, sampler_logp = [], [], [], []
-    first_cell, pixels, grids, cells, cell_positions, n_cells = {}, [], [], [], [], 0
+    first_cell, pixels, grids, cells, vision_positions, n_cells = {}, [], [], [], [], 0
     for number, index in enumerate(indices):
         episode, start = episodes[index], bounds[-1]
         for picture in episode.images:
             if picture.key not in first_cell:
                 first_cell[picture.key] = n_cells
                 n_cells += picture.tokens
-                pixels.append(codec.pixels(picture))
+                pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             cells += range(first_cell[picture.key], first_cell[picture.key] + picture.tokens)
         for offset, token in enumerate(episode.tokens):
-            if token == codec.image_pad:
-                cell_positions.append(start + offset)
+            if token == chat.image_pad:
+                vision_positions.append(start + offset)
             if episode.sampled[offset]:
                 predict.append(start + offset - 1)
                 target.append(token)
                 sequence.append(number)
                 sampler_logp.append(episode.logprobs[offset])
-        if len(cell_positions) != len(cells):
-            raise ValueError(f"{episode.question_id}: {len(cell_positions)} placeholders for {len(cells)} image cells")
+        if len(vision_positions) != len(cells):
+            raise ValueError(
+                f"{episode.question_id}: {len(vision_positions)} placeholders for {len(cells)} image cells"
+            )
         ids += episode.tokens
-        positions.append(rope_positions(episode.tokens, episode.images, codec, model))
+        positions.append(rope_positions(episode.tokens, episode.images, chat, model))
         bounds.append(len(ids))
     if not pixels:  # the vision tower always runs: FSDP's collectives need all ranks in it
-        pixels, grids = blank_image(codec)
-    return Row(
+        pixels, grids = blank_image(chat)
+    return PackedBatch(
         episodes=list(indices),
         ids=torch.tensor(ids),
         positions=torch.cat(positions, 1),
@@ -291,7 +291,7 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
         pixels=torch.cat(pixels),
         grids=torch.tensor(grids),
         cells=torch.tensor(cells, dtype=torch.long),
-        cell_positions=torch.tensor(cell_positions, dtype=torch.long),
+        vision_positions=torch.tensor(vision_positions, dtype=torch.long),
         predict=torch.tensor(predict, dtype=torch.long),
         target=torch.tensor(target, dtype=torch.long),
         sequence=torch.tensor(sequence, dtype=torch.long),
@@ -299,21 +299,21 @@ def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -
     )
 
 
-def empty_row(codec: Codec) -> Row:
+def empty_batch(chat: Chat) -> PackedBatch:
     """A row without a sampled token: its loss is zero, yet it runs the whole model (FSDP's collectives need all
     ranks)."""
     none = torch.zeros(0, dtype=torch.long)
-    pixels, grids = blank_image(codec)
-    return Row(
+    pixels, grids = blank_image(chat)
+    return PackedBatch(
         episodes=[],
-        ids=torch.tensor([codec.im_end]),
+        ids=torch.tensor([chat.im_end]),
         positions=torch.zeros(3, 1, dtype=torch.long),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         longest=1,
         pixels=pixels[0],
         grids=torch.tensor(grids),
         cells=none,
-        cell_positions=none,
+        vision_positions=none,
         predict=none,
         target=none,
         sequence=none,
@@ -321,14 +321,16 @@ def empty_row(codec: Codec) -> Row:
     )
 
 
-def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def packed_logprobs(
+    model, row: PackedBatch, temperature: float, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
-    loss), float32. Call it on the sharded model as `model.row_logprobs(row, ...)`, with the row on the model's device.
+    loss), float32. Call it on the sharded model as `model.packed_logprobs(row, ...)`, with the row on the model's device.
 
     Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in the head
     and, through the hidden states, all the rest, so that every rank's backward runs every collective.
     """
-    hidden = row_hidden(model, row).index_select(0, row.predict)  # [S, H]
+    hidden = packed_hidden(model, row).index_select(0, row.predict)  # [S, H]
     logp, entropy = HeadLogProbs.apply(
         hidden, model.lm_head.weight, row.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
     )
@@ -395,9 +397,9 @@ def distributions(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: f
 
 
 @torch.no_grad()
-def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]:
-    """Log-probs [S] of each row without gradients; all ranks must bring equally many rows (`even_rows`)."""
-    logps = [model.row_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
+def logprobs(model, rows: list[PackedBatch], temperature: float, device) -> list[Tensor]:
+    """Log-probs [S] of each row without gradients; all ranks must bring equally many rows (`equal_counts`)."""
+    logps = [model.packed_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
     if hasattr(model, "reshard"):  # FSDP does that in backward; till then, parameters() would be bf16 copies
         model.reshard()
     return logps
@@ -421,27 +423,27 @@ class NonFinite(RuntimeError):
         self.episodes = episodes
 
 
-def even_rows(rows: list[Row], codec: Codec, device) -> list[Row]:
+def equal_counts(rows: list[PackedBatch], chat: Chat, device) -> list[PackedBatch]:
     """Fill up with empty rows, so that all ranks run equally many, and at least one."""
     most = max(1, int(all_max(len(rows), device)))
-    return rows + [empty_row(codec)] * (most - len(rows))
+    return rows + [empty_batch(chat)] * (most - len(rows))
 
 
-def imitation_loss(loss_norm: str, number: int, row: Row, logp, entropy):
-    """The row_loss of `update` for conversations to imitate: the negative log-likelihood of what is sampled in them."""
+def imitation_loss(loss_norm: str, number: int, row: PackedBatch, logp, entropy):
+    """The batch_loss of `update` for conversations to imitate: the negative log-likelihood of what is sampled in them."""
     weights, count = token_weights(row.sequence, loss_norm)
     return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
 
 
 def update(
-    model, optimizer, rows: list[Row], row_loss, cfg: Config, device, entropy_grad: bool = False
+    model, optimizer, rows: list[PackedBatch], batch_loss, cfg: Config, device, entropy_grad: bool = False
 ) -> dict[str, float]:
     """One optimiser step over the rows of all ranks.
 
-    row_loss(number of the row, row, logp [S], entropy [S]) -> (loss, a sum; count, what this row adds to the
+    batch_loss(number of the row, row, logp [S], entropy [S]) -> (loss, a sum; count, what this row adds to the
     denominator; stats, a dict of sums). Sums are back-propagated and gradients scaled once by the one denominator, all
     rows of all ranks, so that they depend neither on packing nor on the number of ranks. Every rank brings equally many
-    rows (`even_rows`); where nothing counts (all conversations were aborted), the weights stay as they are.
+    rows (`equal_counts`); where nothing counts (all conversations were aborted), the weights stay as they are.
     Returns the global sums: loss, count, the stats; and grad_norm. Raises NonFinite, with the weights as they were.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -449,8 +451,8 @@ def update(
     bad = []
     for number, row in enumerate(rows):
         row = row.to(device)
-        logp, entropy, zero = model.row_logprobs(row, cfg.temperature, entropy_grad)
-        loss, count, stats = row_loss(number, row, logp, entropy)
+        logp, entropy, zero = model.packed_logprobs(row, cfg.temperature, entropy_grad)
+        loss, count, stats = batch_loss(number, row, logp, entropy)
         (loss + zero).backward()
         if not torch.isfinite(loss):
             bad += row.episodes

@@ -30,7 +30,7 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
-from chat import FIRST_PROMPTS, Codec
+from chat import FIRST_PROMPTS, Chat
 from config import Config
 from data import ERROR_KINDS, Call, Episode, Hit, Picture, Question, Result, Stop, Usage, key_of
 from engines import Leader, Reply, Sampling, follow
@@ -62,13 +62,13 @@ Conversation = Generator[Generate | Call, Reply | Result, Episode]
 
 
 def converse(
-    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
+    question: Question, chat: Chat, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
 ) -> Conversation:
     """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set.
 
     template: instead of the prompt file question.txt.
     """
-    episode = Episode.start(question, codec, sample, template)
+    episode = Episode.start(question, chat, sample, template)
     left = {"image": cfg.max_image_searches, "text": cfg.max_text_searches}
     try:
         for turn in range(cfg.max_turns):
@@ -108,21 +108,21 @@ def _speak(episode, cfg, step, temperature):
 
 
 def converse_always_searching(
-    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0
+    question: Question, chat: Chat, cfg: Config, *, sample=0, step=0, temperature=1.0
 ) -> Conversation:
     """The baseline of MMSearch-R1's authors: whatever the question, an image search, a text search, then the answer.
 
     The model is asked for two turns, the query and the answer. The image search is put into its mouth, and if it gives
     no query, what it says instead is searched for.
     """
-    episode = Episode.start(question, codec, sample, codec.template(FIRST_PROMPTS["pipeline"]))
+    episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]))
     try:
         call = Call("image")
-        fits = episode.add_words(codec.template("pipeline_image_search"))
+        fits = episode.add_words(chat.template("pipeline_image_search"))
         for kind in ("image", "text"):
             if fits:
                 result = yield call
-                fits = episode.add_result(call, result, codec.template(f"pipeline_after_{kind}_search"))
+                fits = episode.add_result(call, result, chat.template(f"pipeline_after_{kind}_search"))
             if not fits:
                 episode.stop = Stop.MAX_TOKENS
                 return episode
@@ -145,7 +145,7 @@ def query_in(text: str) -> str:
     return " ".join(re.sub(r"</?\w+>", " ", said).split())
 
 
-def replay(r: dict, question: Question, codec: Codec, search) -> Episode:
+def replay(r: dict, question: Question, chat: Chat, search) -> Episode:
     """The conversation of a record (`Episode.record`), put together anew to be imitated: what the model said is
     tokenised from its text, and is all that is `sampled`.
 
@@ -155,9 +155,9 @@ def replay(r: dict, question: Question, codec: Codec, search) -> Episode:
     said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
     if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
         raise ValueError("ended without an answer")
-    episode = Episode.start(question, codec, r["sample"])
+    episode = Episode.start(question, chat, r["sample"])
     for number, text in enumerate(said):
-        ids = [*codec.encode(text), codec.im_end]
+        ids = [*chat.encode(text), chat.im_end]
         if len(ids) > episode.room():
             raise ValueError("longer than max_tokens")
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
@@ -183,7 +183,7 @@ def run(
     questions: list[Question],
     engine,
     search,
-    codec: Codec,
+    chat: Chat,
     cfg: Config,
     *,
     samples: int = 1,
@@ -211,10 +211,10 @@ def run(
         engine = Leader(engine, group)
     hold = converse if mode == "agent" else converse_always_searching
     if mode == "direct":
-        cfg, hold = replace(cfg, max_turns=1), partial(converse, template=codec.template(FIRST_PROMPTS[mode]))
+        cfg, hold = replace(cfg, max_turns=1), partial(converse, template=chat.template(FIRST_PROMPTS[mode]))
     driver = _Driver(engine, search, ordered, cfg)
     conversations = [
-        (question, hold(question, codec, cfg, sample=sample, step=step, temperature=temperature))
+        (question, hold(question, chat, cfg, sample=sample, step=step, temperature=temperature))
         for question in questions
         for sample in range(samples)
     ]
@@ -312,7 +312,7 @@ class _Driver:
 
 
 def evaluate(
-    questions: list[Question], engine, search, codec: Codec, cfg: Config, *, temperature: float, step: int = 0,
+    questions: list[Question], engine, search, chat: Chat, cfg: Config, *, temperature: float, step: int = 0,
     progress: str = "", ordered: bool = True, guard=lambda hold: hold(), samples: int = 1, mode: str = "agent",
     done: dict | None = None, keep: Callable[[dict], None] = lambda r: None,
 ) -> list[dict]:  # fmt: skip
@@ -335,7 +335,7 @@ def evaluate(
     quiet = not progress or dist.get_rank() > 0
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
         hold = lambda: run(  # noqa: E731
-            mine, engine, search, codec, cfg, samples=samples, step=step, temperature=temperature, ordered=ordered,
+            mine, engine, search, chat, cfg, samples=samples, step=step, temperature=temperature, ordered=ordered,
             progress=finished, mode=mode,
         )  # fmt: skip
         episodes = guard(hold)

@@ -37,7 +37,7 @@ import search
 import toy
 from analysis.curves import plot
 from analysis.results import read_results
-from chat import Codec, drop_overlong
+from chat import Chat, drop_overlong
 from checkpoint import RunDir, Stopper, check_log, export_hf, load_state
 from config import Config, InputError, parse, run_main
 from data import Episode, Stop, load_questions, write_jsonl
@@ -53,11 +53,11 @@ from grpo import (
 )
 from policy import (
     NonFinite,
-    Row,
+    PackedBatch,
     adamw,
     all_sum,
     compute_dtype,
-    even_rows,
+    equal_counts,
     full_weights,
     imitation_loss,
     init_distributed,
@@ -65,7 +65,7 @@ from policy import (
     load_policy,
     logprobs,
     pack,
-    swap,
+    all_to_all,
     update,
 )
 from reward import ramped_penalty, record, score_episode, summarize
@@ -76,7 +76,7 @@ from rollout import SearchDown, check_searches, evaluate, replay, rollout_metric
 class Batch:
     """What one update sees on this rank."""
 
-    rows: list[Row]
+    rows: list[PackedBatch]
     advantages: torch.Tensor  # float32 [N], of the episodes in the rows
     names: list[str]  # of those episodes
     uncounted: float  # what the conversations that need not be run add to the denominator
@@ -85,7 +85,7 @@ class Batch:
 
 
 def train_step(
-    policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device,
+    policy, reference, optimizer, episodes: list[Episode], advantages, parts, chat, cfg, device,
     gaps: dict[str, torch.Tensor] | None = None,
 ) -> dict:  # fmt: skip
     """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
@@ -98,7 +98,7 @@ def train_step(
     batches = [
         make_batch(
             [i for i, its_part in enumerate(parts) if its_part == part],
-            episodes, advantages, policy, codec, cfg, device,
+            episodes, advantages, policy, chat, cfg, device,
         )
         for part in range(cfg.updates_per_step)
     ]  # fmt: skip
@@ -112,7 +112,7 @@ def train_step(
     totals, seconds = Counter(), time.monotonic() - started
     for _ in range(cfg.epochs_per_step):
         for batch in batches:
-            loss = partial(row_loss, batch, cfg, gaps)
+            loss = partial(batch_loss, batch, cfg, gaps)
             try:
                 sums = update(policy, optimizer, batch.rows, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             except NonFinite as error:  # on all ranks
@@ -154,17 +154,17 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
+def make_batch(chosen: list[int], episodes, advantages, policy, chat, cfg: Config, device) -> Batch:
     """Pack the chosen episodes; the idle ones are in the denominator, but not run."""
-    idle = [i for i in chosen if is_idle(advantages[i], cfg)]
+    idle = [i for i in chosen if has_no_gradient(advantages[i], cfg)]
     active = [i for i in chosen if i not in idle]
-    rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
+    rows = pack([episodes[i] for i in active], chat, policy, cfg.max_tokens_per_batch)
     uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
     names = [episode_name(episodes[i]) for i in active]
-    return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
+    return Batch(equal_counts(rows, chat, device), advantages[active], names, uncounted)
 
 
-def is_idle(advantage: float, cfg: Config) -> bool:
+def has_no_gradient(advantage: float, cfg: Config) -> bool:
     """Without an advantage there is no gradient, unless KL or entropy bonus have one, or the log-probs decide whether
     the conversation counts."""
     return advantage == 0 and not (cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound)
@@ -175,7 +175,7 @@ def episode_name(episode: Episode) -> str:
     return f"{episode.question_id} sample {episode.sample}"
 
 
-def row_loss(batch: Batch, cfg: Config, gaps: dict[str, torch.Tensor], number: int, row: Row, logp, entropy):
+def batch_loss(batch: Batch, cfg: Config, gaps: dict[str, torch.Tensor], number: int, row: PackedBatch, logp, entropy):
     """(loss, count, stats) of a row for `policy.update`: sums over its sampled tokens, logp and entropy [S]."""
     old_logp = batch.old[number].to(logp.device) if batch.old else logp.detach()
     advantages = batch.advantages[row.episodes].to(logp.device).index_select(0, row.sequence)  # [S]
@@ -203,7 +203,7 @@ def row_loss(batch: Batch, cfg: Config, gaps: dict[str, torch.Tensor], number: i
     return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
 
 
-def balance(episodes: list[Episode], advantages: list[float], numbers, questions, codec, cfg: Config):
+def balance(episodes: list[Episode], advantages: list[float], numbers, questions, chat, cfg: Config):
     """Spread the step's conversations over the ranks by what there is to train on: [(episode, advantage)], this rank's
     new part, in the order of the questions. A question's conversations stay together, because they share an image.
 
@@ -214,16 +214,16 @@ def balance(episodes: list[Episode], advantages: list[float], numbers, questions
         groups[numbers[episode.question_id]].append((episode, advantage))
     if dist.get_world_size() == 1:
         return [pair for number in sorted(groups) for pair in groups[number]]
-    load = lambda pairs: sum(len(e.tokens) for e, a in pairs if not is_idle(a, cfg))  # noqa: E731
+    load = lambda pairs: sum(len(e.tokens) for e, a in pairs if not has_no_gradient(a, cfg))  # noqa: E731
     loads = [(number, load(pairs), dist.get_rank()) for number, pairs in groups.items()]
     goal = spread(gather(loads), len(numbers) // cfg.updates_per_step, dist.get_world_size())
     outbox = [[] for _ in range(dist.get_world_size())]
     for number, pairs in groups.items():
         if goal[number] != dist.get_rank():
-            outbox[goal[number]] += [(number, e.parcel(), a) for e, a in pairs]
+            outbox[goal[number]] += [(number, e.serialize(), a) for e, a in pairs]
     here = [(n, e, a) for n, pairs in groups.items() if goal[n] == dist.get_rank() for e, a in pairs]
-    for part in swap(outbox):
-        here += [(n, Episode.unpack(parcel, questions, codec), a) for n, parcel, a in part]
+    for part in all_to_all(outbox):
+        here += [(n, Episode.deserialize(parcel, questions, chat), a) for n, parcel, a in part]
     return [(e, a) for _, e, a in sorted(here, key=lambda item: (item[0], item[1].sample))]
 
 
@@ -238,7 +238,7 @@ def spread(loads: list[tuple[int, int, int]], part: int, ranks: int) -> dict[int
     return goal
 
 
-def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, ...]) -> tuple[list[Episode], Counter]:
+def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> tuple[list[Episode], Counter]:
     """The conversations in cfg.train_files that earn sft_min_reward or more, and why others are left out: reason -> how
     many.
 
@@ -261,7 +261,7 @@ def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, 
                 where = f"question {r['question_id']} is not in {', '.join(files)}"
                 raise InputError(f"{path}: {where}: say with --files what it is about")
             try:
-                episode = replay(r, question, codec, search)
+                episode = replay(r, question, chat, search)
             except ValueError as error:
                 left_out[str(error)] += 1
                 continue
@@ -279,14 +279,14 @@ def signal_metrics(advantages: dict[int, float], cfg: Config, device) -> dict[st
         groups[index // cfg.samples_per_prompt].append(advantage)
     sums = {
         "advantage": sum(map(abs, advantages.values())),
-        "dead_groups": sum(not any(group) for group in groups.values()),
+        "zero_variance_groups": sum(not any(group) for group in groups.values()),
         "n": len(advantages),
         "groups": len(groups),
     }
     sums = all_sum(sums, device)
     return {
         "advantage_abs": sums["advantage"] / max(sums["n"], 1.0),
-        "dead_groups": sums["dead_groups"] / max(sums["groups"], 1.0),
+        "zero_variance_groups": sums["zero_variance_groups"] / max(sums["groups"], 1.0),
     }
 
 
@@ -326,9 +326,9 @@ class Run:
             toy.ensure(cfg)
         world, rank = toy.locate(cfg), dist.get_rank()
         folder = str(world.model) if cfg.model == "toy" else cfg.model
-        self.cfg, self.codec, self.search = (
+        self.cfg, self.chat, self.search = (
             cfg,
-            Codec(folder, cfg),
+            Chat(folder, cfg),
             search.open_search(cfg, cfg.search_index or toy.locate(cfg).index),
         )
         train_files, val_files = toy.question_files(cfg)
@@ -342,15 +342,15 @@ class Run:
         if rank == 0:
             print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
         search.check_questions([*asked, *self.val], cfg)
-        self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
+        self.policy = load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload_optimizer)
         self.questions = {q.id: q for q in asked}
         self.reference = None
         if cfg.kl_coef:
             self.reference = load_policy(
-                folder, self.codec, cfg, self.device, trainable=False, offload=cfg.offload_reference
+                folder, self.chat, cfg, self.device, trainable=False, offload=cfg.offload_reference
             )  # fmt: skip
         self.optimizer = adamw(self.policy, cfg, self.device)
-        self.engine = make_engine(folder, self.codec, cfg, self.device, limits)
+        self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
         self.seconds = Counter()  # of the last rollout's waiting for tools, of the last checkpoint
         self.state = {
             "step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}
@@ -380,7 +380,7 @@ class Run:
     def _questions(self, files, what):
         quiet = dist.get_rank() != 0
         loaded = load_questions(files, skip_bad_rows=self.cfg.skip_bad_rows, progress=not quiet)
-        questions, dropped = drop_overlong(loaded, self.codec)
+        questions, dropped = drop_overlong(loaded, self.chat)
         if dropped and not quiet:
             print(
                 f"dropped {dropped} {what} questions over max_prompt_tokens={self.cfg.max_prompt_tokens}",
@@ -391,7 +391,7 @@ class Run:
         return questions
 
     def _conversations(self, toy_files):
-        episodes, left_out = load_conversations(self.cfg, self.codec, self.search, toy_files)
+        episodes, left_out = load_conversations(self.cfg, self.chat, self.search, toy_files)
         why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         if why and dist.get_rank() == 0:
             print(f"conversations left out: {why}", file=sys.stderr)
@@ -416,7 +416,7 @@ class Run:
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
         for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
             part = evaluate(
-                self.val, self.engine, self.search, self.codec, self.cfg, temperature=temperature, step=step,
+                self.val, self.engine, self.search, self.chat, self.cfg, temperature=temperature, step=step,
                 progress=f"validation, {name}", ordered=self.ordered, guard=self.stopper.rollout,
             )  # fmt: skip
             entry[name] = summarize(part, self.cfg)
@@ -437,7 +437,7 @@ class Run:
 
     def _export(self, name):
         """As a Hugging Face folder, in the type that log-probs were computed in."""
-        export_hf(self.dir.path / name, self.policy, self.codec, compute_dtype(self.cfg, self.device))
+        export_hf(self.dir.path / name, self.policy, self.chat, compute_dtype(self.cfg, self.device))
 
     def rollout(self, step: int) -> list[Episode]:
         """This rank's conversations of the step."""
@@ -446,7 +446,7 @@ class Run:
             total=len(mine) * self.cfg.samples_per_prompt, desc="rollout", leave=False, disable=dist.get_rank() != 0
         ) as bar:  # fmt: skip
             hold = lambda: run(  # noqa: E731
-                mine, self.engine, self.search, self.codec, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
+                mine, self.engine, self.search, self.chat, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
                 temperature=self.cfg.temperature, ordered=self.ordered, progress=lambda _: bar.update(),
                 seconds=self.seconds,
             )  # fmt: skip
@@ -470,7 +470,7 @@ class Run:
             group["lr"] = learning_rate(step, cfg)
         numbers = {q.id: n for n, q in enumerate(questions_of_step(self.train, step, cfg))}
         chosen, signals = [episodes[i] for i in kept], [advantages[i] for i in kept]
-        mine = balance(chosen, signals, numbers, self.questions, self.codec, cfg)
+        mine = balance(chosen, signals, numbers, self.questions, self.chat, cfg)
         # Mini-batches are runs of the step's questions.
         parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
         gaps = {}
@@ -478,7 +478,7 @@ class Run:
         try:
             learned = train_step(
                 self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
-                parts, self.codec, cfg, self.device, gaps,
+                parts, self.chat, cfg, self.device, gaps,
             )  # fmt: skip
         except NonFinite:  # on all ranks
             write()  # to be looked at
@@ -510,7 +510,7 @@ class Run:
         mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        rows = even_rows(pack(mine, self.codec, self.policy, cfg.max_tokens_per_batch), self.codec, self.device)
+        rows = equal_counts(pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch), self.chat, self.device)
         plain = dataclasses.replace(cfg, temperature=1.0)  # what a model says is learned as it is, whatever is sampled
         sums = update(self.policy, self.optimizer, rows, partial(imitation_loss, cfg.loss_norm), plain, self.device)
         if self.val:
@@ -540,7 +540,7 @@ class Run:
         kept = compared
         if not cfg.train_on_truncated:
             kept = [i for i in kept if episodes[i].stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
-        if cfg.drop_dead_groups:
+        if cfg.drop_zero_variance_groups:
             alive = {i // cfg.samples_per_prompt for i in compared if advantages[i]}
             kept = [i for i in kept if i // cfg.samples_per_prompt in alive]
         return advantages, kept
@@ -557,8 +557,8 @@ class Run:
                 f"\na conversation; the policy is trained on what is between the brackets:\n{marked(shown)}\n",
                 file=sys.stderr,
             )
-        rows = even_rows(
-            pack(episodes, self.codec, self.policy, self.cfg.max_tokens_per_batch), self.codec, self.device
+        rows = equal_counts(
+            pack(episodes, self.chat, self.policy, self.cfg.max_tokens_per_batch), self.chat, self.device
         )
         logps = logprobs(self.policy, rows, self.cfg.temperature, self.device)
         gaps = [mismatch(logp, row.sampler_logp) for logp, row in zip(logps, rows, strict=True)]
@@ -627,9 +627,9 @@ def marked(episode: Episode) -> str:
     text, position = "", 0
     for turn in episode.turns:
         context, said = episode.tokens[position : turn.start], episode.tokens[turn.start : turn.end]
-        text += f"{episode.codec.show(context)}⟦{episode.codec.show(said)}⟧"
+        text += f"{episode.chat.show(context)}⟦{episode.chat.show(said)}⟧"
         position = turn.end
-    return text + episode.codec.show(episode.tokens[position:])
+    return text + episode.chat.show(episode.tokens[position:])
 
 
 def peak_memory_gb(device) -> float:

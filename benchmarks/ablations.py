@@ -56,16 +56,16 @@ def search_heavy(source: Path, target: Path) -> None:
 def right_conversations(world, cfg, device, target: Path) -> None:
     """A script that searches when it must and only then, about the training questions; what it gets wrong, because a
     search did not find the thing, is left out by train.py's sft_min_reward."""
-    from chat import Codec
+    from chat import Chat
     from data import load_questions, write_jsonl
     from engines import ScriptedEngine
     from reward import record, score_episode
     from rollout import run
     from search.index import OfflineSearch, SearchDB
 
-    codec = Codec(world.model, cfg)
+    chat = Chat(world.model, cfg)
     questions = load_questions((str(world.train),), progress=False)
-    asked = {codec.picture(q.images[0]).key: q for q in questions}
+    asked = {chat.picture(q.images[0]).key: q for q in questions}
 
     def script(prompt, images, sampling):
         question = asked[images[0].key]
@@ -86,7 +86,7 @@ def right_conversations(world, cfg, device, target: Path) -> None:
 
     index = SearchDB(world.index)
     search = OfflineSearch(index, image_results=cfg.image_results, text_results=cfg.text_results)
-    episodes = run(questions, ScriptedEngine(codec, script), search, codec, cfg, ordered=True)
+    episodes = run(questions, ScriptedEngine(chat, script), search, chat, cfg, ordered=True)
     header = {"header": {"config": {"mode": "agent", "files": [str(world.train)]}}}
     write_jsonl(target, [header, *(record(e, score_episode(e, cfg)) for e in episodes)])
 

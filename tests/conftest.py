@@ -15,7 +15,7 @@ from PIL import Image
 import config
 import policy
 import toy
-from chat import Codec
+from chat import Chat
 from data import Question
 from engines import ScriptedEngine
 from toy import build as toy_build
@@ -52,15 +52,15 @@ def cfg():
 
 
 @pytest.fixture
-def codec(folder, cfg):
-    return Codec(folder, cfg)
+def chat(folder, cfg):
+    return Chat(folder, cfg)
 
 
 @pytest.fixture
-def model(folder, codec, cfg, device):
+def model(folder, chat, cfg, device):
     """The random model, prepared as the trainer uses it (one process: not sharded)."""
     torch.manual_seed(0)
-    return policy.load_policy(folder, codec, cfg, device)
+    return policy.load_policy(folder, chat, cfg, device)
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +105,10 @@ def on_two_ranks(worker, folder, tmp_path) -> list[tuple]:
     return parts
 
 
-def guesser(codec, questions):
+def guesser(chat, questions):
     """An engine for toy questions that, by the throw of a die, searches or not and is right or not; the more it has
     found the oftener right. It does what it is told where no search is offered."""
-    asked = {codec.picture(q.images[0]).key: q for q in questions}
+    asked = {chat.picture(q.images[0]).key: q for q in questions}
 
     def script(prompt, images, sampling):
         q, found = asked[images[0].key], prompt.count("<information>")
@@ -119,4 +119,4 @@ def guesser(codec, questions):
         answer = q.answers[0] if die.random() < 0.3 + 0.3 * found else "unknown"
         return f"<reason> well.</reason><answer> {answer}</answer>"
 
-    return ScriptedEngine(codec, script)
+    return ScriptedEngine(chat, script)

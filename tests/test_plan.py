@@ -36,15 +36,15 @@ def block_sizes(model):
     return sum(p.numel() for p in model.model.visual.blocks.parameters())
 
 
-def test_what_autograd_keeps_is_what_it_keeps_of_a_real_row(sizes, model, codec, cfg):
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_row(sizes, model, chat, cfg):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     episodes = []
     for length in (30, 70, 90):
-        episode = Episode.start(question(), codec)
-        episode.add_reply(Reply("", [*range(300, 300 + length), codec.im_end], [0.0] * (length + 1), "stop", 0))
+        episode = Episode.start(question(), chat)
+        episode.add_reply(Reply("", [*range(300, 300 + length), chat.im_end], [0.0] * (length + 1), "stop", 0))
         episodes.append(episode)
-    (row,) = policy.pack(episodes, codec, model, 1000)
-    kept = plan.kept_by(lambda: backbone.row_hidden(model, row), model)
+    (row,) = policy.pack(episodes, chat, model, 1000)
+    kept = plan.kept_by(lambda: backbone.packed_hidden(model, row), model)
     patches = len(row.pixels)
     expected = sizes.layers * sizes.layer_kept * len(row.ids) + sizes.blocks * sizes.block_kept * patches
     assert kept == pytest.approx(expected, rel=0.15)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import config
 from analysis import report
-from chat import Codec
+from chat import Chat
 from config import InputError
 from data import load_questions, picture_key, write_jsonl
 from engines import ScriptedEngine
@@ -71,13 +71,13 @@ def hostile(folder, tmp_path_factory):
         search_index=str(place / "index"), train_files=(str(place / "train.parquet"),),
         val_files=(str(place / "train.parquet"),), run_dir=str(place / "run"),
     )  # fmt: skip
-    codec, search = Codec(folder, cfg), OfflineSearch(search_index.SearchDB(cfg.search_index))
+    chat, search = Chat(folder, cfg), OfflineSearch(search_index.SearchDB(cfg.search_index))
     records = []
     for asked in load_questions(cfg.train_files):
         for sample, plan in enumerate(PLANS):
             replies = iter(plan.split())
-            engine = ScriptedEngine(codec, lambda *_, replies=replies: REPLIES[next(replies)])
-            (episode,) = run([asked], engine, search, codec, cfg)
+            engine = ScriptedEngine(chat, lambda *_, replies=replies: REPLIES[next(replies)])
+            (episode,) = run([asked], engine, search, chat, cfg)
             assert len(episode.turns) == len(plan.split())
             episode.sample = sample
             records.append(record(episode, score_episode(episode, cfg)))

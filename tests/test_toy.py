@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import ROOT, SHORT_WORLD
 
-from chat import Codec
+from chat import Chat
 from data import Call, Stop, load_questions
 from engines import ScriptedEngine
 from eval import open_search
@@ -81,7 +81,7 @@ def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things
     words = [word for t in things for word in (t.name, t.founder, t.city, t.river)]
     assert len(words) == len(set(words))  # a fact never betrays whose it is
     place, cfg = world
-    lessons = toy_lessons.Lessons(things, Codec(place.base, cfg), 0)
+    lessons = toy_lessons.Lessons(things, Chat(place.base, cfg), 0)
     assert not {toy_world.look_of(t) for t in hidden} & set(lessons.looks)
     assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
     assert len({toy_world.look_of(t) for t in things}) == len(things)
@@ -98,17 +98,17 @@ def test_the_scripted_policy_is_blind_to_need(world, named, beliefs):
     place, cfg = world
     cfg = dataclasses.replace(cfg, toy_named=named, toy_beliefs=beliefs)
     things = toy_world.make_things(random.Random("world 0"), named)
-    codec = Codec(place.base, cfg)
-    policy, rng = toy_lessons.SloppyPolicy(codec, cfg), random.Random(0)
+    chat = Chat(place.base, cfg)
+    policy, rng = toy_lessons.SloppyPolicy(chat, cfg), random.Random(0)
     asked = [policy.question(things[i % 96], rng.choice(["name", *toy_world.FACTS]), rng) for i in range(800)]
-    episodes = run(asked, ScriptedEngine(codec, policy), open_search_of(world), codec, cfg)
+    episodes = run(asked, ScriptedEngine(chat, policy), open_search_of(world), chat, cfg)
     searched = defaultdict(list)
     for question, episode in zip(asked, episodes, strict=True):
         thing, what = policy.asked[episode.images[0].key]
         searched[thing.belief(what) == "unknown"].append(" ".join(call.kind for call, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and len(episode.tokens) <= 250
         assert score_episode(episode, cfg).format_ok, question
-        first = codec.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
+        first = chat.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
         assert f"<reason> {thing.belief(what) if beliefs else 'think'}.</reason>" in first
     assert set(searched[True]) == {"", "image", "image text", *(["text"] if named else [])}
     for searches in set(searched[True]):
@@ -167,13 +167,13 @@ def test_text_search_needs_the_name_and_the_fact(world, things):
 
 def test_the_tokenizer_spells_names_in_syllables(world, things):
     place, cfg = world
-    codec = Codec(place.model, cfg)
+    chat = Chat(place.model, cfg)
     for thing in things[::50]:
-        assert len(codec.encode(f" {thing.name}")) == 2
-        assert codec.encode(f" {thing.name}") == codec.encode(f"x {thing.name}")[1:]
+        assert len(chat.encode(f" {thing.name}")) == 2
+        assert chat.encode(f" {thing.name}") == chat.encode(f"x {thing.name}")[1:]
     for text in ("Größe: 1.234 €", "日本語", "<answer> bako</answer>"):
-        assert codec.tokenizer.decode(codec.encode(text)) == text
-    assert len(codec.encode("<reason></reason><answer></answer><search><img></search>")) == 7
+        assert chat.tokenizer.decode(chat.encode(text)) == text
+    assert len(chat.encode("<reason></reason><answer></answer><search><img></search>")) == 7
 
 
 def test_building_goes_on_where_it_was_killed(world, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from chat import Codec
+from chat import Chat
 from checkpoint import export_hf
 from config import Config
 from data import Episode, Question
@@ -42,9 +42,9 @@ from toy.world import (
 class Lessons:
     """Makes the short exchanges that the base model is trained on."""
 
-    def __init__(self, things: list[Thing], codec: Codec, seed):
+    def __init__(self, things: list[Thing], chat: Chat, seed):
         self.rng = random.Random(f"lessons {seed}")
-        self.codec = codec
+        self.chat = chat
         self.familiar = [t for t in things if t.named]
         self.unknown = [t for t in things[: KNOWN + TAUGHT] if not t.named]
         looks = [look_of(t) for t in self.familiar]
@@ -54,8 +54,8 @@ class Lessons:
         self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
-        episode = Episode.start(Question(id="lesson", text=text, images=images), self.codec, template="{question}")
-        ids = [*self.codec.encode(f" {reply}"), self.codec.im_end]
+        episode = Episode.start(Question(id="lesson", text=text, images=images), self.chat, template="{question}")
+        ids = [*self.chat.encode(f" {reply}"), self.chat.im_end]
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         return episode
 
@@ -163,10 +163,10 @@ class _Optimizers:
             schedule.step()
 
 
-def imitate(model, optimizer, make, steps: int, title: str, codec: Codec, cfg: Config, device) -> None:
+def imitate(model, optimizer, make, steps: int, title: str, chat: Chat, cfg: Config, device) -> None:
     """Supervised steps on the sampled tokens of the episodes that make() returns, through the trainer's packing and
     update. Batches are made in a process of its own meanwhile: drawing takes half as long as learning."""
-    batches = _Batches(lambda: pack(make(), codec, model, cfg.max_tokens_per_batch), steps)
+    batches = _Batches(lambda: pack(make(), chat, model, cfg.max_tokens_per_batch), steps)
     loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork")
     for rows in (bar := tqdm(loader, title, total=steps)):
         sums = update(model, optimizer, rows, partial(imitation_loss, "tokens"), cfg, device)
@@ -184,17 +184,17 @@ class _Batches(IterableDataset):
 def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
     save_random_model(path, cfg.toy_seed)
-    codec = Codec(path, cfg)
-    model = load_policy(path, codec, cfg, device)
-    lessons = Lessons(things, codec, cfg.toy_seed)
+    chat = Chat(path, cfg)
+    model = load_policy(path, chat, cfg, device)
+    lessons = Lessons(things, chat, cfg.toy_seed)
     steps, title = cfg.toy_pretrain_steps, "base model: seeing, copying"
     batch = lambda: lessons.seeing(32) + lessons.copying(24)  # noqa: E731
-    imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
-    lessons = Lessons(things, codec, f"known {cfg.toy_seed}")
+    imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, chat, cfg, device)
+    lessons = Lessons(things, chat, f"known {cfg.toy_seed}")
     steps, title = cfg.toy_teach_steps, "base model: known things"
     batch = lambda: lessons.knowing(60) + lessons.seeing(8) + lessons.copying(12)  # noqa: E731
-    imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
-    export_hf(path, model, codec)
+    imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, chat, cfg, device)
+    export_hf(path, model, chat)
 
 
 PLANS = ((), ("image",), ("image", "text"), ("text",))  # searches of the warm-up's scripted policy
@@ -206,15 +206,15 @@ class SloppyPolicy:
     also text search at once, .18, of what it takes to be the name; without `toy_beliefs` it does not say anything
     of what it believes.)"""
 
-    def __init__(self, codec: Codec, cfg: Config):
-        self.codec = codec
+    def __init__(self, chat: Chat, cfg: Config):
+        self.chat = chat
         self.plans = dict(zip(PLANS, (0.30, 0.18, 0.34, 0.18) if cfg.toy_named else (0.36, 0.22, 0.42, 0), strict=True))
         self.thought = "{}" if cfg.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about whom
 
     def question(self, thing: Thing, what: str, rng: random.Random) -> Question:
         image = draw(look_of(thing), rng)
-        self.asked[self.codec.picture(image).key] = (thing, what)
+        self.asked[self.chat.picture(image).key] = (thing, what)
         return Question(id=f"warm-up {len(self.asked)}", text=rng.choice(WORDINGS[what]), images=(image,))
 
     def __call__(self, prompt: str, images, sampling) -> str:
@@ -244,11 +244,11 @@ class SloppyPolicy:
 def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
     """Supervised steps on conversations of the sloppy policy, held by the ordinary rollout, with replay of the
     lessons."""
-    codec = Codec(toy.base, cfg)
-    model = load_policy(toy.base, codec, cfg, device)
-    lessons = Lessons(things, codec, f"warm-up {cfg.toy_seed}")
-    policy, rng = SloppyPolicy(codec, cfg), random.Random(f"warm-up {cfg.toy_seed}")
-    engine = ScriptedEngine(codec, policy)
+    chat = Chat(toy.base, cfg)
+    model = load_policy(toy.base, chat, cfg, device)
+    lessons = Lessons(things, chat, f"warm-up {cfg.toy_seed}")
+    policy, rng = SloppyPolicy(chat, cfg), random.Random(f"warm-up {cfg.toy_seed}")
+    engine = ScriptedEngine(chat, policy)
 
     @cache
     def search():  # opened where it is used: a connection of SQLite must not be taken through a fork
@@ -260,9 +260,9 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> N
         for i in range(32):
             thing = rng.choice(lessons.familiar if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
             questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
-        episodes = run(questions, engine, search(), codec, cfg, ordered=True)
+        episodes = run(questions, engine, search(), chat, cfg, ordered=True)
         return episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
 
     steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
-    imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)
-    export_hf(path, model, codec)
+    imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, chat, cfg, device)
+    export_hf(path, model, chat)
