@@ -35,10 +35,10 @@ from backbone import (
     blank_image,
     embed_patches,
     has_flash_attn,
+    packed_hidden,
     read_model,
     register_attention,
     rope_positions,
-    packed_hidden,
 )
 from chat import Chat
 from config import Config, InputError

@@ -56,6 +56,7 @@ from policy import (
     PackedBatch,
     adamw,
     all_sum,
+    all_to_all,
     compute_dtype,
     equal_counts,
     full_weights,
@@ -65,7 +66,6 @@ from policy import (
     load_policy,
     logprobs,
     pack,
-    all_to_all,
     update,
 )
 from reward import ramped_penalty, record, score_episode, summarize
