@@ -13,7 +13,7 @@ import config
 import policy
 from analysis import plan
 from backbone import read_config
-from data import Episode
+from chat import Episode
 from engines import Reply
 
 
