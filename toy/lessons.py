@@ -5,7 +5,7 @@ import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -85,27 +85,37 @@ class Lessons:
         return lessons
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon): momentum whose matrices are made orthogonal by five steps of a
-    Newton-Schulz iteration. torch.optim.Muon does those in bf16, which took three quarters of a lesson's time on CPUs
-    without bf16 instructions; here they are fp32, the matrices of one shape together."""
+class Muon(torch.optim.AdamW):
+    """AdamW, but for the matrices inside the model's blocks Muon (https://kellerjordan.github.io/posts/muon): momentum
+    made orthogonal by five steps of a Newton-Schulz iteration. In a random tiny model it needs a fraction of AdamW's
+    steps. torch.optim.Muon iterates in bf16, which took three quarters of a lesson's time on CPUs without bf16
+    instructions; here it is fp32, the matrices of one shape together. muon_lr = 0: AdamW for all."""
 
-    def __init__(self, groups: list[dict]):
-        super().__init__(groups, dict(momentum=0.95))
+    def __init__(self, model: torch.nn.Module, lr: float, muon_lr: float):
+        rest, text, vision = [], [], []
+        for name, p in model.named_parameters():
+            if not muon_lr or p.ndim != 2 or not ("layers." in name or "blocks." in name):
+                rest.append(p)
+            else:
+                (vision if "visual" in name else text).append(p)
+        matrices = [dict(params=text, lr=muon_lr, muon=True), dict(params=vision, lr=muon_lr / 2, muon=True)]
+        super().__init__([dict(params=rest), *matrices], lr, betas=(0.9, 0.98))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             by_shape = defaultdict(list)
-            for p in group["params"]:
+            for p in group["params"] if "muon" in group else ():
                 by_shape[p.shape].append(p)
             for (rows, columns), matrices in by_shape.items():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in matrices]))
+                updates = orthogonal(torch.stack([self._momentum(p) for p in matrices]))
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, change in zip(matrices, updates, strict=True):
                     whole(p).add_(change, alpha=-lr)
+                    p.grad = None  # AdamW leaves it alone
+        super().step()
 
-    def _momentum(self, p, momentum):
+    def _momentum(self, p, momentum=0.95):
         grad = whole(p.grad)
         average = self.state[p].setdefault("average", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
         return grad.lerp(average, momentum)  # Nesterov's
@@ -126,34 +136,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-class Optimizers:
-    """Muon for the matrices inside the blocks (none if muon_lr is 0), AdamW for the rest, both with a linear decay over
-    the second half of the steps: in a random tiny model Muon needs a fraction of AdamW's steps."""
-
-    def __init__(self, model, steps: int, adam_lr: float, muon_lr: float = 0.0):
-        rest, text, vision = [], [], []
-        for name, p in model.named_parameters():
-            is_matrix = muon_lr and p.ndim == 2 and ("layers." in name or "blocks." in name)
-            (rest if not is_matrix else vision if "visual" in name else text).append(p)
-        self.optimizers = [torch.optim.AdamW(rest, adam_lr, (0.9, 0.98))]
-        if muon_lr:
-            self.optimizers.append(Muon([dict(params=text, lr=muon_lr), dict(params=vision, lr=muon_lr / 2)]))
-
-        def factor(step):
-            return min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
-
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in self.optimizers]
-
-    def zero_grad(self, set_to_none: bool = True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def step(self):
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-
-
 class Student:
     """The model of a folder, and how it learns."""
 
@@ -162,32 +144,33 @@ class Student:
         self.chat = Chat(folder, cfg)
         self.model = load_policy(folder, self.chat, cfg, device)
 
-    def imitate(
-        self, title: str, steps: int, batches: Callable[[], Iterator[list[Episode]]], adam_lr: float, muon_lr=0.0
-    ) -> None:
-        """Supervised steps on the sampled tokens of the episodes that batches() yields, through the trainer's packing
-        and update. Batches are made in a process of its own meanwhile: drawing takes half as long as learning."""
-
-        def packed():
-            for episodes in itertools.islice(batches(), steps):
-                yield pack(episodes, self.chat, self.model, self.cfg.max_tokens_per_batch)
-
-        optimizer, loss = Optimizers(self.model, steps, adam_lr, muon_lr), partial(imitation_loss, "tokens")
+    def imitate(self, title: str, batches: Iterator[list[Episode]], steps: int, lr: float, muon_lr=0.0) -> None:
+        """Supervised steps on the sampled tokens of batches of episodes, through the trainer's packing and update. The
+        learning rate decays over the second half. Batches are made in a process of its own meanwhile: drawing takes
+        half as long as learning."""
+        packed = (
+            pack(b, self.chat, self.model, self.cfg.max_tokens_per_batch) for b in itertools.islice(batches, steps)
+        )
         loader = DataLoader(_Stream(packed), batch_size=None, num_workers=1, multiprocessing_context="fork")
+        optimizer, loss = Muon(self.model, lr, muon_lr), partial(imitation_loss, "tokens")
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
+        )
         progress = tqdm(loader, title, total=steps)
         for rows in progress:
             sums = update(self.model, optimizer, rows, loss, self.cfg, self.device)
+            schedule.step()
             progress.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
 
 class _Stream(IterableDataset):
-    """What a generator function yields, as a DataLoader takes it."""
+    """An iterator as a DataLoader takes it."""
 
-    def __init__(self, generator):
-        self.generator = generator
+    def __init__(self, iterator):
+        self.iterator = iterator
 
     def __iter__(self):
-        return self.generator()
+        return self.iterator
 
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
@@ -205,14 +188,14 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
         while True:
             yield second.knowing(60) + second.seeing(8) + second.copying(12)
 
-    student.imitate("base model: seeing, copying", recipe.toy_pretrain_steps, seeing_and_copying, 4e-3, 6e-3)
-    student.imitate("base model: known things", recipe.toy_teach_steps, known_things, 2e-3, 3e-3)
+    student.imitate("base model: seeing, copying", seeing_and_copying(), recipe.toy_pretrain_steps, 4e-3, 6e-3)
+    student.imitate("base model: known things", known_things(), recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
 
 
 class SloppyPolicy:
-    """A script for ScriptedEngine. It says what it believes (without `toy_beliefs` it does not) and follows a plan drawn
-    at random: what it does is well-formed, and blind to need. A text search asks for what it takes to be the name."""
+    """A script for ScriptedEngine. It says what it believes (without `toy_beliefs` it does not) and follows a plan that
+    is drawn at random: it is well-formed, and blind to need. A text search asks for what it takes to be the name."""
 
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat = chat
@@ -269,5 +252,5 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Conf
             episodes = run([ask(i) for i in range(32)], engine, search, chat, cfg, ordered=True)
             yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
 
-    student.imitate("warm-up: a sloppy policy", recipe.toy_warmup_steps, batches, 3e-3)
+    student.imitate("warm-up: a sloppy policy", batches(), recipe.toy_warmup_steps, 3e-3)
     export_hf(path, student.model, chat)
