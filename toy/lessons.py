@@ -28,7 +28,7 @@ from toy.model import save_random_model
 from toy.world import FACTS, KNOWN, LOOKS, SEEING, SYLLABLES, TAUGHT, WORDINGS, Thing, alike, draw
 
 PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
-SHARES = (0.36, 0.22, 0.42, 0.0)  # of its conversations
+SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
 SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
 
 
@@ -144,21 +144,22 @@ class Student:
         self.chat = Chat(folder, cfg)
         self.model = load_policy(folder, self.chat, cfg, device)
 
-    def imitate(self, title: str, batches: Iterator[list[Episode]], steps: int, lr: float, muon_lr=0.0) -> None:
-        """Supervised steps on the sampled tokens of batches of episodes, through the trainer's packing and update. The
+    def imitate(
+        self, title: str, lessons: Iterator[list[Episode]], steps: int, lr: float, muon_lr: float = 0.0
+    ) -> None:
+        """Supervised steps on the sampled tokens of lists of episodes, through the trainer's packing and update. The
         learning rate decays over the second half. Batches are made in a process of its own meanwhile: drawing takes
         half as long as learning."""
-        packed = (
-            pack(b, self.chat, self.model, self.cfg.max_tokens_per_batch) for b in itertools.islice(batches, steps)
-        )
+        limit = self.cfg.max_tokens_per_batch
+        packed = (pack(episodes, self.chat, self.model, limit) for episodes in itertools.islice(lessons, steps))
         loader = DataLoader(_Stream(packed), batch_size=None, num_workers=1, multiprocessing_context="fork")
         optimizer, loss = Muon(self.model, lr, muon_lr), partial(imitation_loss, "tokens")
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
         )
         progress = tqdm(loader, title, total=steps)
-        for rows in progress:
-            sums = update(self.model, optimizer, rows, loss, self.cfg, self.device)
+        for batches in progress:
+            sums = update(self.model, optimizer, batches, loss, self.cfg, self.device)
             schedule.step()
             progress.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
