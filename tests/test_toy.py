@@ -250,6 +250,13 @@ def test_question_files_are_the_user_s_or_the_world_s():
     assert toy.question_files(Config(**files), Recipe()) == (("a.pq",), ("b.pq",))
 
 
+def test_the_world_answers_searches_where_nothing_else_does():
+    assert toy.answers_searches(Config())
+    assert not toy.answers_searches(Config(search_index="a.sqlite"))
+    assert not toy.answers_searches(Config(search_url="http://host:8000"))
+    assert not toy.answers_searches(Config(search="live"))
+
+
 # ------------------------------------------------------------------------------------------------- building
 
 

@@ -88,6 +88,11 @@ def ensure(recipe: Recipe, cfg: Config) -> Toy:
     return toy
 
 
+def answers_searches(cfg: Config) -> bool:
+    """True if a run's searches are answered by the toy world's index."""
+    return cfg.searches_index and not cfg.search_index
+
+
 def question_files(cfg: Config, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files of training and of validation questions: the user's, or the toy world's where they gave no training
     files."""
