@@ -57,8 +57,8 @@ def page_data(path):
 @pytest.fixture(scope="module")
 def hostile(folder, tmp_path_factory):
     """A run directory as train.py leaves it: two groups of six conversations from the real rollout with a real index,
-    two steps and two validations; questions, replies and results attack the page. One conversation, of the second
-    group, also called a tool that is not in the table."""
+    two steps and two validations; questions, replies and results attack the page. One conversation of the first
+    group also called a tool that is not in the table."""
     place = tmp_path_factory.mktemp("hostile")
     rows = [
         {
@@ -90,7 +90,7 @@ def hostile(folder, tmp_path_factory):
             assert len(episode.turns) == len(plan.split())
             episode.sample = sample
             records.append(record(episode, score_episode(episode, cfg)))
-    records[8]["calls"].append(CROP)
+    records[2]["calls"].append(CROP)
     (place / "run" / "rollouts").mkdir(parents=True)
     config.save(place / "run" / "config.json", cfg, toy.Recipe())
     trained = [{**r, "advantage": r["sample"] - 2.5, "logp_gap": 0.0012} for r in records]
@@ -372,7 +372,7 @@ def test_keys_filters_and_search_narrow_the_list(page, large):
 
 def test_a_tool_that_nobody_named_is_shown(page):
     look_for(page, "a part")
-    page.until(POSITION, "1 of 166")  # the second group's third conversation at step 0, 164 times, and twice at step 1
+    page.until(POSITION, "1 of 167")  # at step 0 of the large run 164 times, at its step 1, and in both steps of the other run
     (call,) = page.run(
         "return [...document.querySelectorAll('.call')].map(e => e.innerText).filter(t => t.includes('crop'))"
     )
