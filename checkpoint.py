@@ -9,11 +9,13 @@ checkpoint is cut back, because it will happen again.
 """
 
 import hashlib
+import importlib
 import json
 import os
+import secrets
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -309,7 +311,7 @@ def open_log(cfg: Config, folder: Path) -> Callable[[int, dict[str, float]], Non
             name.write_text(secrets.token_hex(4))
         run = wandb.init(
             project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
-            config=dataclasses.asdict(cfg),
+            config=config.as_dict(cfg),
         )  # fmt: skip
         return lambda step, figures: run.log(figures, step=step)
     return lambda step, figures: None

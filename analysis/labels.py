@@ -30,10 +30,9 @@ class LabelOptions(Options):
     balance: float = option(
         0.0,
         "also write NAME.balanced.parquet, in which this share of the questions need a tool (0: do not)",
-        low=0,
-        high=1,
+        "from 0 to 1",
     )
-    seed: int = option(0, "which questions are left out for the balance", low=0)
+    seed: int = option(0, "which questions are left out for the balance", "at least 0")
 
 
 def label_of(record: dict) -> str:

@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Options, as_dict, option
+from config import Config, Options, as_dict, need, option
 
 ROOT = Path(__file__).parent.parent
 VERSION = 1  # of the procedure: raise it when a change of the code makes another world
@@ -37,13 +37,18 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 class Recipe(Options):
     """The toy world. All but toy_dir say which world it is, and so name its folder."""
 
-    toy_dir: str = option("runs/toy-world", "where toy worlds are built and kept", may_change=True, neutral=True)
-    toy_seed: int = option(0, "seed of the world: names, facts, pictures, which things are known", low=0, below=2**63)
-    toy_pretrain_steps: int = option(320, "steps that teach the toy model to see and to copy", above=0)
-    toy_teach_steps: int = option(120, "steps that teach it the known things", above=0)
-    toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", above=0)
-    toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", low=0, high=48)
+    toy_dir: str = option("runs/toy-world", "where toy worlds are built and kept", marks="resume neutral")
+    toy_seed: int = option(0, "seed of the world: names, facts, pictures, which things are known", "at least 0")
+    toy_pretrain_steps: int = option(320, "steps that teach the toy model to see and to copy", "above 0")
+    toy_teach_steps: int = option(120, "steps that teach it the known things", "above 0")
+    toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", "above 0")
+    toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
     toy_beliefs: bool = option(True, "the scripted policy says what it believes before it acts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        need(self.toy_seed < 2**63, "toy_seed must be below 2**63")
+        need(self.toy_named <= 48, f"toy_named={self.toy_named}: at most 48, or too few things are left to be unknown")
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,10 @@ def ensure(recipe: Recipe, cfg: Config) -> Toy:
 
 
 def answers_searches(cfg: Config) -> bool:
-    """True if a run's searches are answered by the toy world's index."""
-    return cfg.searches_index and not cfg.search_index
-
-
-def question_files(cfg: Config, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of training and of validation questions: the user's, or the toy world's where they gave no training
-    files."""
-    if cfg.train_files:
-        return cfg.train_files, cfg.val_files
-    world = locate(recipe)
-    return (str(world.train),), cfg.val_files or (str(world.val),)
+    """Whether searches are answered by the toy world's index: offline ones where the user gave no index. Raises
+    InputError for another preset, which has to name one."""
+    if not cfg.searches_index or cfg.search_index:
+        return False
+    builds = "`python -m search index` builds one"
+    need(cfg.preset == "toy", f"preset {cfg.preset} needs --search_index ({builds}), or another --search")
+    return True
