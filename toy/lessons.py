@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 import tools
-from chat import Chat
+from chat import Chat, Episode, Picture
 from checkpoint import export_hf
 from config import Config
-from data import Episode, Picture, Question
+from data import Question
 from engines import Reply, Sampling, ScriptedEngine
 from policy import imitation_loss, load_policy, pack, update
 from rollout import run
