@@ -28,12 +28,9 @@ class LabelOptions(Options):
 
     out: str = option("", "the labelled questions, NAME.parquet in veRL layout")
     balance: float = option(
-        0.0,
-        "also write NAME.balanced.parquet, in which this share of the questions need a tool (0: do not)",
-        low=0,
-        high=1,
+        0.0, "also write NAME.balanced.parquet: this share of its questions need a tool (0: none)", "from 0 to 1"
     )
-    seed: int = option(0, "which questions are left out for the balance", low=0)
+    seed: int = option(0, "draws the questions that are left out for the balance", "at least 0")
 
 
 def label_of(record: dict) -> str:

@@ -28,8 +28,8 @@ GIB = 2**30
 class PlanOptions(Options):
     """Memory plan."""
 
-    gpus: int = option(0, "GPUs of the run (0: those of this machine, at least one)", low=0)
-    gpu_memory: float = option(80.0, "GiB of each GPU", above=0)
+    gpus: int = option(0, "GPUs of the run (0: those of this machine, at least one)", "at least 0")
+    gpu_memory: float = option(80.0, "GiB of each GPU", "above 0")
 
 
 @dataclass(frozen=True)

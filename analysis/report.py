@@ -38,7 +38,7 @@ class ReportOptions(Options):
     """Report."""
 
     out: str = option("", "where to write the page (none: report.html in the first run)")
-    limit: int = option(2000, "conversations on the page, at most", low=0)
+    limit: int = option(2000, "conversations on the page, at most", "at least 0")
 
 
 def render(runs: list[str | Path], options: ReportOptions) -> Path:

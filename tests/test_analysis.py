@@ -66,7 +66,7 @@ def test_a_command_lists_its_options(name, options, capsys):
         ("label --out x.parquet r.jsonl", "unknown argument 'r.jsonl'"),
         ("report runs/toy --limt 3", "did you mean --limit?"),
         ("report runs/toy --limit=-1", "limit=-1: must be at least 0"),
-        ("label r.jsonl --out x.parquet --balance 1.5", "balance=1.5: must be at most 1"),
+        ("label r.jsonl --out x.parquet --balance 1.5", "balance=1.5: must be from 0 to 1"),
         ("plan --gpu_memory 0", "gpu_memory=0.0: must be above 0"),
     ],
 )
