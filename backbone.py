@@ -1,4 +1,9 @@
-"""backbone.py"""
+"""What differs between model families, and attention over packed sequences. So far: Qwen2.5-VL.
+
+The rest of the code reaches a model's inside only through these functions.
+
+Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden size, D head dimension.
+"""
 
 import copy
 import importlib.util
@@ -10,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chat import Chat
+from chat import Chat, Picture
 from config import InputError
-from data import Picture, first_line
+from data import first_line
 
 
 def read_model(folder: str | Path, *, empty: bool = False):
@@ -80,6 +85,11 @@ def embed_patches(embed, pixels: Tensor) -> Tensor:
         return type(embed).forward(embed, pixels)
     weight = embed.proj.weight
     return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
+
+
+def blocks(model) -> list:
+    """The blocks that FSDP gathers one by one; the rest (embedding, head, merger) belongs to the root."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
 def plain_config(model):
@@ -207,27 +217,28 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def packed_hidden(model, row) -> Tensor:
-    """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
-    images runs both too, and its hidden states hang on both."""
+def packed_hidden(model, batch) -> Tensor:
+    """Last hidden states [T, H] of a `policy.PackedBatch`: the vision tower runs once per distinct image, the decoder
+    over the batch. A batch without images runs both too, and its hidden states depend on both."""
     core = model.model
-    features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
-    embeds = core.language_model.embed_tokens(row.ids)
-    embeds = embeds.index_copy(0, row.vision_positions, features.index_select(0, row.cells).to(embeds.dtype))
+    features = core.visual(batch.pixels.to(core.visual.dtype), grid_thw=batch.grids).pooler_output
+    features = features.index_select(0, batch.features)  # [C, H]
+    embeds = core.language_model.embed_tokens(batch.ids)
+    embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
     out = core.language_model(
         inputs_embeds=embeds[None],
-        position_ids=row.positions[:, None],
+        position_ids=batch.positions[:, None],
         attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
         use_cache=False,
-        cu_seq_lens_q=row.cu_seqlens,
-        cu_seq_lens_k=row.cu_seqlens,
-        max_length_q=row.longest,
-        max_length_k=row.longest,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.longest,
+        max_length_k=batch.longest,
     )
     return out.last_hidden_state[0]
 
 
 def blank_image(chat: Chat) -> tuple[list[Tensor], list[list[int]]]:
-    """(pixels, grids) of a picture of one cell, for rows that have none."""
+    """(pixels, grids) of a picture of one vision token, for batches without pictures."""
     patch, merge, frames = chat.processor.patch_size, chat.processor.merge_size, chat.processor.temporal_patch_size
     return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

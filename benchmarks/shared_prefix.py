@@ -49,9 +49,9 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import backbone
 import policy
-from chat import Chat
+from chat import Chat, Episode
 from config import Config
-from data import Episode, Question
+from data import Question
 from toy import model as toy_model
 
 SHARED = "shared_prefix"  # the name of the attention function

@@ -59,9 +59,12 @@ sys.path.insert(0, str(ROOT))
 import engines  # noqa: E402
 import policy  # noqa: E402
 import rollout  # noqa: E402
-from chat import Chat  # noqa: E402
+from chat import (
+    Chat,  # noqa: E402
+    Episode,  # noqa: E402
+)
 from config import Config  # noqa: E402
-from data import Call, Episode, Hit, Question, Result  # noqa: E402
+from data import Call, Hit, Question, Result  # noqa: E402
 from toy import model as toy_model  # noqa: E402
 
 SIZES, TURNS, MEDIAN, P99 = (8, 16, 64, 256), 3, 0.5, 8.0

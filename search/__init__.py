@@ -1,4 +1,8 @@
-"""search/__init__.py"""
+"""What answers the search tools: a local index, the web, recorded results, or a service that several machines share.
+
+`open_search` gives the search that the configuration asks for; whatever it is, `search.search(call, question)` returns
+a `Result` and may be called from any number of threads. `python -m search` builds indexes and looks after recordings.
+"""
 
 from pathlib import Path
 
@@ -7,8 +11,10 @@ from data import Question
 from search.cache import CachedSearch, SearchCache
 from search.index import OfflineSearch, SearchDB
 from search.live import WebSearch
+from search.serpapi import SerpApi
 from search.service import RemoteSearch
 from search.web import is_web_url
+from tools import allowed_calls, limits, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
@@ -19,7 +25,7 @@ def open_search(cfg: Config, index: str | Path = ""):
         search.check()
         return search
     if cfg.search == "offline":
-        return OfflineSearch(SearchDB(index), image_results=cfg.image_results, text_results=cfg.text_results)
+        return OfflineSearch(SearchDB(index), results(cfg))
     web = WebSearch(cfg) if cfg.searches_web else None
     if web:
         web.check()
@@ -30,14 +36,14 @@ def open_search(cfg: Config, index: str | Path = ""):
 
 def check_questions(questions: list[Question], cfg: Config) -> None:
     """Raise InputError if image search would be live and could not be shown a question's image."""
-    if not cfg.searches_web or not cfg.max_image_searches or cfg.image_base_url or cfg.image_upload:
+    if not cfg.searches_web or cfg.image_host or not limits(cfg)["image_search"]:
         return
     hidden = sum(bool(q.images) and not is_web_url(q.image_url) for q in questions)
     if hidden:
         raise InputError(
             f"the images of {hidden} of {len(questions)} questions have no URL, and a live image search needs one: "
-            "serve what `python tools.py images` writes and give its --image_base_url, or an --image_upload command "
-            "(or --max_image_searches 0)"
+            "give --image_host, the URL of a folder that `python -m search images` wrote, or a command "
+            "(or --tool_limits image_search=0)"
         )
 
 
@@ -45,8 +51,10 @@ def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
     if not cfg.searches_web:
         return ""
-    most = conversations * min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
-    limit = f"search_budget={cfg.search_budget:,} ends them earlier" if 0 < cfg.search_budget < most else "no budget"
-    limit = "within search_budget" if cfg.search_budget >= most else limit
-    cost = f"{most * cfg.price_search:,.2f} at price_search={cfg.price_search}"
+    most = conversations * allowed_calls(cfg)
+    if cfg.search_budget >= most:
+        limit = "within search_budget"
+    else:
+        limit = f"search_budget={cfg.search_budget:,} ends them earlier" if cfg.search_budget else "no budget"
+    cost = f"{most * SerpApi.price:,.2f} at {SerpApi.price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

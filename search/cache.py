@@ -1,4 +1,9 @@
-"""search/cache.py"""
+"""Recorded results: an SQLite file of what live searches returned, pictures included, by the hash of what was asked.
+
+`--search record` fills one, `--search replay` answers from one. It is in WAL mode: any number of threads and processes
+of one machine may use it (a network file system's locks are not enough for that: `python -m search serve` is for
+several machines), and one that is killed leaves it sound. `export` and `import_parquet` publish one as a parquet file.
+"""
 
 import dataclasses
 import hashlib
@@ -16,14 +21,14 @@ from pathlib import Path
 
 from config import Config, InputError
 from data import Call, Hit, Question, Result, Usage, decode_image, first_line
+from search.calls import Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
-from search.index import _File
-from search.live import MAX_QUERY, WebSearch, _check_call, summarizer_prompt
-from search.web import Failure, clean
+from search.index import SQLiteFile
+from search.live import PAGE_CHARACTERS, WebSearch, summarizer_prompt
+from search.serpapi import SerpApi
+from tools import TOOLS, picture_of, results, title
 
-CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # the same for a cache
-
-
+CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # in the file's header, as those of an index
 CACHE_SCHEMA = f"""
 PRAGMA application_id = {CACHE_ID};
 PRAGMA user_version = {CACHE_VERSION};
@@ -51,7 +56,7 @@ def canonical(request: dict) -> str:
     return json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-class SearchCache(_File):
+class SearchCache(SQLiteFile):
     """What live searches returned, open for reading, or also for writing. Methods raise sqlite3.DatabaseError if the
     file cannot be read or written, or holds nonsense."""
 
@@ -162,7 +167,9 @@ def _insert_result(db, request, created, result):
     for hit in result.hits:
         hash = hit.image and hashlib.sha256(hit.image).hexdigest()
         images |= {hash: hit.image} if hash else {}
-        hits.append({"title": hit.title, "url": hit.url, "text": hit.text, "image": hash})
+        hits.append({**vars(hit), "image": hash})
+        if not hit.full_size:
+            del hits[-1]["full_size"]  # as in files of earlier versions
     content = json.dumps({"error": result.error, "error_kind": result.error_kind, "hits": hits}, ensure_ascii=False)
     db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images.items())
     db.execute(
@@ -187,25 +194,26 @@ def _image(db, hash):
 def _load_result(status, content, image):
     try:
         content = json.loads(content)
-        hits = (Hit(h["title"], h["url"], h["text"], h["image"] and image(h["image"])) for h in content["hits"])
+        hits = (Hit(**{**hit, "image": hit["image"] and image(hit["image"])}) for hit in content["hits"])
         return Result(status, tuple(hits), content["error"], content["error_kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise sqlite3.DatabaseError(f"a kept result is damaged ({type(error).__name__})") from None
 
 
 def export(cache: SearchCache, path: str | Path) -> int:
-    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image}].
+    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text,
+    image, full_size}].
     Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     text, temporary, count = pa.string(), Path(f"{path}.{secrets.token_hex(4)}.tmp"), 0
-    hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary()})
+    hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary(), "full_size": pa.bool_()})
     names = ("request", "status", "error", "error_kind")
     schema = pa.schema({**dict.fromkeys(names, text), "created": pa.float64(), "hits": pa.list_(hit)})
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for part in _batches(cache.rows(), 256):
+            for part in batches(cache.rows(), 256):
                 table = [
                     {"request": request, "created": created, **vars(r), "hits": [vars(h) for h in r.hits]}
                     for request, created, r in part
@@ -251,11 +259,12 @@ def _row(row):
     for hit in row["hits"]:
         if hit["image"] is not None:
             decode_image(hit["image"])
-        hits.append(Hit(str(hit["title"]), str(hit["url"]), str(hit["text"]), hit["image"]))
+        texts = (str(hit[name]) for name in ("title", "url", "text"))
+        hits.append(Hit(*texts, hit["image"], bool(hit.get("full_size"))))
     return row["request"], float(row["created"]), Result(row["status"], tuple(hits), row["error"], row["error_kind"])
 
 
-def _batches(rows, size):
+def batches(rows, size):
     batch = []
     for row in rows:
         batch.append(row)
@@ -274,47 +283,51 @@ class CachedSearch:
     """
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
-        self.cache, self.inner, self.cfg = cache, inner, cfg
-        self._version = hashlib.sha256(summarizer_prompt(cfg).encode()).hexdigest()[:16]
+        self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
+        self.methods = {"image_search": self._image_request, "text_search": self._text_request}
+        self._prompt = hashlib.sha256(summarizer_prompt().encode()).hexdigest()[:16]
         self._pending: dict[str, Future] = {}
         self._lock = threading.Lock()
 
     def request(self, call: Call, question: Question) -> dict:
-        """All that the answer to a call depends on, but the day: the key of the cache."""
-        cfg = self.cfg
-        if call.kind == "image":
-            asked = {"image": hashlib.sha256(question.images[0]).hexdigest(), "engine": "google_lens"}
-            asked |= {"k": cfg.image_results, "thumbnail_side": THUMBNAIL_SIDE}
-        else:
-            asked = {"query": clean(call.query, MAX_QUERY), "engine": "google", "k": cfg.text_results}
-            asked |= {"characters": cfg.page_characters, "summarizer": "passages"}
-            if cfg.summarizer_url:
-                asked |= {"summarizer": cfg.summarizer_model, "prompt": self._version}
-        return {"kind": call.kind, "language": cfg.search_language, **asked}
+        """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
+        asked = method_for(call, question, self.methods)(call, question)
+        asked |= {"kind": TOOLS[call.tool].key, "engine": SerpApi.names[call.tool], "k": self.results[call.tool]}
+        return {**asked, "language": self.cfg.search_language}
+
+    def _image_request(self, call, question):
+        picture = hashlib.sha256(picture_of(call, question)).hexdigest()
+        return {"image": picture, "thumbnail_side": THUMBNAIL_SIDE}
+
+    def _text_request(self, call, question):
+        asked = {"query": query_of(call), "characters": PAGE_CHARACTERS, "summarizer": "passages"}
+        if self.cfg.summarizer_url:
+            asked |= {"summarizer": self.cfg.summarizer_model, "prompt": self._prompt}
+        return asked
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
-            _check_call(call, question)
             request = self.request(call, question)
-            kept = self._kept(request, question)
+            kept = self._kept(request, call, question)
             if kept and (self.inner is None or kept.status != "error"):
                 return dataclasses.replace(kept, usage=Usage(cached=1))
             if self.inner is None:
-                raise Failure("not_recorded", f"nothing is kept in {self.cache.path.name} for this {call.kind} search")
+                missing = f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}"
+                raise Failure("not_recorded", missing)
             return self._once(request_key(canonical(request)), request, call, question)
         except Failure as failure:
-            return Result("error", error=str(failure), error_kind=failure.kind)
+            return failed(failure)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except sqlite3.DatabaseError as error:
             return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
 
-    def _kept(self, request, question):
+    def _kept(self, request, call, question):
         kept = self.cache.get(request, count=self.inner is not None)
-        if kept is None and request["kind"] == "image" and question.data_id:
-            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache
-            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.cfg.image_results])
+        if kept is None and "image" in request and call.image is None and question.data_id:
+            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
+            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
         return kept
 
     def _once(self, key, request, call, question):

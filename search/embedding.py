@@ -1,4 +1,8 @@
-"""search/embedding.py"""
+"""What pictures look like, as vectors: a handmade embedding of the pixels, or a vision encoder of transformers.
+
+The handmade one needs no download and is good at finding the same thing pictured again; it is blind to meaning. Here
+are also the thumbnails that an index and a cache keep.
+"""
 
 import io
 import threading
@@ -10,17 +14,9 @@ from config import InputError
 from data import decode_image, first_line
 
 THUMBNAIL_SIDE = 336  # pixels, at most
-
-
 LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
-
-
 WEB_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # of thumbnails that are fetched; Pillow's other readers are less tried
-
-
 WEB_PIXELS = 20_000_000  # of a fetched thumbnail; more is a decompression bomb
-
-
 WEB_IMAGE_BYTES = 8_000_000
 
 
@@ -31,10 +27,10 @@ def embed(data: bytes) -> np.ndarray:
     how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down. Raises InputError if the bytes are
     not a picture.
     """
-    return _embed(decode_image(data))
+    return embed_image(decode_image(data))
 
 
-def _embed(image: Image.Image) -> np.ndarray:
+def embed_image(image: Image.Image) -> np.ndarray:
     pixels = _grid(image, 24, _salient_box(image))
     change = np.zeros((24, 24, 6), np.float32)  # between cells two apart; squares of it do not tell where a stripe lies
     change[:, 2:, :3] = pixels[:, 2:] - pixels[:, :-2]
@@ -71,10 +67,10 @@ def _salient_box(image):
 
 def web_thumbnail(data: bytes) -> bytes:
     """A fetched picture as the JPEG that is shown and kept. Raises InputError if it is none, or too large."""
-    return _thumbnail(decode_image(data, WEB_FORMATS, WEB_PIXELS))
+    return thumbnail(decode_image(data, WEB_FORMATS, WEB_PIXELS))
 
 
-def _thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
+def thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
     small, buffer = image.copy(), io.BytesIO()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     small.save(buffer, format, quality=90)  # PNG knows no quality

@@ -1,4 +1,8 @@
-"""search/fvqa.py"""
+"""FVQA's image-search cache, which its authors publish as a pickle, read into a cache of ours.
+
+A pickle is a program; this one is read by a reader that knows plain containers, strings and pictures, and refuses
+everything else before it runs.
+"""
 
 import collections
 import pickle
@@ -13,9 +17,16 @@ from tqdm import tqdm
 
 from config import InputError
 from data import Hit, Result
-from search.cache import SearchCache, _batches, canonical
-from search.embedding import WEB_IMAGE_BYTES, WEB_PIXELS, _thumbnail, web_thumbnail
-from search.web import Client, Failure, Limit, Meter, clean, is_web_url
+from search.cache import SearchCache, batches, canonical
+from search.calls import Failure
+from search.embedding import WEB_IMAGE_BYTES, WEB_PIXELS, thumbnail, web_thumbnail
+from search.text import clean
+from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url
+
+
+def fetching_client(**options) -> Client:
+    """Fetches the pictures of an import."""
+    return Client("picture", Limit(16), ours=False, max_bytes=WEB_IMAGE_BYTES, types=IMAGE_TYPES, **options)
 
 
 def import_fvqa(
@@ -25,9 +36,8 @@ def import_fvqa(
     "tool_returned_images_urls": [URL or PIL image]}}; returns the number of entries and (data_id, URL) of the pictures
     that are missing: all that are given as URLs without a client, those that cannot be fetched with one.
 
-    A pickle is a program; this one is read by a reader that knows plain containers, strings and pictures, and refuses
-    everything else. Raises InputError. Hits without a picture keep their title. In a replay an entry answers image
-    searches about questions with its data_id where nothing is kept under the picture itself.
+    Hits without a picture keep their title. In a replay an entry answers image searches about questions with its
+    data_id where nothing is kept under the picture itself. Raises InputError.
     """
     try:
         with open(path, "rb") as file:
@@ -38,14 +48,13 @@ def import_fvqa(
         raise InputError(f"{path}: not a pickle of plain data ({str(error) or type(error).__name__})") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected a dictionary by data_id")
-    limit, missing, now = Limit(16), [], time.time()
-    fetch = partial(_fetch_picture, client, limit) if client else lambda url: None
+    missing, now = [], time.time()
 
     def rows(pool):
         for id, entry in tqdm(entries.items(), desc="import", unit=" entries", leave=False, disable=None):
             titles, pictures = _fvqa_entry(path, id, entry)
             urls = [p for p in pictures if isinstance(p, str)]
-            fetched = dict(zip(urls, pool.map(fetch, urls), strict=True))
+            fetched = dict(zip(urls, pool.map(partial(_fetch_picture, client), urls), strict=True))
             missing.extend((str(id), url) for url in urls if fetched[url] is None)
             hits = tuple(
                 Hit(clean(title, 300), image=fetched[p] if isinstance(p, str) else p)
@@ -54,7 +63,7 @@ def import_fvqa(
             yield canonical({"data_id": str(id)}), now, Result("ok" if hits else "no_results", hits)
 
     with ThreadPoolExecutor(16) as pool:
-        for part in _batches(rows(pool), 64):  # what was fetched is kept, should the rest be interrupted
+        for part in batches(rows(pool), 64):  # what was fetched is kept, should the rest be interrupted
             cache.put_all(part)
     return len(entries), missing
 
@@ -72,21 +81,10 @@ def _fvqa_entry(path, id, entry):
         raise InputError(f"{path}, entry {str(id)[:40]}: a picture that cannot be read ({error})") from None
 
 
-def _fetch_picture(client, limit, url):
+def _fetch_picture(client, url):
+    """A thumbnail, or None if there is no client or no picture."""
     try:
-        if not is_web_url(url):
-            return None
-        return web_thumbnail(
-            client.fetch(
-                url,
-                limit,
-                Meter(),
-                time.monotonic() + 60,
-                what="picture",
-                max_bytes=WEB_IMAGE_BYTES,
-                types=("image/*",),
-            )
-        )
+        return web_thumbnail(client.fetch(url, Job(60.0))) if client and is_web_url(url) else None
     except (Failure, InputError):
         return None
 
@@ -105,7 +103,7 @@ class _PickledImage:
         image = Image.frombytes(mode, (width, height), data)
         if mode in ("P", "PA") and palette:
             image.putpalette(palette)
-        return _thumbnail(image.convert("RGB"))
+        return thumbnail(image.convert("RGB"))
 
 
 class _Ignored(str):

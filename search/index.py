@@ -1,22 +1,8 @@
-"""SQLite files for search: the offline index (text by BM25, pictures by what they look like), and the cache of results.
+"""The offline search: an SQLite file of documents, found by BM25, and of pictures, found by what they look like.
 
-    python searchdb.py index --docs docs.jsonl --images images.jsonl --out search.sqlite
-    python searchdb.py stats FILE                                       # of an index or a cache: counts, ages, sizes
-    python searchdb.py verify FILE                                      # checks every hash of a cache
-    python searchdb.py export CACHE --out snapshot.parquet              # a frozen snapshot, to publish
-    python searchdb.py import snapshot.parquet --out cache.sqlite
-    python searchdb.py import-fvqa PICKLE --out cache.sqlite            # FVQA's image-search cache
-
-Both inputs of `index` are JSON lines; either may be left out. A document is {"title", "text", "url"?, "id"?}, a picture
-{"image", "title", "url"?, "id"?}, where image is a path that starts at the folder of the JSONL file.
-
-A text search ranks by SQLite's FTS5 (BM25 over title and text). An image search compares embeddings: by default a
-handmade one of the pixels (`embed`: no model to download, good at finding the same thing pictured again, blind to
-meaning), with --image_embedding a vision encoder of transformers, by name or folder (CLIP, SigLIP, DINOv2 ...).
-
-The cache keeps what live searches returned, pictures included, under the hash of what was asked. It is in WAL mode: any
-number of threads and processes of one machine may use it (a network file system's locks are not enough for that:
-`tools.py serve` is for several machines), and one that is killed leaves it sound.
+A document is {"title", "text", "url"?, "id"?}, a picture {"image", "title", "url"?, "id"?}. Text search is SQLite's
+FTS5 over title and text; image search compares embeddings (search/embedding.py). An index is built once and only read
+from then on; any number of threads and processes may.
 
 Legend: N pictures of an index, D numbers of an embedding.
 """
@@ -36,19 +22,13 @@ from tqdm import tqdm
 
 from config import InputError
 from data import Call, Hit, Question, Result, decode_image
-from search.embedding import LOSSLESS_SIDE, Encoder, _embed, _thumbnail
-from search.live import _check_call
-from search.web import Failure
+from search.calls import Failure, failed, method_for
+from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
+from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
-
-
 INDEX_VERSION = 2  # rises when the tables or `embed` change; version 1, which had no table `settings`, is read, too
-
-
 MAX_QUERY_WORDS = 64  # different words of a query that count; a model may well say ten thousand
-
-
 LARGE_INDEX = 100_000  # documents from which on words that a tenth of them hold are left out of queries
 
 
@@ -64,7 +44,7 @@ CREATE TABLE settings(name TEXT PRIMARY KEY, value TEXT);
 """
 
 
-class _File:
+class SQLiteFile:
     """A SQLite file that any number of threads may use at once. Raises InputError if `path` is not one of ours."""
 
     what, build, application, versions = "", "", 0, ()
@@ -75,7 +55,7 @@ class _File:
         self._closed = False
         if not self.path.is_file():
             raise InputError(f"{path}: no such {self.what}; {self.build}")
-        application, self.version = _header(self.path)
+        application, self.version = file_header(self.path)
         if application != self.application or self.version not in self.versions:
             said = f"a {self.what} in version {self.version} of the format"
             said = said if application == self.application else f"not a {self.what}"
@@ -103,10 +83,10 @@ class _File:
             self._idle.pop().close()
 
 
-class SearchDB(_File):
+class SearchDB(SQLiteFile):
     """An index, open for reading."""
 
-    what, build = "search index", "`python searchdb.py index` builds one"
+    what, build = "search index", "`python -m search index` builds one"
     application, versions = APPLICATION_ID, (1, INDEX_VERSION)
 
     def __init__(self, path: str | Path):
@@ -118,7 +98,7 @@ class SearchDB(_File):
         except (sqlite3.DatabaseError, ValueError) as error:  # ValueError: an embedding of another length
             self.close()
             raise InputError(f"{path}: damaged search index ({error}); build it again") from None
-        self._embed = Encoder(self.embedding) if self.embedding and len(self._rowids) else _embed
+        self._embed = Encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
 
     def _setting(self, name):
         if self.version == 1:
@@ -188,7 +168,7 @@ def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
     return " OR ".join(f'"{word}"' for word in words[:MAX_QUERY_WORDS])
 
 
-def _header(path):
+def file_header(path):
     """(application id, version) in SQLite's file header; (None, 0) of another file."""
     try:
         with open(path, "rb") as file:
@@ -213,16 +193,18 @@ def build(
     """
     docs = ((f"docs row {n}", row) for n, row in enumerate(docs, 1))
     images = ((f"images row {n}", row) for n, row in enumerate(images, 1))
-    return _build(Path(path), docs, images, Path(), skip_bad_rows, image_embedding)
+    return build_from(Path(path), docs, images, Path(), skip_bad_rows, image_embedding)
 
 
-def _build(path, docs, images, folder, skip_bad_rows, image_embedding):
+def build_from(
+    path: Path, docs: Iterable, images: Iterable, folder: Path, skip_bad_rows: bool, image_embedding: str
+) -> int:
     """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
-    if path.is_dir() or (path.exists() and _header(path)[0] != APPLICATION_ID):
+    if path.is_dir() or (path.exists() and file_header(path)[0] != APPLICATION_ID):
         raise InputError(f"{path}: exists and is not a search index; choose another name")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    embedder = _encoder(image_embedding) if image_embedding else _embed
+    embedder = _encoder(image_embedding) if image_embedding else embed_image
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with closing(sqlite3.connect(temporary)) as db:
@@ -294,7 +276,7 @@ def _image_values(row, folder, embedder):
     except InputError as error:  # names the field of a question
         raise InputError(f"field image: {str(error).removeprefix('field images: ')}") from None
     format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
-    return *strings, _thumbnail(image, format), embedder(image).astype(np.float32).tobytes()
+    return *strings, thumbnail(image, format), embedder(image).astype(np.float32).tobytes()
 
 
 def _as_dict(row):
@@ -326,27 +308,27 @@ def _strings(row, *required):
 class OfflineSearch:
     """Searches in a local index. `search` may be called from any number of threads."""
 
-    def __init__(self, db: SearchDB, *, image_results: int = 5, text_results: int = 5):
-        """image_results, text_results: hits of a search, at most."""
+    def __init__(self, db: SearchDB, results: dict[str, int] | None = None):
+        """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
-        self.image_results = image_results
-        self.text_results = text_results
+        self.results = results or {name: tool.results for name, tool in TOOLS.items()}
+        self.methods = {"image_search": self._image_search, "text_search": self._text_search}
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
         try:
-            _check_call(call, question)
-            hits = self._hits(call, question)
+            hits = method_for(call, question, self.methods)(call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except Failure as failure:
-            return Result("error", error=str(failure), error_kind=failure.kind)
+            return failed(failure)
         except (InputError, sqlite3.DatabaseError) as error:
             kind = "bad_call" if isinstance(error, InputError) else "index"
             return Result("error", error=f"{type(error).__name__}: {error}", error_kind=kind)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
-    def _hits(self, call: Call, question: Question) -> list[Hit]:
-        if call.kind == "image":
-            return self.db.image(question.images[0], self.image_results)
-        return self.db.text(call.query, self.text_results)
+    def _image_search(self, call, question):
+        return self.db.image(picture_of(call, question), self.results[call.tool])
+
+    def _text_search(self, call, question):
+        return self.db.text(call.query, self.results[call.tool])

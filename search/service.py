@@ -1,65 +1,83 @@
-"""search/service.py"""
+"""One search for several machines: a server around a search, and the client that asks it.
+
+    python -m search serve --address 0.0.0.0:8100 --search record --search_cache c.sqlite      # on one machine
+    train.py --search_url http://THAT:8100                                                     # on all of them
+
+POST /search takes {"call": {tool, query, picture, box, image}, "question": {image, image_url, data_id}}, pictures in
+base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only.
+"""
 
 import base64
 import dataclasses
 import json
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from config import Config, InputError
 from data import Call, Hit, Question, Result, Usage
-from search.live import MAX_JSON_BYTES, MAX_QUERY
-from search.web import Client, Failure, Limit, Meter, clean
+from search.calls import MAX_QUERY, Failure, failed
+from search.text import clean
+from search.web import MAX_JSON_BYTES, Client, Job, Limit
+from tools import TOOLS
+
+MAX_BYTES = 8 * MAX_JSON_BYTES  # of a request or a result, pictures included
 
 
 class RemoteSearch:
-    """Asks a running `tools.py serve`. While that is restarted, calls try again until their deadline."""
+    """Asks a running service. While that is restarted, calls try again until their deadline."""
 
     def __init__(self, cfg: Config):
-        self.url, self.limit = cfg.search_url.rstrip("/"), Limit(cfg.tool_threads)
-        self.patience = 2 * cfg.search_deadline + 60  # the service's own deadline, and a restart
-        self.client = Client(cfg.connect_timeout, cfg.search_deadline + 30, 1000, cfg.retry_pause)
+        self.url = cfg.search_url.rstrip("/")
+        self.patience = 2 * cfg.search_deadline + 60  # seconds: the service's own deadline, and a restart
+        self.client = Client("search service", Limit(cfg.tool_threads), max_bytes=MAX_BYTES)
+        self.client.read_timeout, self.client.retries = cfg.search_deadline + 30, 1000
 
     def check(self, patience: float = 60.0) -> None:
         """Raise InputError unless a service answers within so many seconds."""
         try:
-            self._ask("/health", patience)
+            self.client.fetch_json(f"{self.url}/health", Job(patience))
         except Failure as failure:
-            raise InputError(f"search_url={self.url}: {failure}; `python tools.py serve` starts one") from None
+            raise InputError(f"search_url={self.url}: {failure}; `python -m search serve` starts one") from None
 
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
-        image = base64.b64encode(question.images[0]).decode() if call.kind == "image" and question.images else None
-        payload = {"kind": call.kind, "query": clean(call.query, MAX_QUERY), "image": image}
-        payload |= {"image_url": question.image_url, "data_id": question.data_id}
+        asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
+        tool = TOOLS.get(call.tool)
+        shown = tool is not None and tool.needs == "picture" and call.image is None and question.images
+        about = {"image": _encoded(question.images[0] if shown else None)}
+        about |= {"image_url": question.image_url, "data_id": question.data_id}
         try:
-            return result_from_json(self._ask("/search", self.patience, payload))
+            sent = {"call": asked, "question": about}
+            return result_from_json(self.client.fetch_json(f"{self.url}/search", Job(self.patience), sent))
         except Failure as failure:
-            return Result("error", error=str(failure), error_kind=failure.kind)
+            return failed(failure)
 
-    def _ask(self, path, patience, payload=None):
-        options = dict(what="search service", max_bytes=8 * MAX_JSON_BYTES, payload=payload, ours=True)
-        return self.client.fetch_json(self.url + path, self.limit, Meter(), time.monotonic() + patience, **options)
+
+def _encoded(data):
+    return data and base64.b64encode(data).decode()
+
+
+def _decoded(text):
+    return None if text is None else base64.b64decode(text, validate=True)
 
 
 def result_to_json(result: Result) -> dict:
     """A result as the service sends it."""
-    hits = [{**vars(hit), "image": hit.image and base64.b64encode(hit.image).decode()} for hit in result.hits]
+    hits = [{**vars(hit), "image": _encoded(hit.image)} for hit in result.hits]
     return {**vars(result), "hits": hits, "usage": dataclasses.asdict(result.usage)}
 
 
 def result_from_json(sent: dict) -> Result:
     """What `result_to_json` made. Raises Failure (bad_response)."""
     try:
-        hits = tuple(Hit(**{**hit, "image": hit["image"] and base64.b64decode(hit["image"])}) for hit in sent["hits"])
+        hits = tuple(Hit(**{**hit, "image": _decoded(hit["image"])}) for hit in sent["hits"])
         return Result(**{**sent, "hits": hits, "usage": Usage(**sent["usage"])})
     except (KeyError, TypeError, ValueError):
         raise Failure("bad_response", "search service: not a result; is it of another version?") from None
 
 
 class SearchServer(ThreadingHTTPServer):
-    """A search behind HTTP: POST /search {kind, query, image (base64), image_url, data_id}, GET /health."""
+    """A search behind HTTP, at HOST:PORT. Raises InputError if it cannot listen there."""
 
     daemon_threads, request_queue_size, allow_reuse_address = True, 1024, True
 
@@ -68,8 +86,8 @@ class SearchServer(ThreadingHTTPServer):
         self.search, self.calls = search, Counter()
         try:
             super().__init__((host, int(port)), _Handler)
-        except OSError as error:
-            raise InputError(f"serve_address={address}: cannot listen there ({error.strerror})") from None
+        except (OSError, ValueError, OverflowError) as error:  # ValueError: no port, OverflowError: none above 65535
+            raise InputError(f"address={address}: cannot listen there ({error})") from None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         try:
             length = int(self.headers.get("Content-Length", -1))
-            if self.path != "/search" or not 0 <= length <= 8 * MAX_JSON_BYTES:
+            if self.path != "/search" or not 0 <= length <= MAX_BYTES:
                 raise ValueError
             call, question = _call_from_json(json.loads(self.rfile.read(length)))
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -103,9 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _call_from_json(sent):
-    image, url, id = sent["image"], sent["image_url"], sent["data_id"]
-    if sent["kind"] not in ("image", "text") or not all(isinstance(v, str | None) for v in (image, url, id)):
+    """(call, question) of a request. Raises ValueError, KeyError or TypeError for anything else."""
+    asked, about = sent["call"], sent["question"]
+    call = Call(**{**asked, "image": _decoded(asked["image"]), "box": asked["box"] and tuple(map(float, asked["box"]))})
+    texts = (call.tool, call.query, call.picture, about["image_url"] or "", about["data_id"] or "")
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError
-    images = () if image is None else (base64.b64decode(image, validate=True),)
-    question = Question(id="asked", text="", images=images, image_url=url, data_id=id)
-    return Call(sent["kind"], str(sent["query"])), question
+    image = _decoded(about["image"])
+    images = () if image is None else (image,)
+    return call, Question("asked", "", images, image_url=about["image_url"], data_id=about["data_id"])

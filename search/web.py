@@ -1,56 +1,49 @@
-"""HTTP that cannot hang, cannot be flooded and cannot be led astray; and text from the web, made harmless.
+"""HTTP that cannot hang, cannot be flooded and cannot be led astray: requests, with a transport of our own below it.
 
 What comes from the web is hostile: an answer may never end, unpack to gigabytes, or redirect to the machine's own
-services. So every request has a deadline that covers all of it (a stream of single bytes included), a limit of bytes,
-a list of content types; and a name is resolved once, its addresses are checked, and the connection goes to the address
-that was checked, on every hop of a redirect.
+services. So every request has a deadline that covers all of it (the handshake, slow headers and a stream of single
+bytes included), a limit of bytes and a list of content types; and a name is resolved once, its addresses are checked,
+and the connection goes to the address that was checked, at every hop of a redirect.
 
-It stands on the standard library's HTTP and not on a client package because those three things (the address that was
-checked is the one used; one deadline for all of a request; retries that end at it) have to be decided below where such
-packages can be told. Proxies of the environment are not used: behind one, nobody could check addresses.
+Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) are used for endpoints that the user configured, and for
+nothing else: behind a proxy, nobody could check an address.
 """
 
-import email.utils
-import html
-import http.client
+import functools
 import ipaddress
+import itertools
 import json
-import random
+import logging
+import math
 import re
 import socket
 import ssl
 import threading
 import time
-import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from urllib.parse import quote, urljoin, urlsplit
+from http.client import HTTPException
+from typing import ClassVar
+from urllib.parse import urljoin
+
+from requests import PreparedRequest, Request
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies, select_proxy
+from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.util.connection import create_connection
+from urllib3.util.retry import RequestHistory, Retry
+
+from search.calls import Failure
+from search.text import clean
 
 MAX_REDIRECTS = 4
-
-
 LONGEST_PAUSE = 30.0  # seconds between two attempts, at most, unless Retry-After asks for more
-
-
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
-
-
-JSON_TYPES = ("application/json",)
-
-
+JSON_TYPES, IMAGE_TYPES = ("application/json",), ("image/*",)
+MAX_JSON_BYTES = 8_000_000
 AGENT = "nanoMMSearch"
-
-
-class Failure(Exception):
-    """A request that came to nothing. kind: one of data.ERROR_KINDS; its message holds no URL and no secret."""
-
-    def __init__(self, kind: str, message: str, retry_after: float | None = None):
-        super().__init__(message)
-        self.kind, self.retry_after = kind, retry_after
-
-
-RETRIED = ("timeout", "connection", "rate_limit", "server")
+RETRIED = ("timeout", "connection", "rate_limit", "server")  # kinds of failures that may pass
 
 
 class Limit:
@@ -78,146 +71,210 @@ class Limit:
             self._slots.release()
 
 
-class Meter:
-    """Sums of what a call used; pages of one call are read by several threads."""
+class Job:
+    """One call: when it has to be done (time.monotonic()), and sums of what it used. Several threads may add to it."""
 
-    def __init__(self):
-        self.sums, self._lock = Counter(), threading.Lock()
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+        self.used, self._lock = Counter(), threading.Lock()
+
+    def left(self) -> float:
+        """Seconds until the deadline, at least a millisecond (0 means something else to sockets)."""
+        return max(0.001, self.deadline - time.monotonic())
 
     def add(self, **amounts: float) -> None:
         with self._lock:
-            self.sums.update(amounts)
+            self.used.update(amounts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Client:
-    """How to ask: seconds to connect, seconds of silence while reading, attempts beyond the first, the first pause
-    between attempts in seconds (it doubles), and hosts (name:port) that may have private addresses."""
+    """Asks one service, or the hosts of search results, over HTTP; any number of threads may."""
 
-    connect_timeout: float = 5.0
-    read_timeout: float = 30.0
-    retries: int = 3
-    pause: float = 1.0
-    allow_hosts: tuple[str, ...] = ()
+    what: str  # names the other side in messages
+    limit: Limit
+    ours: bool = True  # an endpoint that the user configured: any address, proxies; a redirect (of a key!) is an error
+    bearer: str = ""  # key
+    max_bytes: int = MAX_JSON_BYTES  # of an answer, on the wire and unpacked
+    types: tuple[str, ...] = JSON_TYPES  # content types
+    allow_hosts: tuple[str, ...] = ()  # of those not ours (name:port): hosts that may have private addresses
+    quota: str = ""  # in the message of a 429: nothing is left, and no pause helps
 
-    def fetch(
-        self, url: str, limit: Limit, meter: Meter, deadline: float, *, what: str, max_bytes: int,
-        types: tuple[str, ...] = JSON_TYPES, payload: dict | None = None, bearer: str = "", ours: bool = False,
-    ) -> bytes:  # fmt: skip
-        """The body of a GET, or of a POST if there is a payload (sent as JSON). Raises Failure.
+    def __post_init__(self):
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings hold URLs, and so keys
 
-        what: names the other side in messages. ours: an endpoint that the user configured: it may have a private
-        address, and a redirect is an error (it would carry the key elsewhere). deadline: on time.monotonic().
-        """
-        for attempt in range(self.retries + 1):
+    connect_timeout: ClassVar[float] = 5.0  # seconds
+    read_timeout: ClassVar[float] = 30.0  # seconds of silence
+    retries: ClassVar[int] = 3  # attempts beyond the first
+    pause: ClassVar[float] = 1.0  # seconds before the second attempt, about; they double
+
+    def fetch(self, url: str, job: Job, payload: dict | None = None) -> bytes:
+        """The body of a GET, or of a POST of the payload as JSON. Raises Failure."""
+        one = RequestHistory(None, None, None, None, None)  # Retry would make the first of its pauses 0
+        retry = Retry(self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, history=(one,))
+        retry.backoff_max = LONGEST_PAUSE
+        for attempt in itertools.count(1):
             try:
-                with limit.slot(deadline):
-                    return self._follow(url, meter, deadline, max_bytes, types, payload, bearer, ours)
+                with self.limit.slot(job.deadline):
+                    return self._follow(url, job, payload)
             except Failure as failure:
-                pause = min(self.pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                pause = max(pause, failure.retry_after or 0.0)
-                hopeless = time.monotonic() + pause >= deadline
-                if failure.kind not in RETRIED or attempt == self.retries or hopeless:
-                    tries = f" ({attempt + 1} attempts)" if attempt else ""
-                    raise Failure(failure.kind, f"{what}: {failure}{tries}") from None
+                try:
+                    retry = retry.increment(error=failure)
+                    pause = max(retry.get_backoff_time(), failure.retry_after)
+                except MaxRetryError:
+                    pause = math.inf
+                if failure.kind not in RETRIED or time.monotonic() + pause >= job.deadline:
+                    failure.args = (f"{self.what}: {failure}" + (f" ({attempt} attempts)" if attempt > 1 else ""),)
+                    raise failure from None
                 time.sleep(pause)
-        raise AssertionError("unreachable")
 
-    def fetch_json(self, *args, **options) -> dict:
+    def fetch_json(self, url: str, job: Job, payload: dict | None = None) -> dict:
         """As `fetch`, for an answer that has to be a JSON object."""
-        body = self.fetch(*args, **options)
+        body = self.fetch(url, job, payload)
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
-            raise Failure("bad_response", f"{options['what']}: not JSON") from None
+            answer = None
         if not isinstance(answer, dict):
-            raise Failure("bad_response", f"{options['what']}: not a JSON object")
+            raise Failure("bad_response", "not a JSON object", note=f"from the {self.what}")
         return answer
 
-    def _follow(self, url, meter, deadline, max_bytes, types, payload, bearer, ours):
+    def _follow(self, url, job, payload):
+        base = ""
         for _ in range(MAX_REDIRECTS + 1):
-            try:
-                location, body = self._request(url, meter, deadline, max_bytes, types, payload, bearer, ours)
-            except (OSError, http.client.HTTPException, zlib.error) as error:  # ssl's errors are OSErrors
-                late = time.monotonic() >= deadline or isinstance(error, TimeoutError)
-                raise Failure("timeout" if late else "connection", type(error).__name__) from None
-            if location is None:
+            request = _prepared(base, url, self.types, self.bearer, payload)
+            url, body = self._send(request, job)
+            if url is None:
                 return body
-            if ours:
+            if self.ours:
                 raise Failure("bad_response", "it redirects; give the address that it redirects to")
-            url = urljoin(url, location)
+            base = request.url
         raise Failure("bad_response", f"more than {MAX_REDIRECTS} redirects")
 
-    def _request(self, url, meter, deadline, max_bytes, types, payload, bearer, ours):
+    def _send(self, request, job):
         """(where it redirects to or None, body) of one request."""
-        scheme, host, port, target = _parts(url)
-        private = ours or f"{host}:{port}" in self.allow_hosts
-        address = _address(host, port, private)
-        patience = max(0.001, min(self.connect_timeout, deadline - time.monotonic()))
-        channel = socket.create_connection((address, port), patience)
-        guard, connection = None, http.client.HTTPConnection(host, port)
+        transport = _Transport(self, job)
+        proxies = get_environ_proxies(request.url) if self.ours else {}
+        patience = (min(self.connect_timeout, job.left()), self.read_timeout)
         try:
-            if scheme == "https":
-                channel = _tls().wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
-            guard = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, [channel])
-            guard.daemon = True
-            guard.start()  # what it cuts ends whatever read is under way, in handshakes and headers too
-            if scheme == "https":
-                channel.do_handshake()
-            channel.settimeout(self.read_timeout)
-            connection.sock = channel
-            headers = {"User-Agent": AGENT, "Accept": ", ".join(types), "Accept-Encoding": "gzip"}
-            headers |= {"Connection": "close"} | ({"Authorization": f"Bearer {bearer}"} if bearer else {})
-            if payload is None:
-                connection.request("GET", target, headers=headers)
-            else:
-                headers["Content-Type"] = "application/json"
-                connection.request("POST", target, json.dumps(payload).encode(), headers)
-            with connection.getresponse() as response:
-                answer = self._answer(response, meter, max_bytes, types)
-            if time.monotonic() >= deadline:
+            with closing(transport), transport.send(request, True, patience, proxies=proxies) as response:
+                answer = self._answer(response.raw, job)
+            if time.monotonic() >= job.deadline:
                 raise TimeoutError  # it may have been cut at a place that looks like an end
             return answer
-        finally:
-            if guard:
-                guard.cancel()
-            channel.close()
+        except (OSError, HTTPError, HTTPException) as error:  # ssl's and requests' errors are OSErrors
+            cause = error
+            while cause.__context__:  # their messages hold URLs: the name of the first one says enough
+                cause = cause.__context__
+            late = time.monotonic() >= job.deadline or isinstance(cause, TimeoutError)
+            raise Failure("timeout" if late else "connection", type(cause).__name__) from None
 
-    def _answer(self, response, meter, max_bytes, types):
-        status, location = response.status, response.headers.get("Location")
-        if status in (301, 302, 303, 307, 308) and location:
-            return location, b""
+    def _answer(self, raw, job):
+        """(where it redirects to or None, body) of an answer that has begun."""
+        headers, status = raw.headers, raw.status
+        if status in (301, 302, 303, 307, 308) and headers.get("Location"):
+            return headers["Location"], b""
+        if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity", "gzip"):
+            raise Failure("bad_response", "unknown content encoding")
         if status != 200:
-            said = _read(response, meter, 10_000, strict=False)
-            raise _refusal(status, response.headers.get("Retry-After"), said)
-        kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-        if not any(kind == t or (t.endswith("/*") and kind.startswith(t[:-1])) for t in types):
-            raise Failure("bad_response", f"content type {clean(kind, 60) or 'unknown'!r}")
-        return None, _read(response, meter, max_bytes)
+            note = _said(raw, job)
+            kind = {408: "timeout", 429: "rate_limit"}.get(status, "server" if status >= 500 else "refused")
+            if status == 429 and self.quota and self.quota in note.lower():
+                kind = "quota"
+            raise Failure(kind, f"HTTP {status}", note, _seconds(headers.get("Retry-After")))
+        kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
+        if not any(kind == t or (t.endswith("/*") and kind.startswith(t[:-1])) for t in self.types):
+            raise Failure("bad_response", "content type", note=repr(clean(kind, 60) or "unknown"))
+        body = _read(raw, job, self.max_bytes)
+        if max(len(body), raw.tell()) > self.max_bytes:
+            raise Failure("bad_response", f"more than {self.max_bytes:,} bytes")
+        return None, body
 
 
-def _parts(url):
-    """(scheme, host, port, target) of a URL. Raises Failure if it is not a sound http or https one."""
+class _Transport(HTTPAdapter):
+    """The way of one request. Its connection goes to the address that was checked, and is cut at the deadline.
+
+    There is no requests.Session above it: that reads the bodies of redirects without a limit, keeps cookies, and looks
+    for logins in ~/.netrc.
+    """
+
+    def __init__(self, client: Client, job: Job):
+        super().__init__()
+        self.client, self.job, self.cleanup = client, job, ExitStack()
+
+    def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
+        pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
+        make, proxied = pool.ConnectionCls, select_proxy(request.url, proxies) is not None
+
+        def connection(**options):
+            made = make(**options)
+            made._new_conn = functools.partial(self._connect, made, made._new_conn if proxied else None)
+            return made
+
+        pool.ConnectionCls = connection
+        if pool.scheme == "https":
+            pool.conn_kw["ssl_context"] = tls_context()
+        return pool
+
+    def cert_verify(self, conn, url, verify, cert):
+        """Nothing to add: `tls_context` holds the certificates."""
+
+    def _connect(self, connection, to_proxy):
+        """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
+        if to_proxy:
+            sock = to_proxy()
+        else:
+            host, port = connection.host, connection.port
+            private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
+            address = _address(host, port, private), port
+            sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
+        watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
+        self.cleanup.callback(watched.close)
+        guard = threading.Timer(self.job.left(), _cut, [watched])
+        guard.daemon = True
+        guard.start()
+        self.cleanup.callback(guard.cancel)
+        return sock
+
+    def close(self):
+        self.cleanup.close()
+        super().close()
+
+
+def _cut(sock):
     try:
-        if re.search(r"[\x00-\x1f\x7f]", url):  # urlsplit would leave some of them out
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # closed already
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The machine's certificates (or those that SSL_CERT_FILE names), loaded once."""
+    return ssl.create_default_context()
+
+
+def _prepared(base: str, url: str, types=(), bearer="", payload=None) -> PreparedRequest:
+    """A request of a URL, which may be relative to a base. Raises Failure (blocked) if it is not http or https."""
+    headers = {"User-Agent": AGENT, "Accept": ", ".join(types), "Accept-Encoding": "gzip", "Connection": "close"}
+    if bearer:
+        headers["Authorization"] = f"Bearer {bearer}".encode()
+    try:
+        if re.search(r"[\x00-\x1f\x7f]", url):  # some of them would be left out
             raise ValueError
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        host = host.encode("idna").decode() if not host.isascii() else host
-    except ValueError:
+        method = "GET" if payload is None else "POST"
+        request = Request(method, urljoin(base, url), headers, json=payload).prepare()
+    except ValueError:  # requests' InvalidURL is one
         raise Failure("blocked", "not a URL") from None
-    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", host):
+    if not request.url.startswith(("http://", "https://")):
         raise Failure("blocked", "not an http or https address")
-    target = quote(parts.path or "/", safe="/%:=~+!$,;'@()*&") + (
-        f"?{quote(parts.query, safe='/%:=&?~+!$,;@()*[]')}" if parts.query else ""
-    )
-    return parts.scheme, host, port or (443 if parts.scheme == "https" else 80), target
+    return request
 
 
 def is_web_url(url) -> bool:
     """True for a sound http or https URL; where it leads is checked when it is fetched."""
     try:
-        return isinstance(url, str) and len(url) <= 2000 and bool(_parts(url))
+        return isinstance(url, str) and len(url) <= 2000 and bool(_prepared("", url))
     except Failure:
         return False
 
@@ -227,7 +284,7 @@ def _address(host, port, private):
     try:
         found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
-        raise Failure("connection", f"unknown host ({type(error).__name__})") from None
+        raise Failure("connection", "unknown host", note=type(error).__name__) from None
     allowed = [address for address in found if private or is_public(address)]
     if not allowed:
         raise Failure("blocked", "it leads to a private address")
@@ -244,149 +301,31 @@ def is_public(address: str) -> bool:
     return all(one.is_global and not one.is_multicast for one in every if one is not None)
 
 
-def _tls():
-    """The machine's certificates, loaded once."""
-    global _context
-    if _context is None:
-        _context = ssl.create_default_context()
-    return _context
-
-
-_context: ssl.SSLContext | None = None
-
-
-def _cut(channel):
-    try:
-        socket.socket.shutdown(channel, socket.SHUT_RDWR)  # not ssl's: it would change what the reader is using
-    except OSError:
-        pass  # closed already
-
-
-def _read(response, meter, max_bytes, strict=True):
-    """The body, at most max_bytes on the wire and unpacked. strict: raise Failure if there is more."""
-    packed = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if packed not in ("identity", "gzip", ""):
-        raise Failure("bad_response", "unknown content encoding")
-    unpack = zlib.decompressobj(31) if packed == "gzip" else None
-    body, wire = bytearray(), 0
-    while len(body) <= max_bytes and wire <= max_bytes:
-        piece = response.read1(65536)
+def _read(raw, job, max_bytes):
+    """The body, unpacked; a little more than max_bytes if that, or what came over the wire, is more."""
+    body = bytearray()
+    while len(body) <= max_bytes and raw.tell() <= max_bytes:
+        piece = raw.read(65536, decode_content=True)
         if not piece:
             break
-        wire += len(piece)
-        body += unpack.decompress(piece, max_bytes + 1 - len(body)) if unpack else piece
-    meter.add(bytes=wire)
-    if strict and (len(body) > max_bytes or wire > max_bytes):
-        raise Failure("bad_response", f"more than {max_bytes:,} bytes")
-    if strict and (response.length or (unpack and not unpack.eof)):
-        raise Failure("connection", "the answer was cut short")
-    return bytes(body[:max_bytes])
+        body += piece
+    job.add(bytes=raw.tell())
+    return bytes(body)
 
 
-def _refusal(status, retry_after, said):
-    """The Failure of a status that is not 200."""
-    note = _said(said)
-    message = f"HTTP {status}" + (f": {note}" if note else "")
-    if status == 429:
-        used_up = "run out of searches" in note.lower()  # SerpApi's: no pause helps
-        return Failure("quota" if used_up else "rate_limit", message, _seconds(retry_after))
-    if status >= 500:
-        return Failure("server", message, _seconds(retry_after))
-    if status == 408:
-        return Failure("timeout", message)
-    return Failure("refused", message)
-
-
-def _said(body):
-    """The message of an error's JSON body, as SerpApi, Jina and OpenAI's interface write it; "" if there is none."""
+def _said(raw, job):
+    """The message in an error's JSON body, as SerpApi, Jina and OpenAI's interface write it; "" if there is none."""
     try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
+        answer = json.loads(_read(raw, job, 10_000))
+        error = answer.get("error", answer.get("readableMessage", answer.get("message")))
+        return clean(error.get("message") if isinstance(error, dict) else error, 200)
+    except (HTTPError, ValueError, RecursionError, AttributeError):
         return ""
-    if not isinstance(answer, dict):
-        return ""
-    error = answer.get("error", answer.get("readableMessage", answer.get("message")))
-    error = error.get("message") if isinstance(error, dict) else error
-    return clean(error, 200) if isinstance(error, str) else ""
 
 
 def _seconds(retry_after):
-    """Retry-After, which is seconds or a date, in seconds from now; None if it is neither."""
-    if not retry_after:
-        return None
-    if retry_after.strip().isdigit():
-        return float(retry_after[:9])
+    """Retry-After, which is seconds or a date, in seconds from now; 0 if it is neither."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def clean(text, limit: int) -> str:
-    """Text of a page or title as one harmless string: no control characters, no halves of characters, white space
-    squeezed (a line break stays one), at most `limit` characters. Anything but a string is ""."""
-    if not isinstance(text, str):
-        return ""
-    text = text[: 4 * limit].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    text = re.sub(r"(?:[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f])+", " ", text)
-    return re.sub(r" ?\n[ \n]*", "\n", text).strip()[:limit].rstrip()
-
-
-def plain_text(page: str) -> str:
-    """A page as text: HTML loses its tags, scripts and styles; Markdown keeps the words of its links, not images."""
-    if re.search(r"<(?:!doctype|html|head|body|script|style|div|p|table|span|a)\b", page[:100_000], re.IGNORECASE):
-        page = _without_tags(page)
-    page = re.sub(r"!\[[^\[\]\n]{0,500}\]\([^()\n]{0,2000}\)", " ", page)
-    return re.sub(r"\[([^\[\]\n]{1,500})\]\([^()\n]{0,2000}\)", r"\1", page)
-
-
-def inline_text(text) -> str:
-    """A title or snippet, whose tags and entities are taken away."""
-    if not isinstance(text, str):
-        return ""
-    return html.unescape(re.sub(r"</?(?:b|i|em|strong|span|br|p|div|script|style|a)\b[^<>]{0,500}>", " ", text[:5000]))
-
-
-def _without_tags(page):
-    """HTML as text, in linear time whatever it holds (the standard library's parser takes minutes for some pages)."""
-    parts, at = [], 0
-    while (start := page.find("<!--", at)) >= 0 and (end := page.find("-->", start)) >= 0:
-        parts.append(page[at:start])
-        at = end + 3
-    pieces, hidden, text = TAG.split("".join(parts) + page[at:]), "", []
-    for before, close, name in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
-        text.append("" if hidden else before)
-        name = name.lower()
-        if hidden:
-            hidden = "" if close and name == hidden else hidden
-        elif name in ("script", "style", "noscript", "template") and not close:
-            hidden = name
-        text.append("\n" if name in ("p", "br", "div", "li", "tr", "h1", "h2", "h3") else " ")
-    return html.unescape("".join(text))
-
-
-TAG = re.compile(r"<(/?)!?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]{0,2000}>")
-
-
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with its end mark; what is longer than 500 characters is cut into pieces."""
-    found = (s.strip() for s in SENTENCE_END.split(text))
-    return [s[at : at + 500] for s in found for at in range(0, len(s), 500)]
-
-
-def passages(text: str, query: str, count: int) -> str:
-    """The `count` sentences that fit the query best, in their order: each word of the query counts more the fewer
-    sentences hold it. The first sentences, if none holds a word."""
-    found = [(s, set(_words(s))) for s in sentences(text)]
-    wanted = set(_words(query))
-    holders = Counter(word for _, words in found for word in words & wanted)
-    score = [sum(1 / holders[word] for word in words & wanted) for _, words in found]
-    best = sorted(range(len(found)), key=lambda n: (-score[n], n))[:count]
-    return " ".join(found[n][0] for n in sorted(n for n in best if score[n] or not any(score)))
-
-
-def _words(text):
-    return re.findall(r"\w+", text.lower())
+        return Retry().parse_retry_after(retry_after or "")
+    except (HTTPError, ValueError, TypeError, OverflowError):
+        return 0.0

@@ -23,9 +23,9 @@ from PIL import Image
 
 import chat
 import data
-from chat import Chat, drop_overlong
+from chat import Chat, Episode, drop_overlong
 from config import InputError
-from data import Call, Episode, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
+from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
 from reward import normalize_answer
 

@@ -28,9 +28,9 @@ import backbone
 import checkpoint
 import config
 import policy
-from chat import Chat
+from chat import Chat, Episode
 from config import InputError
-from data import Call, Episode, Hit, Question, Result, decode_image
+from data import Call, Hit, Question, Result, decode_image
 from engines import Reply
 from grpo import token_weights
 

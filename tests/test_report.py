@@ -372,7 +372,9 @@ def test_keys_filters_and_search_narrow_the_list(page, large):
 
 def test_a_tool_that_nobody_named_is_shown(page):
     look_for(page, "a part")
-    page.until(POSITION, "1 of 167")  # at step 0 of the large run 164 times, at its step 1, and in both steps of the other run
+    page.until(
+        POSITION, "1 of 167"
+    )  # at step 0 of the large run 164 times, at its step 1, and in both steps of the other run
     (call,) = page.run(
         "return [...document.querySelectorAll('.call')].map(e => e.innerText).filter(t => t.includes('crop'))"
     )

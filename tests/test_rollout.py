@@ -19,9 +19,9 @@ import config
 import engines
 import policy
 import rollout
-from chat import Chat
+from chat import Chat, Episode
 from config import InputError
-from data import Call, Episode, Hit, Question, Result, Stop
+from data import Call, Hit, Question, Result, Stop
 from engines import Reply, Sampling, ScriptedEngine, TorchEngine
 from rollout import Generate, converse, run, turn_seed
 

@@ -18,8 +18,8 @@ import policy
 import reward
 import rollout
 import train
-from chat import Chat
-from data import Call, Episode, Hit, Result, Usage
+from chat import Chat, Episode
+from data import Call, Hit, Result, Usage
 from engines import ScriptedEngine
 from rollout import run
 

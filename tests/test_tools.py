@@ -1,5 +1,6 @@
 """Reading the model's calls, by hand; and the offline search: hits, nothing found, failures, several threads."""
 
+import dataclasses
 import io
 import sqlite3
 import time
@@ -11,14 +12,14 @@ from PIL import Image
 
 from data import Call, Question, Result
 from search.index import OfflineSearch, SearchDB, build
-from tools import has_answer, parse_call
+from tools import TOOLS, has_answer, parse_call
 
-IMAGE, ANSWER = Call("image"), "answer"
+IMAGE, ANSWER = Call("image_search"), "answer"
 IMG = "<search><img></search>"
 
 
 def text(query):
-    return Call("text", query)
+    return Call("text_search", query)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +117,16 @@ def ask(*images):
 
 
 def test_image_search_looks_for_the_first_image(db):
-    result = OfflineSearch(db, image_results=3).search(IMAGE, ask(picture("blue", 90), picture("red")))
+    result = OfflineSearch(db, {"image_search": 3}).search(IMAGE, ask(picture("blue", 90), picture("red")))
     assert (result.status, result.error, len(result.hits)) == ("ok", "", 3)
     assert (result.hits[0].title, result.hits[0].url, result.hits[0].text) == ("blue", "p/blue", "")
     assert Image.open(io.BytesIO(result.hits[0].image)).size == (64, 64)
 
 
 def test_text_search_looks_for_the_query(db):
-    result = OfflineSearch(db, text_results=2).search(text("Yellow?"), ask())
+    result = OfflineSearch(db, {"text_search": 2}).search(text("Yellow?"), ask())
     assert [(hit.title, hit.url, hit.text) for hit in result.hits] == [("yellow", "u/yellow", "all about yellow")]
-    assert OfflineSearch(db, text_results=2).search(text("about"), ask()).hits == tuple(db.text("about", 2))
+    assert OfflineSearch(db, {"text_search": 2}).search(text("about"), ask()).hits == tuple(db.text("about", 2))
 
 
 def test_five_results_unless_told_otherwise(db):
@@ -187,16 +188,33 @@ def test_mistakes_in_the_code_surface(error):
         OfflineSearch(Broken(error("a bug"))).search(text("red"), ask())
 
 
-def test_unknown_kinds_and_closed_files_surface(db):
-    with pytest.raises(ValueError, match="video"):
-        OfflineSearch(db).search(Call("video"), ask())
+@pytest.mark.parametrize("tool", ["video_search", "image", ""])
+def test_a_tool_that_is_not_known_is_a_typed_result(db, tool):
+    result = OfflineSearch(db).search(Call(tool, "red"), ask(picture("red")))
+    assert (result.status, result.hits, result.error_kind) == ("error", (), "bad_call") and repr(tool) in result.error
+
+
+def test_a_tool_that_a_search_does_not_answer_is_a_typed_result(db, monkeypatch):
+    """A new tool of the table, which no search has a method for."""
+    monkeypatch.setitem(TOOLS, "look_up", dataclasses.replace(TOOLS["text_search"], tags=("<look>", "</look>")))
+    result = OfflineSearch(db).search(Call("look_up", "red"), ask(picture("red")))
+    assert (result.status, result.hits, result.error_kind) == ("error", (), "bad_call") and "look up" in result.error
+
+
+def test_a_call_s_own_picture_goes_before_the_question_s(db):
+    search = OfflineSearch(db, {"image_search": 1})
+    for q in (ask(picture("red")), ask()):
+        assert search.search(Call("image_search", picture="img_2", image=picture("green")), q).hits[0].title == "green"
+
+
+def test_closed_files_surface(db):
     db.close()
     with pytest.raises(ValueError, match="closed"):
         OfflineSearch(db).search(text("red"), ask())
 
 
 def test_threads(db):
-    search = OfflineSearch(db, image_results=1, text_results=1)
+    search = OfflineSearch(db, {"image_search": 1, "text_search": 1})
     calls = [(call, c) for c in COLOURS for call in (IMAGE, text(c))] * 8
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda job: search.search(job[0], ask(picture(job[1]))), calls))

@@ -1,0 +1,72 @@
+"""Text from the web, made harmless: cleaned strings, pages without their markup, and the sentences that fit a query."""
+
+import html
+import re
+from collections import Counter
+
+TAG = re.compile(r"<(/?)!?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]{0,2000}>")
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
+
+
+def clean(text, limit: int) -> str:
+    """Text of a page or title as one harmless string: no control characters, no halves of characters, white space
+    squeezed (a line break stays one), at most `limit` characters. Anything but a string is ""."""
+    if not isinstance(text, str):
+        return ""
+    text = text[: 4 * limit].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = re.sub(r"(?:[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f])+", " ", text)
+    return re.sub(r" ?\n[ \n]*", "\n", text).strip()[:limit].rstrip()
+
+
+def plain_text(page: str) -> str:
+    """A page as text: HTML loses its tags, scripts and styles; Markdown keeps the words of its links, not images."""
+    if re.search(r"<(?:!doctype|html|head|body|script|style|div|p|table|span|a)\b", page[:100_000], re.IGNORECASE):
+        page = _without_tags(page)
+    page = re.sub(r"!\[[^\[\]\n]{0,500}\]\([^()\n]{0,2000}\)", " ", page)
+    return re.sub(r"\[([^\[\]\n]{1,500})\]\([^()\n]{0,2000}\)", r"\1", page)
+
+
+def inline_text(text) -> str:
+    """A title or snippet, whose tags and entities are taken away."""
+    if not isinstance(text, str):
+        return ""
+    return html.unescape(re.sub(r"</?(?:b|i|em|strong|span|br|p|div|script|style|a)\b[^<>]{0,500}>", " ", text[:5000]))
+
+
+def _without_tags(page):
+    """HTML as text, in linear time whatever it holds (the standard library's parser takes minutes for some pages)."""
+    parts, at = [], 0
+    while (start := page.find("<!--", at)) >= 0 and (end := page.find("-->", start)) >= 0:
+        parts.append(page[at:start])
+        at = end + 3
+    pieces, hidden, text = TAG.split("".join(parts) + page[at:]), "", []
+    for before, close, name in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
+        text.append("" if hidden else before)
+        name = name.lower()
+        if hidden:
+            hidden = "" if close and name == hidden else hidden
+        elif name in ("script", "style", "noscript", "template") and not close:
+            hidden = name
+        text.append("\n" if name in ("p", "br", "div", "li", "tr", "h1", "h2", "h3") else " ")
+    return html.unescape("".join(text))
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each with its end mark; what is longer than 500 characters is cut into pieces."""
+    found = (s.strip() for s in SENTENCE_END.split(text))
+    return [s[at : at + 500] for s in found for at in range(0, len(s), 500)]
+
+
+def passages(text: str, query: str, count: int) -> str:
+    """The `count` sentences that fit the query best, in their order: each word of the query counts more the fewer
+    sentences hold it. The first sentences, if none holds a word."""
+    found = [(s, set(_words(s))) for s in sentences(text)]
+    wanted = set(_words(query))
+    holders = Counter(word for _, words in found for word in words & wanted)
+    score = [sum(1 / holders[word] for word in words & wanted) for _, words in found]
+    best = sorted(range(len(found)), key=lambda n: (-score[n], n))[:count]
+    return " ".join(found[n][0] for n in sorted(n for n in best if score[n] or not any(score)))
+
+
+def _words(text):
+    return re.findall(r"\w+", text.lower())
