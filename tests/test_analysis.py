@@ -200,8 +200,8 @@ def evaluated(tmp_path):
     records = []
     for i, q in enumerate(load_questions([tmp_path / "q.parquet"])):
         answer = "tilo" if i % 3 == 0 else "bako"
-        r = conversation(i, answer == "bako", question_id=q.id, question=q.text, answers=list(q.answers), answer=answer)
-        records.append(r)
+        about = {"question_id": q.id, "question": q.text, "answers": list(q.answers), "answer": answer}
+        records.append({**conversation(i, answer == "bako"), **about})
     path = tmp_path / "r.jsonl"
     ResultFile(path, header).finish(records)
     return path, header, records
