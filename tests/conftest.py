@@ -65,11 +65,13 @@ def model(folder, chat, cfg, device):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy world whose model has hardly learned anything: for everything but the learning itself."""
-    cfg = config.parse([*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"])
+    """A toy world whose model has hardly learned anything (for everything but the learning itself), and the options of a
+    run with it."""
+    argv = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"]
+    cfg, recipe = config.parse(argv, config.Config, toy.Recipe)
     device = policy.init_distributed(cfg)
     assert device.type == "cpu" or torch.cuda.is_available()
-    return toy_build.build(toy.locate(cfg).folder, cfg), cfg
+    return toy_build.build(toy.locate(recipe).folder, cfg, recipe), cfg, recipe
 
 
 def picture(seed: int, width: int = 60, height: int = 50, format: str = "PNG") -> bytes:

@@ -101,3 +101,12 @@ def answers_searches(cfg: Config) -> bool:
     builds = "`python -m search index` builds one"
     need(cfg.preset == "toy", f"preset {cfg.preset} needs --search_index ({builds}), or another --search")
     return True
+
+
+def question_files(cfg: Config, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of training and of validation questions: the user's, or the toy world's where they gave no training
+    files."""
+    if cfg.train_files:
+        return cfg.train_files, cfg.val_files
+    world = locate(recipe)
+    return (str(world.train),), cfg.val_files or (str(world.val),)

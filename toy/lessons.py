@@ -144,14 +144,21 @@ class Student:
         self.chat = Chat(folder, cfg)
         self.model = load_policy(folder, self.chat, cfg, device)
 
+    def packed(self, lessons: Iterator[Sequence[Episode]]) -> Iterator[list]:
+        """Packed batches without their episodes, whose tokenizer cannot be sent to another process."""
+        for episodes in lessons:
+            batches = pack(episodes, self.chat, self.model, self.cfg.max_tokens_per_batch)
+            for batch in batches:
+                batch.episodes = []
+            yield batches
+
     def imitate(
         self, title: str, lessons: Iterator[list[Episode]], steps: int, lr: float, muon_lr: float = 0.0
     ) -> None:
         """Supervised steps on the sampled tokens of lists of episodes, through the trainer's packing and update. The
         learning rate decays over the second half. Batches are made in a process of its own meanwhile: drawing takes
         half as long as learning."""
-        limit = self.cfg.max_tokens_per_batch
-        packed = (pack(episodes, self.chat, self.model, limit) for episodes in itertools.islice(lessons, steps))
+        packed = self.packed(itertools.islice(lessons, steps))
         loader = DataLoader(_Stream(packed), batch_size=None, num_workers=1, multiprocessing_context="fork")
         optimizer, loss = Muon(self.model, lr, muon_lr), partial(imitation_loss, "tokens")
         schedule = torch.optim.lr_scheduler.LambdaLR(
