@@ -73,7 +73,7 @@ def write_labels(results: str | Path, options: LabelOptions) -> None:
     need(options.out.endswith(".parquet"), f"out={options.out!r}: label needs --out NAME.parquet")
     header, records = read_results(results)
     mode = header.get("config", {}).get("mode")
-    need(mode == "agent", f"{results}: labels need a result file of eval.py in mode agent, and this one's is {mode}")
+    need(mode == "agent", f"{results}: mode {mode}: labels need results of eval.py in mode agent")
     about = defaultdict(list)
     for r in records:
         about[r["question_id"]].append(r)

@@ -355,7 +355,7 @@ def test_what_cannot_be_labelled(evaluated, tmp_path):
     with pytest.raises(InputError, match="label needs --out NAME.parquet"):
         command("label", path, "--out", tmp_path / "x.jsonl")
     ResultFile(tmp_path / "d.jsonl", {**header, "config": {**header["config"], "mode": "direct"}}).finish(records)
-    with pytest.raises(InputError, match="in mode agent, and this one's is direct"):
+    with pytest.raises(InputError, match="mode direct: labels need results of eval.py in mode agent"):
         command("label", tmp_path / "d.jsonl", "--out", tmp_path / "x.parquet")
     ResultFile(path, header).finish([{**r, "correct": False} for r in records])
     with pytest.raises(InputError, match="no question is left to write"):
