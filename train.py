@@ -63,8 +63,8 @@ from policy import (
     pack,
     update,
 )
-from reward import Score, ramped_penalty, record, score_episode, summarize
-from rollout import Rollout, SearchDown, check_calls, evaluate, imitated, rollout_metrics, share
+from reward import Score, ramped_penalty, record, score_episode
+from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
 from search import check_questions, estimate, open_search
 from tools import TOOLS, title
 
@@ -353,6 +353,8 @@ class Run:
         cfg = self.cfg
         train_files, val_files = toy.question_files(cfg, recipe)
         if cfg.loss == "sft":
+            from analysis.imitation import load_conversations
+
             self.train = load_conversations(cfg, self.chat, self.search, (str(world.train), str(world.val)))
             about = [e.question for e in self.train]
         else:
@@ -513,6 +515,8 @@ class Run:
 
     def validate(self, step: int) -> None:
         """Validation, greedy and at the training temperature; the model with the best greedy reward is exported."""
+        from analysis.figures import summarize
+
         if not self.val:
             return
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
@@ -560,45 +564,6 @@ def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> 
     if not questions:
         raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
     return questions
-
-
-def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> list[Episode]:
-    """The conversations in cfg.train_files that earn sft_min_reward or more, as episodes to imitate.
-
-    A record names its question; the questions, with their pictures, are those in cfg.sft_questions, else in the files
-    that the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
-    InputError if a record's question is missing, or is another one, or if nothing is left.
-    """
-    from analysis.results import read_results
-
-    episodes, left_out, loaded = [], Counter(), {}
-    for path in cfg.train_files:
-        header, records = read_results(path)
-        options = header.get("config", {})
-        if options.get("mode", "agent") != "agent":
-            raise InputError(f"{path}: conversations of mode {options['mode']}: only the agent's can be imitated")
-        files = tuple(cfg.sft_questions or options.get("files") or toy_files)
-        if files not in loaded:
-            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
-        for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
-            question = loaded[files].get(r["question_id"])
-            if question is None or question.text != r["question"]:
-                where = f"question {r['question_id']} is not in {', '.join(files)}"
-                raise InputError(f"{path}: {where}: give the files of the questions as --sft_questions")
-            try:
-                episode = imitated(r, question, chat, search)
-            except ValueError as error:
-                left_out[str(error)] += 1
-                continue
-            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
-                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
-            else:
-                episodes.append(episode)
-    why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-    say(f"conversations left out: {why}" if why else "")
-    if not episodes:
-        raise InputError(f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
-    return episodes
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown

@@ -10,9 +10,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.figures import bootstrap, by_question
 from analysis.results import flat, read_results
 from config import InputError, Options, option
-from reward import bootstrap, by_question
 
 
 @dataclass(frozen=True)

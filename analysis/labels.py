@@ -12,11 +12,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.figures import accuracy, by_question, verdict
 from analysis.judge import agreement
 from analysis.results import questions_of, read_results
 from config import Options, need, option
 from data import write_questions
-from reward import accuracy, by_question, verdict
 from tools import TOOLS
 
 FREE = "search_free"

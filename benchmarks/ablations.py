@@ -119,7 +119,7 @@ def modes(folder: Path) -> dict[str, list[dict]]:
     """The grpo model asked directly, with both searches forced, and on demand: {mode: [summary of a seed]}."""
     from analysis.results import read_results
     from config import Config
-    from reward import summarize
+    from analysis.figures import summarize
 
     found = defaultdict(list)
     for mode in ("direct", "pipeline"):
