@@ -17,7 +17,7 @@ import policy
 import toy
 from chat import Chat
 from data import Question
-from engines import ScriptedEngine
+from rollout import ScriptedEngine
 from toy import build as toy_build
 from toy import model as toy_model
 
