@@ -4,19 +4,19 @@
     python benchmarks/slow_tools.py --engine asleep                                           # one that needs no core
     PYTHONPATH=tests/shim python benchmarks/slow_tools.py --engine vllm              # vLLM, its CPU build
 
-All hold the same conversations: a tiny random model that ends a turn by chance and is taken to have asked for a search,
-three turns, two calls. A call takes no time, or a log-normal one (median 0.5 s, 99th percentile 8 s), drawn for the
-conversation and its turn; a turn's random numbers are its own, too. So each schedule has the same tokens to sample
-(checked) and the same calls to wait for. The prefix cache is emptied before each run.
+All sample the same conversations: a tiny random model that ends a turn by chance and is taken to have asked for a
+search, three turns, two calls. A call takes no time, or a log-normal one (median 0.5 s, 99th percentile 8 s), drawn for
+the conversation and its turn; a turn has random numbers of its own, too. So each schedule samples the same tokens
+(checked) and waits for the same calls. The prefix cache is emptied before each run.
 
 free     `rollout.run`, unordered, with as many threads as conversations
-barrier  all conversations' turns, then all their calls at once; the next turn when the last result is there
+barrier  the turns of all conversations, then all their calls at once; the next turn when the last result has arrived
 serial   the same with one call after another: what GRPOTrainer does in `_tool_call_loop` of trl 1.16.0
-         (trl/trainer/grpo_trainer.py). It goes through the conversations that asked, in the order of the batch; a
-         synchronous tool is called on the spot, asynchronous ones of one turn are gathered and waited for before the
-         next conversation; when all are done, `_generate_single_turn` is given all of them. It is the better case for
-         trl: with `transformers.generate` the whole prompts would be run again in every turn. A `rollout_func` of one's
-         own and trl's experimental AsyncGRPOTrainer do otherwise, and are not what is compared here.
+         (trl/trainer/grpo_trainer.py). It goes through the conversations that called, in the order of the batch; a
+         synchronous tool is called on the spot, asynchronous calls of one turn are gathered and awaited before the next
+         conversation; then `_generate_single_turn` is given all of them. It is the better case for trl: with
+         `transformers.generate` the whole prompts would be run again in every turn. A custom `rollout_func` and trl's
+         experimental AsyncGRPOTrainer work differently, and are not what is compared here.
 
 bound    an event simulation of `free` in which nothing takes time but calls and steps of the engine: it never waits
          while anything can be run, and results go in at the next step. A step costs what a fit to the measured steps of
@@ -25,11 +25,11 @@ bound    an event simulation of `free` in which nothing takes time but calls and
          engine under `free` is in those steps; `bound by all steps` in the output has them from all runs.)
 
 The engine `asleep` stands for vLLM on a GPU: it only sleeps through its steps, 20 ms, 0.1 ms more for a running turn
-and 1 ms for a new one. (The in-process engine runs what is new in a pass of its own before what runs, so that results
+and 1 ms for a new one. (The in-process engine runs new turns in a pass of their own before the running ones, so results
 that come in one by one cost it more than those that come together: without latencies, `barrier` can beat `free`.)
 
 `serial` is measured with 8 conversations and simulated for more (marked ~), where it would take minutes: `simulated` in
-the output has what the simulation says of every measured run, to be compared. Repeats draw other latencies; ratios are
+the output has what the simulation says of every measured run, for comparison. Repeats draw other latencies; ratios are
 taken in each, and given as median (least - most). The last columns are the simulated ratios over 100 further draws.
 """
 
@@ -73,7 +73,7 @@ STOP_SHARE = 16  # a turn ends at each token by a chance of about one in this ma
 
 
 class Work:
-    """The engine, and conversations to hold with it."""
+    """The engine, and questions for conversations with it."""
 
     def __init__(self, folder: Path, engine: str, most: int):
         self.cfg = Config(
@@ -84,7 +84,7 @@ class Work:
         toy_model.save_random_model(folder, seed=0)
         self.chat = Chat(folder, self.cfg)
         self.chat.stop_ids = (*self.chat.stop_ids, *range(300, 300 + len(self.chat) // STOP_SHARE))
-        rollout.parse_call = lambda text: Call("text", "it")  # every turn asks for a search, whatever it says
+        rollout.parse_call = always_search
         Image.new("RGB", (60, 50), "teal").save(folder / "picture.png")
         picture = (folder / "picture.png").read_bytes()
         self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
@@ -93,6 +93,11 @@ class Work:
         limits = engines.engine_limits(folder, self.cfg, device, self.questions)
         make = Asleep if engine == "asleep" else partial(engines.make_engine, str(folder))
         self.engine = make(self.chat, self.cfg, device, limits)
+
+
+def always_search(text: str) -> Call:
+    """Stands for `tools.parse_call`: every turn asks for a search, whatever it says."""
+    return Call("text_search", "it")
 
 
 class Asleep:
@@ -115,7 +120,7 @@ class Asleep:
             turn[2] -= 1
         self.running = [turn for turn in turns if turn[2]]
         done = [turn for turn in turns if not turn[2]]
-        return [engines.Reply(id, self.word * length, [0.0] * length, "stop", 0) for id, length, _ in done]
+        return [engines.Reply(name, self.word * length, [0.0] * length, "stop", 0) for name, length, _ in done]
 
     def abort(self, request_ids):
         return []
@@ -124,14 +129,19 @@ class Asleep:
         """It has none."""
 
     def close(self):
-        """Nothing to end."""
+        """It holds nothing."""
 
 
 def draw_waits(count: int, seed: int, slow: bool) -> list[list[float]]:
     """Seconds of each conversation's calls."""
+    if not slow:
+        return [[0.0] * (TURNS - 1)] * count
     spread = math.log(P99 / MEDIAN) / statistics.NormalDist().inv_cdf(0.99)
-    draw = lambda *place: float(np.random.default_rng(place).lognormal(math.log(MEDIAN), spread))  # noqa: E731
-    return [[draw(seed, number, turn) if slow else 0.0 for turn in range(TURNS - 1)] for number in range(count)]
+    waits = []
+    for number in range(count):
+        draws = [np.random.default_rng((seed, number, turn)) for turn in range(TURNS - 1)]
+        waits.append([float(draw.lognormal(math.log(MEDIAN), spread)) for draw in draws])
+    return waits
 
 
 class SlowSearch:
@@ -148,9 +158,8 @@ class SlowSearch:
 
 
 class Meter:
-    """An engine that times another's steps: (turns running before, new turns, seconds), and sums up the thread's CPU
-    time in them. A turn that was cut at its limit goes for a finished one, so that every conversation has all its
-    turns."""
+    """An engine that times another's steps: (turns running before, new turns, seconds), and sums the thread's CPU time
+    in them. A turn that was cut at its limit counts as finished, so that every conversation has all its turns."""
 
     def __init__(self, engine):
         self.engine, self.steps, self.running, self.new, self.cpu = engine, [], 0, 0, 0.0
@@ -173,28 +182,33 @@ class Meter:
 
 
 def turn_by_turn(questions, engine, search, chat, cfg, each) -> list[Episode]:
-    """Barriers after the turns and after the calls; `each` applies a function to the conversations that called."""
-    talks = {q.id: (q, rollout.converse(q, chat, cfg)) for q in questions}
-    wishes = {id: next(talk) for id, (_, talk) in talks.items()}
+    """Barriers after the turns and after the calls; each(function, questions) applies it to those that called."""
+    conversations = {q.id: rollout.converse(q, chat, cfg) for q in questions}
+    requests = {q.id: next(conversations[q.id]) for q in questions}
     episodes = {}
-    while wishes:
-        for id, wish in wishes.items():
-            engine.submit(id, wish.prompt_ids, wish.images, wish.sampling)
+    while requests:
+        for name, request in requests.items():
+            engine.submit(name, request.prompt_ids, request.images, request.sampling)
         replies = {}
-        while len(replies) < len(wishes):
+        while len(replies) < len(requests):
             replies |= {reply.request_id: reply for reply in engine.step()}
-        said = {id: tell(talks[id][1], replies[id]) for id in wishes}  # in the order of the batch
-        episodes |= {id: end for id, end in said.items() if isinstance(end, Episode)}
-        calls = {id: call for id, call in said.items() if isinstance(call, Call)}
-        results = list(each(lambda id, calls=calls: search.search(calls[id], talks[id][0]), calls))
-        wishes = {id: tell(talks[id][1], result) for id, result in zip(calls, results, strict=True)}
+        calls = {}
+        for name in requests:  # in the order of the batch
+            answer = send(conversations[name], replies[name])
+            if isinstance(answer, Call):
+                calls[name] = answer
+            else:
+                episodes[name] = answer
+        asked = [q for q in questions if q.id in calls]
+        results = list(each(lambda q, calls=calls: search.search(calls[q.id], q), asked))
+        requests = {q.id: send(conversations[q.id], result) for q, result in zip(asked, results, strict=True)}
     return [episodes[q.id] for q in questions]
 
 
-def tell(talk, answer):
+def send(conversation, answer):
     """What the conversation asks for next, or its episode."""
     try:
-        return talk.send(answer)
+        return conversation.send(answer)
     except StopIteration as end:
         return end.value
 
@@ -210,10 +224,10 @@ SCHEDULES = {"free": rollout.run, "barrier": barrier, "serial": partial(turn_by_
 @dataclass
 class Measured:
     seconds: float
-    outside: float  # CPU seconds of the thread that drives, outside of the engine's steps
+    outside: float  # CPU seconds of the driving thread outside of the engine's steps
     steps: list[tuple[int, int, float]]
     said: list[list[int]]  # tokens of each conversation
-    lengths: list[list[int]]  # of its turns
+    lengths: list[list[int]]  # tokens of each of its turns
 
 
 def measure(schedule: str, work: Work, waits) -> Measured:
@@ -231,26 +245,36 @@ def measure(schedule: str, work: Work, waits) -> Measured:
 
 
 def fit_steps(runs: list[Measured]):
-    """cost(step's number, turns running, new turns) -> seconds, by least squares over the steps of the runs."""
+    """cost(step's number, turns running, new turns) -> seconds, by least squares over the steps of the runs; and the
+    weights of `step_features`."""
     first = statistics.mean(run.steps[0][2] for run in runs)
     steps = [step for run in runs for step in run.steps[1:]]
-    features = lambda running, new: (running > 0, running, new > 0, new)  # noqa: E731
-    matrix = np.array([features(running, new) for running, new, _ in steps], float)
-    weights = np.linalg.lstsq(matrix, np.array([seconds for *_, seconds in steps]), rcond=None)[0].tolist()
+    matrix = np.array([step_features(running, new) for running, new, _ in steps], float)
+    seconds = np.array([seconds for *_, seconds in steps])
+    weights = np.linalg.lstsq(matrix, seconds, rcond=None)[0].tolist()
 
     def cost(number, running, new):
-        return max(0.0, math.fsum(map(float.__mul__, weights, map(float, features(running, new))))) if number else first
+        if number == 0:
+            return first
+        parts = [weight * float(x) for weight, x in zip(weights, step_features(running, new), strict=True)]
+        return max(0.0, math.fsum(parts))
 
     return cost, weights
+
+
+def step_features(running: int, new: int) -> tuple:
+    return running > 0, running, new > 0, new
 
 
 def simulate(schedule: str, lengths, waits, cost) -> float:
     """Seconds that the conversations take if only steps and calls do."""
     clock, number, running = 0.0, 0, 0
     ready = [(0.0, index, 0) for index in range(len(lengths))]  # a heap: since when, conversation, turn
-    ends, asked = defaultdict(list), []  # step -> the turns that end with it; those whose calls are to be made
+    ends = defaultdict(list)  # step -> the turns that end with it
+    asked = []  # turns whose calls have not been made yet
     while ready or running:
-        clock = clock if running else max(clock, ready[0][0])
+        if not running:
+            clock = max(clock, ready[0][0])
         new = 0
         while ready and ready[0][0] <= clock:
             _, index, turn = heapq.heappop(ready)
@@ -262,10 +286,13 @@ def simulate(schedule: str, lengths, waits, cost) -> float:
         running += new - len(done)
         asked += [(index, turn) for index, turn in done if turn + 1 < TURNS]
         if schedule == "free" or not running:
-            all_waits = [waits[index][turn] for index, turn in asked]
-            together = {"free": None, "barrier": max(all_waits, default=0), "serial": sum(all_waits)}[schedule]
-            for (index, turn), wait in zip(asked, all_waits, strict=True):
-                heapq.heappush(ready, (clock + (wait if together is None else together), index, turn + 1))
+            called = [waits[index][turn] for index, turn in asked]
+            if schedule == "barrier":
+                called = [max(called, default=0.0)] * len(called)
+            elif schedule == "serial":
+                called = [sum(called)] * len(called)
+            for (index, turn), seconds in zip(asked, called, strict=True):
+                heapq.heappush(ready, (clock + seconds, index, turn + 1))
             asked = []
     return clock
 
@@ -313,18 +340,20 @@ def repeat(work: Work, count: int, slow: bool, seed: int) -> dict:
 
 
 def summary(count: int, slow: bool, repeats: list[dict]) -> dict:
-    def spread(value):
-        values = sorted(map(value, repeats))
-        return [statistics.median(values), values[0], values[-1]]
-
-    free = lambda r: r["seconds"]["free"]  # noqa: E731
+    """A line of the table: median, least and most over the repeats."""
+    values = defaultdict(list)
+    for r in repeats:
+        seconds = r["seconds"]
+        for name in SCHEDULES:
+            values[name].append(seconds[name])
+        values["bound"].append(r["bound"])
+        values["free / bound"].append(seconds["free"] / r["bound"])
+        for name in ("barrier", "serial"):
+            values[f"{name} / free"].append(seconds[name] / seconds["free"])
     return {
         "conversations": count,
         "tools": "slow" if slow else "0 s",
-        **{name: spread(lambda r, name=name: r["seconds"][name]) for name in SCHEDULES},
-        "bound": spread(lambda r: r["bound"]),
-        "free / bound": spread(lambda r: free(r) / r["bound"]),
-        **{f"{name} / free": spread(lambda r, n=name: r["seconds"][n] / free(r)) for name in ("barrier", "serial")},
+        **{name: [statistics.median(found), min(found), max(found)] for name, found in values.items()},
         "serial_is_measured": count <= SERIAL_UP_TO,
         "repeats": repeats,
     }
@@ -333,13 +362,13 @@ def summary(count: int, slow: bool, repeats: list[dict]) -> dict:
 COLUMNS = ("free", "bound", "barrier", "serial", "free / bound", "barrier / free", "serial / free")
 
 
-def show(row: dict) -> str:
-    cells = [f"{row['conversations']:>5}", f"{row['tools']:>5}"]
+def show(case: dict) -> str:
+    cells = [f"{case['conversations']:>5}", f"{case['tools']:>5}"]
     for name in COLUMNS:
-        mark = "~" if name.startswith("serial") and not row["serial_is_measured"] else ""
-        middle, low, high = row[name]
+        mark = "~" if name.startswith("serial") and not case["serial_is_measured"] else ""
+        middle, low, high = case[name]
         cells.append(f"{mark}{middle:.2f} ({low:.2f} - {high:.2f})".rjust(25))
-    draws = row["repeats"][-1]["further_draws"]
+    draws = case["repeats"][-1]["further_draws"]
     cells += ["{:.2f} ({:.2f} - {:.2f})".format(*draws[name]).rjust(25) for name in ("barrier", "serial")]
     return " ".join(cells)
 
@@ -359,18 +388,18 @@ def machine() -> dict:
 
 def main(args):
     sizes, repeats = (SIZES[::2], 1) if args.quick else (SIZES, 3)
-    report = {"machine": machine(), "engine": args.engine, "median": MEDIAN, "p99": P99, "rows": []}
+    report = {"machine": machine(), "engine": args.engine, "median": MEDIAN, "p99": P99, "cases": []}
     print(json.dumps(report["machine"]), f"engine {args.engine}", sep="\n")
     heads = [*COLUMNS, "draws: barrier / free", "draws: serial / free"]
-    print("talks tools", *(head.rjust(25) for head in heads), flush=True)
+    print("count tools", *(head.rjust(25) for head in heads), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), args.engine, max(sizes))
         measure("free", work, draw_waits(sizes[0], 0, slow=False))  # warm
         for slow in (False, True):
             for count in sizes:
                 results = [repeat(work, count, slow, seed) for seed in range(repeats)]
-                report["rows"].append(summary(count, slow, results))
-                print(show(report["rows"][-1]), flush=True)
+                report["cases"].append(summary(count, slow, results))
+                print(show(report["cases"][-1]), flush=True)
         work.engine.close()
     report["machine"]["load after"] = os.getloadavg()
     out = Path(args.out)
