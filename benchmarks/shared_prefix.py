@@ -2,25 +2,25 @@
 
     OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py [--quick] [--out shared_prefix.json]
 
-A shared row holds a question's prompt once and, behind it, what followed in each conversation. Two conversations with a
-prompt of 3 tokens, `x` sampled:
+A shared batch holds a question's prompt once and, behind it, what followed in each conversation. Two conversations with
+a prompt of 3 tokens, `x` sampled:
 
     plain          u  u  u  x  x | u  u  u  x          shared         u  u  u | x  x | x
     positions      0  1  2  3  4   0  1  2  3          positions      0  1  2   3  4   3
     predict              2  3            7             predict              2   3             and 2 once more
                                                        parents        -1        0      0
 
-A segment attends to its parent, all of it, and causally to itself; gradients of all branches meet in the prompt. The
-rest of the trainer (`policy.packed_logprobs`) stays as it is. First the script checks that log-probs and gradients of the
-two kinds of row agree within 1e-5, on a model with sharp attention and grouped heads, and stops if they do not. Then it
-times forward and backward, each in a process of its own, plain and shared in turn. Seconds are CPU time on one thread
-(what a clock shows on a machine with nothing else to do); memory is the peak above what the loaded model needs (Linux
-only). The ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is
-not.
+A segment attends to its parent, all of it, and causally to itself; the gradients of all branches meet in the prompt.
+The rest of the trainer (`policy.packed_logprobs`) stays as it is. First the script checks that log-probs and gradients
+of the two kinds of batch agree within 1e-5, on a model with sharp attention and grouped heads, and stops if they do
+not. Then it times forward and backward, each in a process of its own, plain and shared in turn. Seconds are CPU time on
+one thread (what a clock shows on an idle machine); memory is the peak above what the loaded model needs (Linux only).
+The ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is not.
 
-What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of PackedBatch, its
-way through `packed_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
-tests and a switch. It was to enter the product only if it wins and costs less than that; why not: RESULTS.md.
+What it would cost in policy.py and backbone.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a
+field of PackedBatch, its way through `packed_hidden` and `packed_attention`, and the concatenated keys of the CUDA
+kernels: just under 100, before tests and an option. It was to enter the product only if it wins and costs less than
+that; RESULTS.md says why it did not.
 """
 
 import argparse
@@ -66,15 +66,16 @@ TOLERANCE = 1e-5
 # ----------------------------------------------------------------------------------------------------- packing
 
 
-def share(row: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
-    """(the row with each prompt once, for each segment the one that it goes on from or -1).
+def share(batch: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
+    """(the batch with each prompt once; for each segment the one that it continues, or -1).
 
-    A prompt is what comes before the first sampled token. Prompts are the same if their tokens and image cells are.
+    A prompt is what comes before the first sampled token. Prompts are the same if their tokens and vision tokens are.
     """
-    cells = torch.full_like(row.ids, -1)
-    cells[row.vision_positions] = row.cells
-    seen: dict[bytes, tuple[int, int]] = {}  # a prompt -> its segment, its first token in the shared row
-    lengths, parents, new, kept = [], [], torch.empty_like(row.ids), torch.zeros_like(row.ids, dtype=torch.bool)
+    features = torch.full_like(batch.ids, -1)
+    features[batch.vision_positions] = batch.features
+    seen: dict[bytes, tuple[int, int]] = {}  # a prompt -> its segment, its first token in the shared batch
+    lengths, parents = [], []
+    new, kept = torch.empty_like(batch.ids), torch.zeros_like(batch.ids, dtype=torch.bool)
 
     def add(start, end, parent):
         new[start:end] = torch.arange(end - start) + sum(lengths)
@@ -82,10 +83,10 @@ def share(row: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
         lengths.append(end - start)
         parents.append(parent)
 
-    for number, (start, end) in enumerate(pairwise(row.cu_seqlens.tolist())):
-        first = row.predict[row.sequence == number][:1]
+    for number, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        first = batch.predict[batch.sequence == number][:1]
         split = int(first) + 1 if len(first) else end
-        prompt = torch.stack([row.ids[start:split], cells[start:split]]).numpy().tobytes()
+        prompt = torch.stack([batch.ids[start:split], features[start:split]]).numpy().tobytes()
         if prompt not in seen:
             seen[prompt] = len(lengths), sum(lengths)
             add(start, split, -1)
@@ -93,16 +94,16 @@ def share(row: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
         new[start:split] = torch.arange(split - start) + place
         if split < end:
             add(split, end, segment)
-    stays = kept[row.vision_positions]
+    stays = kept[batch.vision_positions]
     shared = replace(
-        row,
-        ids=row.ids[kept],
-        positions=row.positions[:, kept],
+        batch,
+        ids=batch.ids[kept],
+        positions=batch.positions[:, kept],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         longest=max(lengths),
-        cells=row.cells[stays],
-        vision_positions=new[row.vision_positions[stays]],
-        predict=new[row.predict],
+        features=batch.features[stays],
+        vision_positions=new[batch.vision_positions[stays]],
+        predict=new[batch.predict],
     )
     return shared, parents
 
@@ -111,7 +112,7 @@ def share(row: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
 
 
 def shared_attention(module, query, key, value, attention_mask=None, *, parents, scaling, cu_seq_lens_q, **_):
-    """As policy.packed_attention, in a row of `share`: query [1, heads, T, D] to ([1, T, heads, D], None)."""
+    """As backbone.packed_attention, in a batch of `share`: query [1, heads, T, D] to ([1, T, heads, D], None)."""
     key, value = (backbone.repeat_heads(x, query.shape[1]) for x in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     queries = query.split(lengths, 2)
@@ -128,12 +129,15 @@ def shared_attention(module, query, key, value, attention_mask=None, *, parents,
 def segment_keys(x: Tensor, lengths: list[int], parents: list[int]) -> list[Tensor]:
     """The keys (or values) of each segment: its parent's in front of its own."""
     own = x.split(lengths, 2)
-    return [x if parent < 0 else torch.cat([own[parent], x], 2) for x, parent in zip(own, parents, strict=True)]
+    found = []
+    for x, parent in zip(own, parents, strict=True):
+        found.append(x if parent < 0 else torch.cat([own[parent], x], 2))
+    return found
 
 
 def lower_right(query, key, value, scaling) -> list[Tensor]:
-    """Causal attention of the last L of K tokens, in blocks of queries: on a CPU SDPA computes what a mask hides, and
-    its own causal mask starts at the upper left."""
+    """Causal attention of the last L of K tokens, in blocks of queries: on a CPU, SDPA computes what a mask hides, and
+    its own causal mask is aligned to the upper left."""
     length, total = query.shape[2], key.shape[2]
     outs = []
     for start in range(0, length, BLOCK):
@@ -146,8 +150,8 @@ def lower_right(query, key, value, scaling) -> list[Tensor]:
 
 @cache
 def lower_right_mask(keys: int) -> Tensor:
-    """[BLOCK, keys], to add to the scores; every smaller mask is a corner of it. A boolean one SDPA would turn into
-    numbers, and keep for backward, at each call."""
+    """[BLOCK, keys], to add to the scores; every smaller mask is a corner of it. SDPA would turn a boolean mask into
+    numbers, and keep them for backward, at each call."""
     return torch.full((BLOCK, keys), -torch.inf).triu(keys - BLOCK + 1)
 
 
@@ -191,12 +195,10 @@ def picture(seed: int, side: int) -> bytes:
 def conversation(chat, question: Question, prompt: int, response: int, seed: int, tool_image: bool = False) -> Episode:
     """The picture of the question, if it has one, in a prompt of random words that only the question decides; then a
     tenth of the response is said, eight tenths are results, a tenth is said."""
-
-    def words(count, seed):
-        return torch.randint(300, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
     images = [chat.picture(data) for data in question.images]
-    start = [t for image in images for t in (chat.vision_start, *[chat.image_pad] * image.tokens, chat.vision_end)]
+    start = []
+    for image in images:
+        start += [chat.vision_start, *[chat.image_pad] * image.tokens, chat.vision_end]
     said = max(1, response // 10)
     thumbnail = [chat.picture(picture(seed, 28), thumbnail=True)] if tool_image else []
     results = [chat.image_pad] * sum(image.tokens for image in thumbnail)
@@ -206,26 +208,31 @@ def conversation(chat, question: Question, prompt: int, response: int, seed: int
     return Episode(question, chat, seed, tokens, sampled, [0.0] * len(tokens), images + thumbnail)
 
 
+def words(count: int, seed: int) -> list[int]:
+    return torch.randint(300, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def group(chat, number: int, samples: int, prompt: int, response: int, side: int = SIDE) -> list[Episode]:
     """The rollouts of a question; their responses are `response` tokens long on average, from 0.8 to 1.2 times that."""
     question = Question(str(number), "", (picture(number, side),) if side else ())
-    spread = torch.linspace(0.8, 1.2, samples).tolist() if samples > 1 else [1.0]
-    return [
-        conversation(chat, question, prompt, round(response * factor), 1000 * number + 10 * i)
-        for i, factor in enumerate(spread)
-    ]
+    factors = torch.linspace(0.8, 1.2, samples).tolist() if samples > 1 else [1.0]
+    episodes = []
+    for sample, factor in enumerate(factors):
+        seed = 1000 * number + 10 * sample
+        episodes.append(conversation(chat, question, prompt, round(response * factor), seed))
+    return episodes
 
 
 # ------------------------------------------------------------------------------------------------------- a step
 
 
-def step(model, row: policy.PackedBatch, shared: bool):
+def step(model, batch: policy.PackedBatch, shared: bool) -> Tensor:
     """Forward and backward: log-probs [S]; gradients stay in the model."""
     parents = None
     if shared:
-        row, parents = share(row)
+        batch, parents = share(batch)
     use_attention(model, parents)
-    logp, _, zero = model.packed_logprobs(row, 1.0)
+    logp, _, zero = model.packed_logprobs(batch, 1.0)
     (-(logp * torch.linspace(0.5, 1.5, len(logp))).sum() + zero).backward()
     return logp.detach()
 
@@ -244,40 +251,44 @@ def check(folder: Path) -> dict[str, float]:
     save_model(folder, 128, 4, sharp=True)
     model, chat = load(folder)
     episodes = group(chat, 1, 4, 300, 200, 112) + group(chat, 2, 3, 40, 700, 0) + group(chat, 3, 1, 50, 30, 56)
-    alike = episodes[0].question, 300, 100  # a tool's picture; the length of another; two that say nothing
-    episodes += [conversation(chat, *alike, seed=7, tool_image=True), conversation(chat, *alike, seed=8)]
-    prompt = episodes[0].tokens[:300]
-    episodes += [Episode(alike[0], chat, n, prompt, [False] * 300, [0.0] * 300, episodes[0].images) for n in (90, 91)]
-    row = policy.pack_batch(range(len(episodes)), episodes, chat, model)
-    assert len(row.ids) - len(share(row)[0].ids) == 7 * 300 + 2 * 40
+    first = episodes[0]  # more with its prompt: a tool's picture; the length of another; two that say nothing
+    episodes.append(conversation(chat, first.question, 300, 100, seed=7, tool_image=True))
+    episodes.append(conversation(chat, first.question, 300, 100, seed=8))
+    silent = (first.tokens[:300], [False] * 300, [0.0] * 300, first.images)
+    episodes += [Episode(first.question, chat, 90, *silent), Episode(first.question, chat, 91, *silent)]
+    batch = pack_all(episodes, chat, model)
+    assert len(batch.ids) - len(share(batch)[0].ids) == 7 * 300 + 2 * 40
     found = []
     for shared in (False, True):
         model.zero_grad()
-        logp = step(model, row, shared)
+        logp = step(model, batch, shared)
         found.append({"logp": logp} | {name: p.grad.clone() for name, p in model.named_parameters()})
     plain, other = found
     gaps = {name: float((other[name] - x).abs().max() / x.abs().max()) for name, x in plain.items()}
     return {"log-probs": gaps.pop("logp"), "gradients": max(gaps.values())}
 
 
+def pack_all(episodes: list[Episode], chat, model) -> policy.PackedBatch:
+    return policy.pack_batch(episodes, [0.0] * len(episodes), chat, model)
+
+
 def measure(folder: str, samples: int, response: int, shared: bool) -> dict:
     """A step of one question, after a small one to warm up."""
     model, chat = load(Path(folder))
     before = memory_mb("VmRSS")
-    for samples_now, prompt, length in ((2, 300, 50), (samples, PROMPT, response)):
-        episodes = group(chat, 1, samples_now, prompt, length)
-        row = policy.pack_batch(range(samples_now), episodes, chat, model)
+    for shape in ((2, 300, 50), (samples, PROMPT, response)):
+        batch = pack_all(group(chat, 1, *shape), chat, model)
         model.zero_grad()
         clock, cpu = time.perf_counter(), time.process_time()
-        logp = step(model, row, shared)
+        logp = step(model, batch, shared)
         cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
-    tokens, peak = len(share(row)[0].ids) if shared else len(row.ids), memory_mb("VmHWM")
+    tokens, peak = len(share(batch)[0].ids if shared else batch.ids), memory_mb("VmHWM")
     found = {"seconds": cpu, "clock": clock, "mb": peak - before, "process_mb": peak, "tokens": tokens}
     return {**found, "logp": float(logp.double().mean())}
 
 
 def memory_mb(name: str) -> float:
-    """Of this process alone: getrusage's peak starts with that of the process that started it."""
+    """Memory of this process alone: getrusage's peak starts with that of the process that started it."""
     return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -340,7 +351,7 @@ def main(quick: bool, out: str) -> None:
         gaps = check(Path(folder) / "sharp")
         print("largest relative gap:", ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items()), flush=True)
         if not max(gaps.values()) < TOLERANCE:
-            sys.exit(f"shared rows are not exact to {TOLERANCE}")
+            sys.exit(f"shared batches are not exact to {TOLERANCE}")
         print(machine(), HEADER, sep="\n", flush=True)
         cases = []
         for name, shape in list(MODELS.items())[: 1 if quick else None]:
