@@ -227,7 +227,11 @@ class _Transport(HTTPAdapter):
             host, port = connection.host, connection.port
             private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
             address = _address(host, port, private), port
-            sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
+            try:
+                sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
+            except OSError as error:  # urllib3 would take a reset for one after the connection was made
+                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+                raise Failure(kind, type(error).__name__) from None
         watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
         self.cleanup.callback(watched.close)
         guard = threading.Timer(self.job.left(), _cut, [watched])

@@ -1,6 +1,7 @@
 """HTTP from below: addresses, certificates, retries, limits of bytes; and text from the web."""
 
 import email.utils
+import errno
 import http.server
 import socket
 import ssl
@@ -115,6 +116,17 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch):
     monkeypatch.setattr(search_web, "create_connection", connect)
     assert failure("http://rebind.example/").kind == "connection" and connected == [("93.184.216.34", 80)]
     assert failure("http://rebind.example/").kind == "blocked" and len(connected) == 1
+
+
+def test_a_connection_that_is_reset_while_it_is_made_is_typed(monkeypatch):
+    """urllib3 would go on without a socket."""
+
+    def reset(*_, **__):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(search_web, "create_connection", reset)
+    wrong = failure("http://127.0.0.1:9/", ours=True)
+    assert wrong.kind == "connection" and "ConnectionResetError" in str(wrong)
 
 
 def test_an_allowed_host_is_one_host_and_port():
