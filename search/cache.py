@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from config import Config, InputError
@@ -264,14 +265,10 @@ def _row(row):
     return row["request"], float(row["created"]), Result(row["status"], tuple(hits), row["error"], row["error_kind"])
 
 
-def batches(rows, size):
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """Lists of so many rows; the last may be shorter."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
         yield batch
 
 

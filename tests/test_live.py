@@ -367,7 +367,8 @@ def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
 
 
 def test_proxies_of_the_environment_are_for_endpoints_of_the_user_alone(server, monkeypatch):
-    """The search engine is known to the proxy alone; thumbnails are fetched without it, from addresses that are checked."""
+    """The search engine is known to the proxy alone; thumbnails are fetched without it, from addresses that were
+    checked."""
     with proxy(server.url) as (address, asked):
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, address)
