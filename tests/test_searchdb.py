@@ -616,7 +616,7 @@ def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
         (["ask"], "FILE"),
         (["ask", "s"], "--text WORDS or --image FILE"),
         (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS or --image FILE"),
-        (["ask", "s", "--image", "none.png"], "none.png: cannot read"),
+        (["ask", "s", "--image", "none.png"], "none.png: No such file"),
         (["ask", "s", "--image", "in/docs.jsonl"], "not a whole picture"),
         (["ask", "s", "--text", " "], "the query is empty"),
         (["ask", "s", "--text", "a", "--count", "0"], "count=0"),
