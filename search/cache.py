@@ -202,9 +202,8 @@ def _load_result(status, content, image):
 
 
 def export(cache: SearchCache, path: str | Path) -> int:
-    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text,
-    image, full_size}].
-    Returns the number of rows."""
+    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
+    full_size}]. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
