@@ -1,4 +1,9 @@
-"""backbone.py"""
+"""What differs between model families, and attention over packed sequences. So far: Qwen2.5-VL.
+
+The rest of the code reaches a model's inside only through these functions.
+
+Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden size, D head dimension.
+"""
 
 import copy
 import importlib.util
@@ -10,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chat import Codec
+from chat import Chat, Picture
 from config import InputError
-from data import Picture, first_line
+from data import first_line
 
 
 def read_model(folder: str | Path, *, empty: bool = False):
@@ -82,6 +87,11 @@ def embed_patches(embed, pixels: Tensor) -> Tensor:
     return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
 
 
+def blocks(model) -> list:
+    """The blocks that FSDP gathers one by one; the rest (embedding, head, merger) belongs to the root."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
+
+
 def plain_config(model):
     """The model's configuration as transformers knows it, for building another one of its kind."""
     config = copy.deepcopy(model.config)
@@ -91,10 +101,10 @@ def plain_config(model):
     return config
 
 
-def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, model) -> Tensor:
+def rope_positions(tokens: list[int], pictures: list[Picture], chat: Chat, model) -> Tensor:
     """long [3, T]: M-RoPE over a whole conversation, tool images included, by the model's own get_rope_index."""
     ids = torch.tensor([tokens])
-    is_image = (ids == codec.image_pad).int()
+    is_image = (ids == chat.image_pad).int()
     sizes = [[1, *p.grid] for p in pictures]
 
     def make():
@@ -102,7 +112,7 @@ def rope_positions(tokens: list[int], pictures: list[Picture], codec: Codec, mod
         return model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
 
     # They depend on the layout alone, which the conversations of a question share (and those of a tiny world).
-    return codec.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
+    return chat.layouts.get((is_image.numpy().tobytes(), str(sizes)), make)
 
 
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
@@ -207,27 +217,28 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def row_hidden(model, row) -> Tensor:
-    """Last hidden states [T, H]: the vision tower once per distinct image, the decoder over the row. A row without
-    images runs both too, and its hidden states hang on both."""
+def packed_hidden(model, batch) -> Tensor:
+    """Last hidden states [T, H] of a `policy.PackedBatch`: the vision tower runs once per distinct image, the decoder
+    over the batch. A batch without images runs both too, and its hidden states depend on both."""
     core = model.model
-    features = core.visual(row.pixels.to(core.visual.dtype), grid_thw=row.grids).pooler_output  # [cells, H]
-    embeds = core.language_model.embed_tokens(row.ids)
-    embeds = embeds.index_copy(0, row.cell_positions, features.index_select(0, row.cells).to(embeds.dtype))
+    features = core.visual(batch.pixels.to(core.visual.dtype), grid_thw=batch.grids).pooler_output
+    features = features.index_select(0, batch.features)  # [C, H]
+    embeds = core.language_model.embed_tokens(batch.ids)
+    embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
     out = core.language_model(
         inputs_embeds=embeds[None],
-        position_ids=row.positions[:, None],
+        position_ids=batch.positions[:, None],
         attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
         use_cache=False,
-        cu_seq_lens_q=row.cu_seqlens,
-        cu_seq_lens_k=row.cu_seqlens,
-        max_length_q=row.longest,
-        max_length_k=row.longest,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.longest,
+        max_length_k=batch.longest,
     )
     return out.last_hidden_state[0]
 
 
-def blank_image(codec: Codec) -> tuple[list[Tensor], list[list[int]]]:
-    """(pixels, grids) of a picture of one cell, for rows that have none."""
-    patch, merge, frames = codec.processor.patch_size, codec.processor.merge_size, codec.processor.temporal_patch_size
+def blank_image(chat: Chat) -> tuple[list[Tensor], list[list[int]]]:
+    """(pixels, grids) of a picture of one vision token, for batches without pictures."""
+    patch, merge, frames = chat.processor.patch_size, chat.processor.merge_size, chat.processor.temporal_patch_size
     return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

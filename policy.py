@@ -1,27 +1,31 @@
-"""The model and the processes: loading and sharding (FSDP2), packing, log-probs, the optimiser step, checkpoints.
+"""The model and the processes: loading and sharding (FSDP2), packing, log-probs, the optimiser step.
 
-Parallelism is applied from outside: the model is transformers' own Qwen2.5-VL, its blocks are wrapped by `fully_shard`,
-and one extra root method (`row_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses
-the same methods on the plain model.
+Parallelism is applied from outside: the model is transformers' own, its blocks are wrapped by `fully_shard`, and one
+extra root method (`packed_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses the
+same methods on the plain model.
 
-Episodes are packed whole, one behind the other, into rows without padding. Two episodes of 4 and 3 tokens, `x` sampled:
+Episodes are packed whole, one behind the other, into batches without padding. Two episodes of 4 and 3 tokens, `x`
+sampled, `i` an image placeholder:
 
-    token          u  i  x  x | u  i  x          i: the cell of an image
+    token          u  i  x  x | u  i  x
     cu_seqlens     0          4           7      attention stays inside a segment
     predict           1  2         5             hidden states whose next token was sampled
     target            x  x         x
     sequence          0  0         1
 
-Axes: T tokens of a row, S sampled tokens of a row, N episodes, H hidden size, V vocabulary, P image patches, C image
-cells (merged patches), D head dimension.
+Axes: T tokens of a packed batch, S sampled tokens of it, N episodes, H hidden size, V vocabulary, P image patches,
+C vision tokens (merged patches), D head dimension.
 """
 
 import copy
 import math
 import os
 import pickle
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import MethodType
 
@@ -33,16 +37,16 @@ from torch import Tensor
 from backbone import (
     ATTENTION,
     blank_image,
+    blocks,
     embed_patches,
     has_flash_attn,
+    packed_hidden,
     read_model,
     register_attention,
     rope_positions,
-    row_hidden,
 )
-from chat import Codec
+from chat import Chat, Episode
 from config import Config, InputError
-from data import Episode
 from grpo import token_weights
 
 # Logits that exist at one time, in each of two forms: 110 or 882 tokens of a vocabulary of 152,064. On a GPU the
@@ -50,8 +54,11 @@ from grpo import token_weights
 HEAD_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 
 
+# ----------------------------------------------------------------------------------------------------- processes
+
+
 def init_distributed(cfg: Config) -> torch.device:
-    """Join the process group that torchrun describes (or one of a single process) and return this rank's device."""
+    """Join the process group that torchrun describes (or one of a single process); returns this rank's device."""
     use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: this machine has no CUDA device that torch can use")
@@ -59,13 +66,15 @@ def init_distributed(cfg: Config) -> torch.device:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape (0.1 to 1 s), and every row has its own
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # it plans for each new shape (0.1 to 1 s), and every batch has its own
     else:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
     if is_deterministic(cfg, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # only hides bugs, and costs a tenth of the time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a tenth of the time
     if not dist.is_initialized():
         where = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cuda:nccl,cpu:gloo" if use_cuda else "gloo"
@@ -78,8 +87,9 @@ def init_distributed(cfg: Config) -> torch.device:
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    if cfg.deterministic is None:  # neither the clock nor the web nor vLLM's batches are
-        repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay") and not cfg.search_url
+    """Whether a run with these options is repeated to the bit: the clock, the web and vLLM's batches never are."""
+    if cfg.deterministic is None:
+        repeatable = cfg.engine == "torch" and not cfg.search_url and cfg.search in ("offline", "replay")
         return device.type == "cpu" and repeatable and not cfg.rollout_deadline
     return cfg.deterministic
 
@@ -96,15 +106,23 @@ def all_sum(values: dict[str, float], device) -> dict[str, float]:
     return dict(zip(values, flat.tolist(), strict=True))
 
 
-def swap(outbox: list[list]) -> list[list]:
-    """outbox[r]: picklable things for rank r. Returns what each rank had for this one. All ranks must call it."""
-    parcels = [torch.frombuffer(bytearray(pickle.dumps(things)), dtype=torch.uint8) for things in outbox]
-    sizes = [None] * dist.get_world_size()
-    dist.all_gather_object(sizes, [len(parcel) for parcel in parcels])
-    coming = [row[dist.get_rank()] for row in sizes]
-    received = torch.empty(sum(coming), dtype=torch.uint8)
-    dist.all_to_all_single(received, torch.cat(parcels), coming, [len(parcel) for parcel in parcels])
-    return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming)]
+def all_gather(items: list) -> list:
+    """The lists of all ranks, joined in the order of the ranks."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def all_to_all(outbox: list[list]) -> list[list]:
+    """outbox[r]: picklable objects for rank r. Returns what each rank had for this one. All ranks must call it."""
+    sent = [torch.frombuffer(bytearray(pickle.dumps(objects)), dtype=torch.uint8) for objects in outbox]
+    sizes = [len(data) for data in sent]
+    all_sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(all_sizes, sizes)
+    incoming = [theirs[dist.get_rank()] for theirs in all_sizes]
+    received = torch.empty(sum(incoming), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), incoming, sizes)
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(incoming)]
 
 
 def all_max(value: float, device) -> float:
@@ -113,10 +131,11 @@ def all_max(value: float, device) -> float:
     return flat.item()
 
 
-def load_policy(
-    folder: str | Path, codec: Codec, cfg: Config, device, *, trainable: bool = True, offload: bool = False
-):
-    """A Qwen2.5-VL from a Hugging Face folder or hub id, sharded over the ranks, masters in fp32.
+# ----------------------------------------------------------------------------------------------------- the model
+
+
+def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False):
+    """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
     memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload).
@@ -126,7 +145,7 @@ def load_policy(
 
     model = read_model(folder, empty=dist.get_rank() != 0)
     weights = model.state_dict() if dist.get_rank() == 0 else {}
-    prepare(model, codec, cfg)
+    prepare(model, chat, cfg)
     model.requires_grad_(trainable)
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -138,7 +157,7 @@ def load_policy(
     return model.train(trainable)
 
 
-def prepare(model, codec: Codec, cfg: Config) -> None:
+def prepare(model, chat: Chat, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
     if cfg.attention == "flash" and not has_flash_attn():
         raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
@@ -146,12 +165,12 @@ def prepare(model, codec: Codec, cfg: Config) -> None:
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = ATTENTION
     model.config.use_cache = False
-    if len(codec) > model.config.text_config.vocab_size:
-        raise InputError(f"the tokenizer has {len(codec)} tokens, the model only {model.config.text_config.vocab_size}")
+    if len(chat) > model.config.text_config.vocab_size:
+        raise InputError(f"the tokenizer has {len(chat)} tokens, the model only {model.config.text_config.vocab_size}")
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
-    banned[codec.banned_ids(len(banned))] = True
+    banned[chat.banned_ids(len(banned))] = True
     model.banned_ids = banned
-    model.row_logprobs = MethodType(row_logprobs, model)
+    model.packed_logprobs = MethodType(packed_logprobs, model)
     model.model.visual.patch_embed.forward = MethodType(embed_patches, model.model.visual.patch_embed)
 
 
@@ -176,10 +195,10 @@ def shard(model, cfg: Config, device, offload: bool = False) -> None:
     if world == 1 and len(options) == 1:
         model.to(device)  # one process in fp32: nothing to shard, cast or offload
         return
-    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+    for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-    register_fsdp_forward_method(model, "row_logprobs")
+    register_fsdp_forward_method(model, "packed_logprobs")
 
 
 def local_world() -> int:
@@ -205,132 +224,145 @@ def full_weights(model):
 
 
 def dist_device(tensor):
-    """Where a sharded tensor can be gathered: offloaded shards go to the GPU first."""
+    """Where a sharded tensor can be gathered: offloaded shards are copied to the GPU first."""
     return "cuda" if tensor.device_mesh.device_type == "cuda" else "cpu"
 
 
-@dataclass
-class Row:
-    """Episodes packed one behind the other; see the top of the file. Tensors are on the CPU until `to`."""
+# ------------------------------------------------------------------------------------------------------- packing
 
-    episodes: list[int]  # which episodes, as indices into the list that was packed
+
+@dataclass
+class PackedBatch:
+    """Episodes packed one behind the other (see the top of the file), and what the loss needs to know of them. Tensors
+    are on the CPU until `to`."""
+
+    episodes: list[Episode]
     ids: Tensor  # long [T]
     positions: Tensor  # long [3, T]: M-RoPE (time, height, width), from 0 in each episode
     cu_seqlens: Tensor  # int32 [N + 1]
     longest: int
-    pixels: Tensor  # float32 [P, patch]: each distinct image of the row once
+    pixels: Tensor  # float32 [P, patch]: each distinct image of the batch once
     grids: Tensor  # long [images, 3]
-    cells: Tensor  # long [C]: row of the vision tower's output that fills ...
-    cell_positions: Tensor  # long [C]: ... this token
+    features: Tensor  # long [C]: row of the vision tower's output that fills ...
+    vision_positions: Tensor  # long [C]: ... this token
     predict: Tensor  # long [S]
     target: Tensor  # long [S]
     sequence: Tensor  # long [S]: which of `episodes`
-    sampler_logp: Tensor = field(default=None)  # float32 [S]
+    sampler_logp: Tensor  # float32 [S]
+    advantage: Tensor  # float32 [S]
+    old_logp: Tensor | None = None  # float32 [S]: before the first update, where there are several
+    ref_logp: Tensor | None = None  # float32 [S]: of the reference model, where there is one
+    extra_count: float = 0.0  # what episodes that need not be run add to the loss's denominator
 
-    def to(self, device) -> "Row":
+    def to(self, device) -> "PackedBatch":
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(moved, name, value.to(device, non_blocking=True))
         return moved
 
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values [S] as one tensor for each episode."""
+        lengths = torch.bincount(self.sequence, minlength=len(self.episodes))
+        return list(values.split(lengths.tolist()))
 
-def pack(episodes: list[Episode], codec: Codec, model, max_tokens: int) -> list[Row]:
-    """Whole episodes into rows of at most max_tokens, in order, so that a question's samples (and their image) meet.
 
-    A row is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode longer than a row.
+def pack(
+    episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages: list[float] | None = None
+) -> list[PackedBatch]:
+    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet.
+    advantages: one for each episode (default: 0).
+
+    A batch is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode that is longer.
     """
-    rows, current, size = [], [], 0
+    advantages = advantages or [0.0] * len(episodes)
+    batches, start, size = [], 0, 0
     for index, episode in enumerate(episodes):
-        if len(episode.tokens) > max_tokens:
-            raise ValueError(f"an episode of {len(episode.tokens)} tokens does not fit a row of {max_tokens}")
-        if current and size + len(episode.tokens) > max_tokens:
-            rows.append(make_row(current, episodes, codec, model))
-            current, size = [], 0
-        current.append(index)
-        size += len(episode.tokens)
-    if current:
-        rows.append(make_row(current, episodes, codec, model))
-    return rows
+        length = len(episode.tokens)
+        if length > max_tokens:
+            raise ValueError(f"an episode of {length} tokens does not fit a batch of {max_tokens}")
+        if size + length > max_tokens:
+            batches.append(pack_batch(episodes[start:index], advantages[start:index], chat, model))
+            start, size = index, 0
+        size += length
+    if episodes:
+        batches.append(pack_batch(episodes[start:], advantages[start:], chat, model))
+    return batches
 
 
-def make_row(indices: list[int], episodes: list[Episode], codec: Codec, model) -> Row:
-    ids, positions, bounds = [], [], [0]
-    predict, target, sequence, sampler_logp = [], [], [], []
-    first_cell, pixels, grids, cells, cell_positions, n_cells = {}, [], [], [], [], 0
-    for number, index in enumerate(indices):
-        episode, start = episodes[index], bounds[-1]
+def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
+    """One batch. Without episodes it still runs the whole model, with a loss of zero: FSDP's collectives need all
+    ranks."""
+    ids, positions, bounds = [], [torch.zeros(3, 0, dtype=torch.long)], [0]
+    predict, target, sequence, sampler_logp, advantage = [], [], [], [], []
+    first_row, pixels, grids, features, vision_positions = {}, [], [], [], []
+    rows = 0  # of the vision tower's output
+    for number, episode in enumerate(episodes):
+        start = len(ids)
         for picture in episode.images:
-            if picture.key not in first_cell:
-                first_cell[picture.key] = n_cells
-                n_cells += picture.tokens
-                pixels.append(codec.pixels(picture))
+            if picture.key not in first_row:
+                first_row[picture.key] = rows
+                rows += picture.tokens
+                pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
-            cells += range(first_cell[picture.key], first_cell[picture.key] + picture.tokens)
+            features += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
         for offset, token in enumerate(episode.tokens):
-            if token == codec.image_pad:
-                cell_positions.append(start + offset)
+            if token == chat.image_pad:
+                vision_positions.append(start + offset)
             if episode.sampled[offset]:
                 predict.append(start + offset - 1)
                 target.append(token)
                 sequence.append(number)
                 sampler_logp.append(episode.logprobs[offset])
-        if len(cell_positions) != len(cells):
-            raise ValueError(f"{episode.question_id}: {len(cell_positions)} placeholders for {len(cells)} image cells")
+                advantage.append(advantages[number])
+        if len(vision_positions) != len(features):
+            raise ValueError(f"{episode.name}: {len(vision_positions)} placeholders, {len(features)} vision tokens")
         ids += episode.tokens
-        positions.append(rope_positions(episode.tokens, episode.images, codec, model))
+        positions.append(rope_positions(episode.tokens, episode.images, chat, model))
         bounds.append(len(ids))
-    if not pixels:  # the vision tower always runs: FSDP's collectives need all ranks in it
-        pixels, grids = blank_image(codec)
-    return Row(
-        episodes=list(indices),
+    if not episodes:
+        ids, positions, bounds = [chat.im_end], [torch.zeros(3, 1, dtype=torch.long)], [0, 1]
+    if not pixels:  # the vision tower always runs
+        pixels, grids = blank_image(chat)
+    return PackedBatch(
+        episodes=list(episodes),
         ids=torch.tensor(ids),
         positions=torch.cat(positions, 1),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        longest=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+        longest=max(end - start for start, end in pairwise(bounds)),
         pixels=torch.cat(pixels),
         grids=torch.tensor(grids),
-        cells=torch.tensor(cells, dtype=torch.long),
-        cell_positions=torch.tensor(cell_positions, dtype=torch.long),
+        features=torch.tensor(features, dtype=torch.long),
+        vision_positions=torch.tensor(vision_positions, dtype=torch.long),
         predict=torch.tensor(predict, dtype=torch.long),
         target=torch.tensor(target, dtype=torch.long),
         sequence=torch.tensor(sequence, dtype=torch.long),
         sampler_logp=torch.tensor(sampler_logp),
+        advantage=torch.tensor(advantage, dtype=torch.float32),
     )
 
 
-def empty_row(codec: Codec) -> Row:
-    """A row without a sampled token: its loss is zero, yet it runs the whole model (FSDP's collectives need all
-    ranks)."""
-    none = torch.zeros(0, dtype=torch.long)
-    pixels, grids = blank_image(codec)
-    return Row(
-        episodes=[],
-        ids=torch.tensor([codec.im_end]),
-        positions=torch.zeros(3, 1, dtype=torch.long),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        longest=1,
-        pixels=pixels[0],
-        grids=torch.tensor(grids),
-        cells=none,
-        cell_positions=none,
-        predict=none,
-        target=none,
-        sequence=none,
-        sampler_logp=torch.zeros(0),
-    )
+def equal_counts(batches: list[PackedBatch], chat: Chat, model, device) -> list[PackedBatch]:
+    """Fill up with empty batches, so that all ranks run equally many, and at least one."""
+    most = max(1, int(all_max(len(batches), device)))
+    return batches + [pack_batch([], [], chat, model) for _ in range(most - len(batches))]
 
 
-def row_logprobs(model, row: Row, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+# ----------------------------------------------------------------------------------------------------- log-probs
+
+
+def packed_logprobs(
+    model, batch: PackedBatch, temperature: float, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
-    loss), float32. Call it on the sharded model as `model.row_logprobs(row, ...)`, with the row on the model's device.
+    loss), float32. Call it on the sharded model as `model.packed_logprobs(batch, ...)`, the batch on its device.
 
     Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in the head
     and, through the hidden states, all the rest, so that every rank's backward runs every collective.
     """
-    hidden = row_hidden(model, row).index_select(0, row.predict)  # [S, H]
+    hidden = packed_hidden(model, batch).index_select(0, batch.predict)  # [S, H]
     logp, entropy = HeadLogProbs.apply(
-        hidden, model.lm_head.weight, row.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
+        hidden, model.lm_head.weight, batch.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
     )
     return logp, entropy, logp.sum() * 0.0
 
@@ -395,67 +427,66 @@ def distributions(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: f
 
 
 @torch.no_grad()
-def logprobs(model, rows: list[Row], temperature: float, device) -> list[Tensor]:
-    """Log-probs [S] of each row without gradients; all ranks must bring equally many rows (`even_rows`)."""
-    logps = [model.row_logprobs(row.to(device), temperature)[0].cpu() for row in rows]
-    if hasattr(model, "reshard"):  # FSDP does that in backward; till then, parameters() would be bf16 copies
+def logprobs(model, batches: list[PackedBatch], temperature: float, device) -> list[Tensor]:
+    """Log-probs [S] of each batch, on the CPU, without gradients; all ranks must bring equally many batches."""
+    logps = [model.packed_logprobs(batch.to(device), temperature)[0].cpu() for batch in batches]
+    if hasattr(model, "reshard"):  # FSDP does that in backward; until then, parameters() would be bf16 copies
         model.reshard()
     return logps
+
+
+# ----------------------------------------------------------------------------------------------- optimiser steps
 
 
 def adamw(model, cfg: Config, device) -> torch.optim.AdamW:
     """The optimiser of what is trained. Where the policy is on a GPU it is the fused one: the others hold square roots
     as large as the weights for a moment, and are slow on weights in CPU memory."""
     return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+        [p for p in model.parameters() if p.requires_grad], cfg.lr, betas=(0.9, cfg.adam_beta2),
         weight_decay=cfg.weight_decay, fused=device.type == "cuda" or None,
     )  # fmt: skip
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient that is not finite; nothing was changed by the step. `episodes`: indices (into what this rank
-    packed) of those in rows whose loss is not finite."""
+    """A loss, a gradient or logits that are not finite; nothing was changed by the step. names: of the episodes, of all
+    ranks, that may be the cause."""
 
-    def __init__(self, message: str, episodes: list[int]):
-        super().__init__(message + (f", episodes {', '.join(map(str, episodes))} of this rank" if episodes else ""))
-        self.episodes = episodes
-
-
-def even_rows(rows: list[Row], codec: Codec, device) -> list[Row]:
-    """Fill up with empty rows, so that all ranks run equally many, and at least one."""
-    most = max(1, int(all_max(len(rows), device)))
-    return rows + [empty_row(codec)] * (most - len(rows))
+    def __init__(self, message: str, names: list[str] = ()):
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        super().__init__(f"{message} ({shown})" if names else message)
+        self.names = list(names)
 
 
-def imitation_loss(loss_norm: str, number: int, row: Row, logp, entropy):
-    """The row_loss of `update` for conversations to imitate: the negative log-likelihood of what is sampled in them."""
-    weights, count = token_weights(row.sequence, loss_norm)
+def imitation_loss(loss_norm: str, batch: PackedBatch, logp: Tensor, entropy: Tensor):
+    """The batch_loss of `update` for episodes to imitate: the negative log-likelihood of their sampled tokens."""
+    weights, count = token_weights(batch.sequence, loss_norm)
     return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
 
 
 def update(
-    model, optimizer, rows: list[Row], row_loss, cfg: Config, device, entropy_grad: bool = False
+    model, optimizer, batches: list[PackedBatch], batch_loss: Callable, cfg: Config, device, entropy_grad: bool = False
 ) -> dict[str, float]:
-    """One optimiser step over the rows of all ranks.
+    """One optimiser step over the batches of all ranks.
 
-    row_loss(number of the row, row, logp [S], entropy [S]) -> (loss, a sum; count, what this row adds to the
-    denominator; stats, a dict of sums). Sums are back-propagated and gradients scaled once by the one denominator, all
-    rows of all ranks, so that they depend neither on packing nor on the number of ranks. Every rank brings equally many
-    rows (`even_rows`); where nothing counts (all conversations were aborted), the weights stay as they are.
+    batch_loss(batch, logp [S], entropy [S]) -> (loss, a sum; count, what this batch adds to the denominator; stats, a
+    dict of sums). Sums are back-propagated and gradients scaled once by the one denominator, all batches of all ranks,
+    so that they depend neither on packing nor on the number of ranks. Every rank brings equally many batches
+    (`equal_counts`); where nothing counts (all conversations were aborted), the weights stay as they are.
     Returns the global sums: loss, count, the stats; and grad_norm. Raises NonFinite, with the weights as they were.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, float] = {}
-    bad = []
-    for number, row in enumerate(rows):
-        row = row.to(device)
-        logp, entropy, zero = model.row_logprobs(row, cfg.temperature, entropy_grad)
-        loss, count, stats = row_loss(number, row, logp, entropy)
+    sums: dict[str, float] = defaultdict(float)
+    packed = [episode.name for batch in batches for episode in batch.episodes]
+    bad: list[str] = []
+    for batch in batches:
+        batch = batch.to(device)
+        logp, entropy, zero = model.packed_logprobs(batch, cfg.temperature, entropy_grad)
+        loss, count, stats = batch_loss(batch, logp, entropy)
         (loss + zero).backward()
         if not torch.isfinite(loss):
-            bad += row.episodes
+            bad += [episode.name for episode in batch.episodes]
         for name, value in {"loss": loss, "count": count, **stats}.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
+            sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
     sums = all_sum(sums, device)
     parameters = [p for p in model.parameters() if p.grad is not None]
     scale = dist.get_world_size() / max(sums["count"], 1.0)  # FSDP averages over ranks: undo it
@@ -464,7 +495,7 @@ def update(
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if all_max(bool(bad) or not math.isfinite(norm), device):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", bad)
+        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", all_gather(bad) or all_gather(packed))
     if sums["count"]:
         optimizer.step()
     return {**sums, "grad_norm": norm}

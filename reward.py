@@ -8,40 +8,22 @@ search, 0 for a wrong one. So a conversation earns one of six values:
     well-formed     right 1.0    right after a search 0.91    wrong 0.1
     else            right 0.9    right after a search 0.81    wrong 0
 
-A conversation is the list of what the model said, one string a turn, without what the tools returned. To train on
-another reward, write another function that returns a `Score`.
+A conversation is the list of what the model said, one string a turn, without what the tools returned. Which tools there
+are, and what they look like in a turn, is read off `tools.TOOLS`. To train on another reward, write another function
+that returns a `Score` (`score_episode` is the one place that calls it).
 """
 
-import dataclasses
-import math
 import re
 import string
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from chat import Episode
 from config import Config
-from data import Episode, Stop, Usage
+from data import Stop
+from tools import ANSWER, ANSWER_TAGS, TOOLS, find_actions
 
-IMAGE_SEARCH = "<search><img></search>"  # one tag: a part of it, such as "<img>" alone, is plain text
-
-
-# The tags of each kind of turn, in the order in which the turn must hold them.
-TURN_TAGS = {
-    "answer": ("<reason>", "</reason>", "<answer>", "</answer>"),
-    "image": ("<reason>", "</reason>", IMAGE_SEARCH),
-    "text": ("<reason>", "</reason>", "<text_search>", "</text_search>"),
-}
-
-
-ALL_TAGS = set().union(*TURN_TAGS.values())
-
-
-CONVERSATIONS = {("answer",), ("image", "answer"), ("text", "answer"), ("image", "text", "answer")}
-
-
+REASON_TAGS = ("<reason>", "</reason>")
 STRIP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -56,6 +38,9 @@ class Score:
     answer: str | None
 
 
+# ------------------------------------------------------------------------------------------------------- matching
+
+
 def normalize_answer(text: str) -> str:
     """Lower-case, drop ASCII punctuation, drop the words a/an/the, squeeze white space: "The  U.S.A." -> "usa"."""
     text = text.lower().translate(STRIP_PUNCTUATION)
@@ -64,8 +49,8 @@ def normalize_answer(text: str) -> str:
 
 def extract_answer(turn: str) -> str | None:
     """The text of the last `<answer>…</answer>` in a turn (it may span lines), stripped; None if there is none."""
-    found = re.findall(r"<answer>(.*?)</answer>", turn, re.DOTALL)
-    return found[-1].strip() if found else None
+    answers = [content for name, content in find_actions(turn) if name == ANSWER]
+    return answers[-1].strip() if answers else None
 
 
 def exact_match(prediction: str | None, answers: Iterable[str]) -> bool:
@@ -87,34 +72,60 @@ def _normalize_all(answers: Iterable[str]) -> set[str]:
 MATCHES = {"em": exact_match, "sub_em": sub_match}
 
 
+# --------------------------------------------------------------------------------------------------------- format
+
+
+def turn_tags() -> dict[str, tuple[str, ...]]:
+    """The tags of each kind of turn, a tool's name or "answer", in the order in which the turn must hold them. A whole
+    tag such as "<search><img></search>" is one: a part of it is plain text."""
+    tags = {ANSWER: (*REASON_TAGS, *ANSWER_TAGS)}
+    for name, tool in TOOLS.items():
+        tags[name] = (*REASON_TAGS, *tool.tags)
+    return tags
+
+
 def turn_kind(turn: str) -> str | None:
-    """The kind (a key of `TURN_TAGS`) of a well-formed turn, else None. White space around it aside, such a turn begins
-    and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind."""
-    turn = turn.strip()
-    for kind, tags in TURN_TAGS.items():
-        once_each = all(turn.count(tag) == (tag in tags) for tag in ALL_TAGS)
+    """The kind of a well-formed turn, a tool's name or "answer", else None. White space around it aside, such a turn
+    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind."""
+    turn, kinds = turn.strip(), turn_tags()
+    all_tags = {tag for tags in kinds.values() for tag in tags}
+    for kind, tags in kinds.items():
+        once_each = all(turn.count(tag) == (tag in tags) for tag in all_tags)
         if once_each and re.fullmatch(".*".join(map(re.escape, tags)), turn, re.DOTALL):
             return kind
     return None
 
 
 def format_ok(responses: Sequence[str], any_order: bool = False) -> bool:
-    """True if all turns are well-formed and make one of the accepted `CONVERSATIONS`, of three turns at most; with
-    any_order, if they are any number of searches and then an answer."""
-    kinds = tuple(turn_kind(turn) for turn in responses)
+    """True if all turns are well-formed, the last is an answer and the others call tools: each tool once at most, and
+    only after those that the table allows (`Tool.after`); with any_order, in any number and order."""
+    kinds = [turn_kind(turn) for turn in responses]
+    if kinds[-1:] != [ANSWER]:
+        return False
+    called = kinds[:-1]
     if any_order:
-        return kinds[-1:] == ("answer",) and set(kinds[:-1]) <= {"image", "text"}
-    return kinds in CONVERSATIONS
+        return all(kind in TOOLS for kind in called)
+    previous = None
+    for kind in called:
+        if kind not in TOOLS or previous not in TOOLS[kind].after or called.count(kind) > 1:
+            return False
+        previous = kind
+    return True
 
 
 def count_searches(responses: Sequence[str]) -> int:
-    """How many turns ask for a search, well-formed or not. The last turn counts only if it is the only one."""
+    """How many turns call a tool that costs the penalty, well-formed or not: they hold all of its tags. The last turn
+    counts only if it is the only one."""
     asking = responses if len(responses) == 1 else responses[:-1]
-    return sum(IMAGE_SEARCH in turn or ("<text_search>" in turn and "</text_search>" in turn) for turn in asking)
+    penalized = [tool.tags for tool in TOOLS.values() if tool.penalized]
+    return sum(any(all(tag in turn for tag in tags) for tags in penalized) for turn in asking)
+
+
+# ---------------------------------------------------------------------------------------------------------- score
 
 
 def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
-    """The search penalty at a step, counted from 0: from -penalty, a bonus for searching, at step 0 in a straight line
+    """The search penalty at a step, counted from 0: from -penalty, a bonus for searching, at step 0 rising linearly
     to +penalty at step ramp_steps and after. ramp_steps = 0: no ramp."""
     return penalty * (2 * min(step / ramp_steps, 1.0) - 1) if ramp_steps else penalty
 
@@ -157,120 +168,6 @@ def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -
         per_search_penalty=cfg.per_search_penalty,
         any_order=cfg.any_order,
     )
-
-
-RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
-
-
-def verdict(record: dict, judge: str = "") -> bool | None:
-    """Was the conversation right: by the match that rewards it, or by a judge. None: aborted, or not judged."""
-    if record["stop"] == "aborted":
-        return None
-    return record.get("judged", {}).get(judge) if judge else record["correct"]
-
-
-def by_question(records: list[dict], judge: str = "") -> dict[str, list[bool]]:
-    """Question id -> the verdicts of its conversations, missing ones left out; questions without any are not there."""
-    verdicts = defaultdict(list)
-    for r in records:
-        if (right := verdict(r, judge)) is not None:
-            verdicts[r["question_id"]].append(right)
-    return dict(verdicts)
-
-
-def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
-    """95 % interval of sum(sums) / sum(counts), one of each a question: percentiles over questions drawn anew, with
-    replacement, 2,000 times (Efron 1979). The draws are the same in every run. (0, 1) without data."""
-    if not sums:
-        return 0.0, 1.0
-    rng = np.random.default_rng(0)
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    n, values = len(sums), []
-    while len(values) < RESAMPLES:
-        drawn = rng.integers(n, size=(min(max(1, 10**6 // n), RESAMPLES - len(values)), n))  # a million at once
-        values.extend(sums[drawn].sum(1) / counts[drawn].sum(1))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share: 95 % by default; (0, 1) without data."""
-    if n == 0:
-        return 0.0, 1.0
-    share, shrink = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
-    """accuracy (the mean over conversations), accuracy_low and accuracy_high (95 %)."""
-    right, counts = [sum(v) for v in verdicts.values()], [len(v) for v in verdicts.values()]
-    if sum(right) in (0, sum(counts)):  # all equal: drawing anew says nothing
-        low, high = wilson(len(verdicts) if sum(right) else 0, len(verdicts))
-    else:
-        low, high = bootstrap(right, counts)
-    return {"accuracy": sum(right) / max(sum(counts), 1), "accuracy_low": low, "accuracy_high": high}
-
-
-def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
-    n are (arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def several(records: list[dict], judge: str = "") -> dict:
-    """Figures of several conversations a question; {} if there is one of each. pass: k -> mean pass@k over questions
-    with at least k conversations, for powers of two and the most; spread: standard deviation (Bessel) of the accuracy
-    between first, second ... conversations."""
-    verdicts, by_sample = by_question(records, judge), defaultdict(list)
-    for r in records:
-        if (right := verdict(r, judge)) is not None:
-            by_sample[r["sample"]].append(right)
-    if len(by_sample) < 2:
-        return {}
-    passed, most = {}, max(map(len, verdicts.values()))
-    for k in sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}):
-        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
-        passed[str(k)] = sum(chances) / len(chances)
-    return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
-
-
-def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
-    """Figures by data_source, and over all under "all". Aborted conversations are counted and left out of the
-    shares."""
-    by_source = defaultdict(list)
-    for r in records:
-        by_source[r["data_source"]].append(r)
-    parts = {source: by_source[source] for source in sorted(by_source)}
-    return {name: _figures(part, cfg) for name, part in {**parts, "all": records}.items()}
-
-
-def _figures(records, cfg):
-    done = [r for r in records if r["stop"] != Stop.ABORTED.value]
-    n = max(len(done), 1)
-    kinds = [Counter(call["kind"] for call in r["calls"]) for r in done]
-    allowed = min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)
-    usage = [call.get("usage", {}) for r in records for call in r["calls"]]
-    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
-    return {
-        "n": len(done),
-        **accuracy(by_question(records)),
-        **several(records),
-        "reward": sum(r["reward"] for r in done) / n,
-        "search_ratio": sum(k.total() for k in kinds) / (n * max(allowed, 1)),
-        "image": sum(k["image"] > 0 for k in kinds) / n,
-        "text": sum(k["text"] > 0 for k in kinds) / n,
-        "both": sum(len(k) == 2 for k in kinds) / n,
-        "format": sum(r["format_ok"] for r in done) / n,
-        "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
-        "tool_failures": sum(call["status"] == "error" for r in records for call in r["calls"]),
-        "errors": dict(sorted(Counter(e for r in records for c in r["calls"] if (e := c.get("error_kind"))).items())),
-        "cost": used["cost"] / max(len(records), 1),
-        "cached": used["cached"] / max(len(usage), 1),
-        "usage": used,
-        "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
-    }
 
 
 def record(episode: Episode, score: Score) -> dict:

@@ -1,20 +1,12 @@
-"""Multi-turn conversations: one as a generator, many at once without a barrier, and the engines that do the sampling.
+"""Multi-turn conversations: one as a generator, and many at once without a barrier between turns.
 
-`converse` reads like the protocol. It yields what it needs, a turn of the model (`Generate`) or a search (`Call`), and
-is sent what came of it. `run` drives all conversations at once: it steps the engine, hands finished turns to their
-conversations, runs calls on a thread pool and feeds each result back when it arrives, so a slow search delays only its
-own conversation.
+`converse` reads like the protocol. It yields what it needs, a turn of the model (`Generate`) or a call of a tool
+(`Call`), and is sent what came of it. `Rollout.run` drives all conversations at once: it steps the engine, hands
+finished turns to their conversations, answers calls on a thread pool and feeds each result back when it arrives, so a
+slow search delays only its own conversation.
 
-An engine is anything with
-
-    submit(request_id, prompt_ids, images, sampling)      step() -> list[Reply]      abort(request_ids) -> list[Reply]
-    load_weights(named_tensors, version)                  sleep()                    wake()        close()
-
-`TorchEngine` is plain PyTorch and needs nothing else, `VLLMEngine` is vLLM inside of the trainer's processes. Where
-several ranks share one tensor-parallel vLLM, the first of them holds the conversations (`Leader`) and the others do
-what it does (`follow`), so that all of them take the same steps.
-
-Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
+Training, validation, eval.py and its single questions all go through `Rollout.run`. Where several ranks share one
+tensor-parallel vLLM, the first of them has the conversations (`Leader`) and the others repeat its commands (`follow`).
 """
 
 import dataclasses
@@ -30,13 +22,13 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
-from chat import FIRST_PROMPTS, Codec
+from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
-from data import ERROR_KINDS, Call, Episode, Hit, Picture, Question, Result, Stop, Usage, key_of
-from engines import Leader, Reply, Sampling, follow
-from policy import all_sum
-from reward import record, score_episode
-from tools import has_answer, parse_call
+from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
+from engines import Engine, Reply, Sampling
+from policy import all_gather, all_sum
+from reward import Score, record, score_episode
+from tools import TOOLS, allowed_calls, has_answer, limits, parse_call, run_tool
 
 
 @dataclass(frozen=True)
@@ -58,18 +50,28 @@ def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) ->
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
+# ---------------------------------------------------------------------------------------------- one conversation
+
+
 Conversation = Generator[Generate | Call, Reply | Result, Episode]
 
 
 def converse(
-    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
+    question: Question,
+    chat: Chat,
+    cfg: Config,
+    *,
+    sample: int = 0,
+    step: int = 0,
+    temperature: float = 1.0,
+    template: str | None = None,
 ) -> Conversation:
     """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set.
 
     template: instead of the prompt file question.txt.
     """
-    episode = Episode.start(question, codec, sample, template)
-    left = {"image": cfg.max_image_searches, "text": cfg.max_text_searches}
+    episode = Episode.start(question, chat, sample, template)
+    left = limits(cfg)
     try:
         for turn in range(cfg.max_turns):
             text = yield from _speak(episode, cfg, step, temperature)
@@ -80,13 +82,13 @@ def converse(
                 episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
             elif turn + 1 == cfg.max_turns:
                 episode.stop = Stop.MAX_TURNS
-            elif left[call.kind] == 0:
+            elif left[call.tool] == 0:
                 episode.stop = Stop.TOOL_LIMIT
             if episode.stop:
                 break
-            left[call.kind] -= 1
-            result = yield call
-            if not episode.add_result(call, result):
+            left[call.tool] -= 1
+            fits = yield from _call_tool(episode, call)
+            if not fits:
                 episode.stop = Stop.MAX_TOKENS
                 break
     except Aborted:
@@ -107,29 +109,40 @@ def _speak(episode, cfg, step, temperature):
     return episode.responses[-1]
 
 
+def _call_tool(episode, call, template=None):
+    """Have a call answered and append the result; False if there is no room for it."""
+    picture = episode.picture(call.picture)
+    if call.picture and picture is None:
+        result = Result("error", error=f"there is no picture {call.picture}", error_kind="bad_call")
+        return episode.add_result(call, result, template)
+    if picture and picture.data not in episode.question.images[:1]:  # that one is found by its URL, too
+        call = replace(call, image=picture.data)
+    result = yield call
+    return episode.add_result(call, result, template)
+
+
 def converse_always_searching(
-    question: Question, codec: Codec, cfg: Config, *, sample=0, step=0, temperature=1.0
+    question: Question, chat: Chat, cfg: Config, *, sample: int = 0, step: int = 0, temperature: float = 1.0
 ) -> Conversation:
     """The baseline of MMSearch-R1's authors: whatever the question, an image search, a text search, then the answer.
 
-    The model is asked for two turns, the query and the answer. The image search is put into its mouth, and if it gives
-    no query, what it says instead is searched for.
+    The model generates two turns, the query and the answer. The turn that asks for the image search is a prompt file,
+    and if the model gives no query, what it says instead is searched for.
     """
-    episode = Episode.start(question, codec, sample, codec.template(FIRST_PROMPTS["pipeline"]))
+    episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]))
     try:
-        call = Call("image")
-        fits = episode.add_words(codec.template("pipeline_image_search"))
-        for kind in ("image", "text"):
+        call = Call("image_search")
+        fits = episode.add_words(chat.template("pipeline_image_search"))
+        for tool in ("image_search", "text_search"):
             if fits:
-                result = yield call
-                fits = episode.add_result(call, result, codec.template(f"pipeline_after_{kind}_search"))
+                fits = yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
             if not fits:
                 episode.stop = Stop.MAX_TOKENS
                 return episode
             text = yield from _speak(episode, cfg, step, temperature)
             if episode.stop:
                 return episode
-            call = Call("text", query_in(text) or question.text)
+            call = Call("text_search", query_in(text) or question.text)
         episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
     except Aborted:
         episode.stop = Stop.ABORTED
@@ -139,95 +152,68 @@ def converse_always_searching(
 def query_in(text: str) -> str:
     """The query of a turn that was to end in a text search; without one, what it says apart from reasoning and tags."""
     call = parse_call(text)
-    if call and call.kind == "text":
+    if call and call.tool == "text_search":
         return call.query
     said = re.sub(r"<reason>.*?</reason>", " ", text, flags=re.DOTALL)
     return " ".join(re.sub(r"</?\w+>", " ", said).split())
 
 
-def replay(r: dict, question: Question, codec: Codec, search) -> Episode:
-    """The conversation of a record (`Episode.record`), put together anew to be imitated: what the model said is
-    tokenised from its text, and is all that is `sampled`.
+# -------------------------------------------------------------------------------------------------- many at once
 
-    Records hold no pictures: image searches are made again, and must find what they found then; text results are the
-    recorded ones. Raises ValueError saying why a conversation cannot be had.
+
+class Rollout:
+    """Runs conversations with an engine and a search; where ranks share an engine, the first of them has them all.
+
+    search: anything with search(call, question) -> Result. ordered: calls are answered beside one engine step, which is
+    then followed by all their results in request order, so that the engine sees the same batches each time (exact
+    reruns); otherwise each result is fed back as soon as it arrives.
     """
-    said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
-    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
-        raise ValueError("ended without an answer")
-    episode = Episode.start(question, codec, r["sample"])
-    for number, text in enumerate(said):
-        ids = [*codec.encode(text), codec.im_end]
-        if len(ids) > episode.room():
-            raise ValueError("longer than max_tokens")
-        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
-        if number < len(r["calls"]) and not episode.add_result(*_recall(r["calls"][number], question, search)):
-            raise ValueError("longer than max_tokens")
-    episode.stop = Stop.ANSWERED
-    return episode
 
+    def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False):
+        self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
+        self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
-def _recall(recorded, question, search):
-    """(call, result) of a recorded search."""
-    call = Call(recorded["kind"], recorded["query"])
-    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
-    if call.kind == "text" or recorded["status"] != "ok":
-        return call, Result(recorded["status"], tuple(Hit(*hit) for hit in shown), recorded["error"])
-    result = search.search(call, question)
-    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
-        raise ValueError("its image search finds something else in this search")
-    return call, result
+    def run(
+        self,
+        questions: list[Question],
+        *,
+        samples: int = 1,
+        step: int = 0,
+        temperature: float = 1.0,
+        mode: str = "agent",
+        progress: Callable[[Episode], None] = lambda episode: None,
+    ) -> list[Episode]:
+        """`samples` conversations about each question; episodes come back question by question, sample by sample.
 
-
-def run(
-    questions: list[Question],
-    engine,
-    search,
-    codec: Codec,
-    cfg: Config,
-    *,
-    samples: int = 1,
-    step: int = 0,
-    temperature: float = 1.0,
-    ordered: bool = False,
-    progress: Callable[[Episode], None] | None = None,
-    mode: str = "agent",
-    seconds: Counter | None = None,
-) -> list[Episode]:
-    """Hold `samples` conversations about each question; episodes come back question by question, sample by sample.
-
-    mode: agent (searches on demand), direct (one turn, no search is offered), pipeline (always both searches).
-
-    search: anything with search(call, question) -> Result. ordered: calls run beside one engine step, which is then
-    followed by all their results in request order, so that the engine sees the same batches each time (exact reruns);
-    otherwise each result goes back as soon as it is there. progress(episode) is called at the end of each conversation.
-    seconds["tools"], if given, grows by the time in which all that was done is wait for searches.
-    Where ranks share an engine, the leading one gets the episodes and the others none.
-    """
-    if group := getattr(engine, "group", None):
-        if dist.get_rank(group):
+        mode: agent (tools on demand), direct (one turn, no tool is offered), pipeline (always both searches).
+        progress(episode) is called at the end of each conversation. Ranks that follow another's engine get none.
+        """
+        engine, cfg, talk = self.engine, self.cfg, converse
+        group = getattr(engine, "group", None)
+        if group and dist.get_rank(group):
             follow(engine, group)
             return []
-        engine = Leader(engine, group)
-    hold = converse if mode == "agent" else converse_always_searching
-    if mode == "direct":
-        cfg, hold = replace(cfg, max_turns=1), partial(converse, template=codec.template(FIRST_PROMPTS[mode]))
-    driver = _Driver(engine, search, ordered, cfg)
-    conversations = [
-        (question, hold(question, codec, cfg, sample=sample, step=step, temperature=temperature))
-        for question in questions
-        for sample in range(samples)
-    ]
-    pool = ThreadPoolExecutor(cfg.tool_threads)
-    try:
-        return driver.run(conversations, pool, progress)
-    finally:
-        if seconds is not None:
-            seconds["tools"] += driver.waited
-        pool.shutdown(wait=False, cancel_futures=True)  # a search that hangs must not hold up the others
-        engine.abort(list(driver.generating))  # Ctrl-C or an error: leave the engine empty
-        if group:
-            engine.dismiss()
+        if mode == "pipeline":
+            talk = converse_always_searching
+        if mode == "direct":
+            cfg = replace(cfg, max_turns=1)
+            talk = partial(converse, template=self.chat.template(FIRST_PROMPTS[mode]))
+        conversations = []
+        for question in questions:
+            for sample in range(samples):
+                conversation = talk(question, self.chat, cfg, sample=sample, step=step, temperature=temperature)
+                conversations.append((question, conversation))
+        driver = _Driver(Leader(engine, group) if group else engine, self.search, self.ordered, cfg, progress)
+        try:
+            return driver.run(conversations)
+        finally:
+            self.waited = driver.waited
+            driver.close()
+
+
+def run(questions: list[Question], engine, search, chat: Chat, cfg: Config, *, ordered=False, **how) -> list[Episode]:
+    """One `Rollout.run`."""
+    return Rollout(engine, search, chat, cfg, ordered).run(questions, **how)
 
 
 def share(items: list, cfg: Config) -> list:
@@ -237,55 +223,52 @@ def share(items: list, cfg: Config) -> list:
 
 
 class _Driver:
-    """The loop of `run`: conversations wait for the engine (`generating`) or for a search (`calling`)."""
+    """The loop of `Rollout.run`: conversations wait for the engine (`generating`) or for a tool (`calling`)."""
 
-    def __init__(self, engine, search, ordered, cfg):
-        self.engine, self.search, self.ordered, self.cfg = engine, search, ordered, cfg
+    def __init__(self, engine, search, ordered, cfg, progress):
+        self.engine, self.search, self.ordered, self.cfg, self.progress = engine, search, ordered, cfg, progress
+        self.pool = ThreadPoolExecutor(cfg.tool_threads)
         self.generating: dict[str, int] = {}
         self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
         self.episodes: dict[int, Episode] = {}
         self.requests, self.waited = 0, 0.0
 
-    def run(self, conversations, pool, progress):
-        self.conversations, self.pool, self.progress = conversations, pool, progress
+    def run(self, conversations):
+        self.conversations = conversations
         deadline = time.monotonic() + self.cfg.rollout_deadline if self.cfg.rollout_deadline else None
         waiting = deque(range(len(conversations)))
         while waiting or self.generating or self.calling:
             if deadline and time.monotonic() > deadline:
-                return self.stop(waiting)
+                self.abort(waiting)
+                break
             while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
                 self.advance(waiting.popleft(), None)
             if self.generating:
                 for reply in self.engine.step():
                     self.advance(self.generating.pop(reply.request_id), reply)
             self.collect(deadline)
-        return self.in_order()
-
-    def in_order(self):
-        return [self.episodes[index] for index in range(len(self.conversations))]
+        return [self.episodes[index] for index in range(len(conversations))]
 
     def advance(self, index, answer):
         """Send a conversation what it waited for, and start what it asks for next."""
         question, conversation = self.conversations[index]
         try:
-            wish = conversation.throw(answer) if isinstance(answer, Aborted) else conversation.send(answer)
+            request = conversation.throw(answer) if isinstance(answer, Aborted) else conversation.send(answer)
         except StopIteration as end:
             self.episodes[index] = end.value
-            if self.progress:
-                self.progress(end.value)
+            self.progress(end.value)
             return
-        if isinstance(wish, Call):
-            self.calling[self.pool.submit(self.search.search, wish, question)] = index
+        if isinstance(request, Call):
+            self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
         else:
             name = f"{self.requests}"
             self.requests += 1
             self.generating[name] = index
-            self.engine.submit(name, wish.prompt_ids, wish.images, wish.sampling)
+            self.engine.submit(name, request.prompt_ids, request.images, request.sampling)
 
     def collect(self, deadline):
-        """Hand over the results that are there (ordered: that are due); wait for one only if the engine has nothing to
-        do."""
+        """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
         if not self.calling:
             return
         started = time.monotonic()
@@ -300,32 +283,126 @@ class _Driver:
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self.advance(self.calling.pop(future), future.result())
 
-    def stop(self, waiting):
+    def abort(self, waiting):
         """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
         for reply in self.engine.abort(list(self.generating)):
             self.advance(self.generating.pop(reply.request_id), reply)
         for index in waiting:
-            next(self.conversations[index][1])  # up to its first wish, which nobody will grant
+            next(self.conversations[index][1])  # up to its first request, which is not submitted
         for index in [*self.calling.values(), *waiting]:
             self.advance(index, Aborted())
-        return self.in_order()
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)  # a tool that hangs must not hold up the others
+        self.engine.abort(list(self.generating))  # Ctrl-C or an error: leave the engine empty
+        if isinstance(self.engine, Leader):
+            self.engine.stop()
+
+
+class Leader:
+    """The engine of the first rank of a tensor-parallel group: it sends its commands to the others, so that all take
+    the same steps. That rank has the conversations, their tools and the clock."""
+
+    def __init__(self, engine, group):
+        self.engine, self.group = engine, group
+        self.pending = []  # commands that are sent with the next step or abort
+
+    def submit(self, *request):
+        self.pending.append(("submit", request))
+
+    def step(self):
+        return self._send("step")
+
+    def abort(self, request_ids):
+        return self._send("abort", list(request_ids))
+
+    def stop(self):
+        """The rollout is over: the others leave `follow`."""
+        self._send("stop")
+
+    def _send(self, name, *arguments):
+        """Send what is pending and one command more to the group, then execute it all here; returns what the last one
+        returned."""
+        commands = [*self.pending, (name, arguments)]
+        self.pending = []
+        dist.broadcast_object_list([commands], group_src=0, group=self.group)
+        return _execute(self.engine, commands)
+
+
+def follow(engine, group) -> None:
+    """Execute what the group's leader sends, until it stops."""
+    while True:
+        box = [None]
+        dist.broadcast_object_list(box, group_src=0, group=group)
+        _execute(engine, box[0])
+        if box[0][-1][0] == "stop":
+            return
+
+
+def _execute(engine, commands):
+    """Execute commands in order; returns what the last one returned."""
+    result = None
+    for name, arguments in commands:
+        if name != "stop":
+            result = getattr(engine, name)(*arguments)
+    return result
+
+
+class ScriptedEngine(Engine):
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
+        self.chat, self.script, self.queue = chat, script, []
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        self.queue.append((request_id, prompt_ids, images, sampling))
+
+    def step(self):
+        replies = []
+        for request_id, prompt_ids, images, sampling in self.queue:
+            text = self.script(self.chat.show(prompt_ids), images, sampling)
+            ids = [*self.chat.encode(text), self.chat.im_end]
+            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
+            ids = ids[: sampling.max_tokens]
+            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
+        self.queue = []
+        return replies
+
+    def abort(self, request_ids):
+        ids = set(request_ids)
+        gone = [request[0] for request in self.queue if request[0] in ids]
+        self.queue = [request for request in self.queue if request[0] not in ids]
+        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(
-    questions: list[Question], engine, search, codec: Codec, cfg: Config, *, temperature: float, step: int = 0,
-    progress: str = "", ordered: bool = True, guard=lambda hold: hold(), samples: int = 1, mode: str = "agent",
-    done: dict | None = None, keep: Callable[[dict], None] = lambda r: None,
-) -> list[dict]:  # fmt: skip
-    """`samples` conversations about each question, the questions spread over the ranks; all records, on every rank, in
-    order.
+    rollout: Rollout,
+    questions: list[Question],
+    *,
+    temperature: float,
+    step: int = 0,
+    samples: int = 1,
+    mode: str = "agent",
+    done: dict[tuple[str, int], dict] | None = None,
+    keep: Callable[[dict], None] = lambda r: None,
+    guard: Callable[[Callable], list[Episode]] = lambda run: run(),
+    progress: str = "",
+) -> list[dict]:
+    """Records of `samples` conversations about each question, the questions spread over the ranks; all of them, in
+    order, on every rank.
 
-    guard: called with the rollout as a function, so that a caller can interrupt it before ranks have to meet again.
-    mode: see `rollout.run`. done: (question id, sample) -> records that need not be made again, the same on all ranks
-    (a question goes again unless all of its samples are there). keep: called with each record as it is finished.
+    done: (question id, sample) -> records that need not be made again, the same on all ranks (a question is asked again
+    unless all of its samples are there). keep: called with each record as it is finished. guard: called with the
+    rollout as a function, so that a caller can interrupt it before ranks have to meet again. progress: of the bar.
     """
-    cfg = dataclasses.replace(cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
+    cfg = replace(rollout.cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
+    rollout = Rollout(rollout.engine, rollout.search, rollout.chat, cfg, rollout.ordered)
     done = done or {}
-    mine = share([q for q in questions if not all((q.id, sample) in done for sample in range(samples))], cfg)
+    left = [q for q in questions if not all((q.id, sample) in done for sample in range(samples))]
+    mine = share(left, cfg)
 
     def finished(episode):
         bar.update()
@@ -333,44 +410,43 @@ def evaluate(
             keep(record(episode, score_episode(episode, cfg)))
 
     quiet = not progress or dist.get_rank() > 0
+    how = dict(samples=samples, step=step, temperature=temperature, mode=mode, progress=finished)
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
-        hold = lambda: run(  # noqa: E731
-            mine, engine, search, codec, cfg, samples=samples, step=step, temperature=temperature, ordered=ordered,
-            progress=finished, mode=mode,
-        )  # fmt: skip
-        episodes = guard(hold)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [record(e, score_episode(e, cfg)) for e in episodes])
-    records = done | {key_of(r): r for part in parts for r in part}
-    return [records[q.id, sample] for q in questions for sample in range(samples)]
+        episodes = guard(lambda: rollout.run(mine, **how))
+    records = all_gather([record(e, score_episode(e, cfg)) for e in episodes])
+    found = done | {key_of(r): r for r in records}
+    return [found[q.id, sample] for q in questions for sample in range(samples)]
 
 
-def rollout_metrics(episodes: list[Episode], scores, cfg: Config, device) -> dict[str, float]:
+# --------------------------------------------------------------------------------------------- figures of a step
+
+
+def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, device) -> dict[str, float]:
     """Global means over the step's conversations, aborted ones counted and left out of the means."""
     done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED]
-    calls = [call for e, _ in done for call, _ in e.calls]
-    sums = {
+    called = [Counter(call.tool for call, _ in e.calls) for e, _ in done]
+    results = [result for e in episodes for _, result in e.calls]
+    means = {
         "reward": sum(s.reward for _, s in done),
         "accuracy": sum(s.correct for _, s in done),
         "format": sum(s.format_ok for _, s in done),
-        "search_ratio": len(calls) / max(1, min(cfg.max_image_searches + cfg.max_text_searches, cfg.max_turns - 1)),
-        "image": sum(any(c.kind == "image" for c, _ in e.calls) for e, _ in done),
-        "text": sum(any(c.kind == "text" for c, _ in e.calls) for e, _ in done),
+        "search_ratio": sum(c.total() for c in called) / max(1, allowed_calls(cfg)),
+        **{name: sum(c[name] > 0 for c in called) for name in TOOLS},
         "turns": sum(len(e.turns) for e, _ in done),
         "tokens": sum(len(e.tokens) for e, _ in done),
-        "tool_failures": sum(r.status == "error" for e in episodes for _, r in e.calls),
-        **search_metrics([result for e in episodes for _, result in e.calls]),
+    }
+    counts = {
+        "tool_failures": sum(result.status == "error" for result in results),
+        **call_metrics(results),
         **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
         "done": len(done),
     }
-    sums = all_sum(sums, device)
+    sums = all_sum({**means, **counts}, device)
     n = max(sums.pop("done"), 1.0)
-    return {
-        k: v if k.startswith(("stop/", "tool_", "errors/", "search/", "seconds/")) else v / n for k, v in sums.items()
-    }
+    return {name: value / n if name in means else value for name, value in sums.items()}
 
 
-def search_metrics(results) -> dict[str, float]:
+def call_metrics(results: list[Result]) -> dict[str, float]:
     """Sums: errors by kind, what was used, and seconds waited for the web."""
     used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
     return {
@@ -382,18 +458,19 @@ def search_metrics(results) -> dict[str, float]:
 
 
 class SearchDown(Exception):
-    """Most searches of a step failed: its conversations say nothing about the policy."""
+    """Most calls of a step failed: its conversations say nothing about the policy."""
 
 
-def check_searches(episodes: list[Episode], cfg: Config, device) -> None:
-    """Raise SearchDown, on all ranks, if more than max_failed_searches of the step's searches failed, and more than a
-    few. What the model asked wrongly is not counted."""
+MAX_FAILED_CALLS = 0.5  # of a step's calls
+FEW_FAILURES = 5  # by themselves no reason to stop
+
+
+def check_calls(episodes: list[Episode], device) -> None:
+    """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's calls failed, and more than a few.
+    What the model asked wrongly is not counted."""
     kinds = Counter(r.error_kind for e in episodes for _, r in e.calls if r.error_kind != "bad_call")
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
     calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
-    if failed >= FEW_FAILURES and failed > cfg.max_failed_searches * calls:
+    if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:
         said = ", ".join(f"{kind} {n:.0f}" for kind, n in sums.items() if n)
-        raise SearchDown(f"{failed:.0f} of {calls:.0f} searches failed ({said}): more than max_failed_searches")
-
-
-FEW_FAILURES = 5  # by themselves no reason to stop
+        raise SearchDown(f"{failed:.0f} of {calls:.0f} calls of tools failed ({said})")

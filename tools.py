@@ -150,3 +150,11 @@ def problem_with(call: Call, question: Question) -> str:
     if TOOLS[call.tool].needs == "query" and not call.query.strip():
         return "the query is empty"
     return ""
+
+
+def run_tool(call: Call, question: Question, search) -> Result:
+    """The answer to a call; one that nobody can answer is an error that says why."""
+    problem = problem_with(call, question)
+    if problem:
+        return Result("error", error=problem, error_kind="bad_call")
+    return TOOLS[call.tool].answer(call, question, search)

@@ -1,31 +1,27 @@
 """GRPO for a vision-language model that learns when and how to search (MMSearch-R1, arXiv 2506.20670).
 
-    torchrun train.py                                  # the toy world, on a laptop (plain `python train.py` is the
-    same)
+    torchrun train.py                                  # the toy world, on a laptop (`python train.py` is the same)
     torchrun --nproc_per_node 2 train.py               # two processes, FSDP2
     torchrun --nproc_per_node 8 train.py --preset qwen2.5-vl-7b --train_files F... --val_files F... --search_index DB
-
-A step holds conversations about some questions, scores them, and makes them more or less likely by how they compare
-with the others about the same question:
-
-    episodes = run(questions, engine, search)          # rollout.py: multi-turn, with real searches
-    rewards  = score(episodes)                         # reward.py
-    update(policy, policy_loss(logp, advantages))      # grpo.py, policy.py
-    engine.load_weights(full_weights(policy))
-
     python train.py --loss sft --train_files conversations.jsonl     # a cold start: imitate what eval.py has written
 
-Deviations from the paper are listed in the README. --help lists every setting.
+A step rolls out conversations about some questions, scores them, and makes them more or less likely by how they compare
+with the others about the same question (`Run.step`):
+
+    episodes = rollout.run(questions)                  # rollout.py: multi-turn, with real searches
+    samples  = rate(episodes)                          # reward.py, grpo.py: rewards and advantages
+    update_policy(model, samples)                      # policy.py, grpo.py: packed batches, loss, optimiser
+    engine.load_weights(full_weights(model))
+
+Deviations from the paper are listed in the README. --help lists every option.
 """
 
-import dataclasses
 import math
 import random
-import resource
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -33,112 +29,165 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import search
+import grpo
+import policy
 import toy
-from analysis.curves import plot
-from analysis.results import read_results
-from chat import Codec, drop_overlong
-from checkpoint import RunDir, Stopper, check_log, export_hf, load_state
+from chat import Chat, Episode, drop_overlong
+from checkpoint import RunDir, Stopper, before_and_after, check_log, export_hf, load_state, peak_memory_gb, say
 from config import Config, InputError, parse, run_main
-from data import Episode, Stop, load_questions, write_jsonl
+from data import Question, Stop, load_questions, write_jsonl
 from engines import EngineDied, engine_limits, make_engine
-from grpo import (
-    group_advantages,
-    kl_penalty,
-    mismatch,
-    policy_loss,
-    token_weights,
-    truncated_importance,
-    trusted_sequences,
-)
-from policy import (
-    NonFinite,
-    Row,
-    adamw,
-    all_sum,
-    compute_dtype,
-    even_rows,
-    full_weights,
-    imitation_loss,
-    init_distributed,
-    is_deterministic,
-    load_policy,
-    logprobs,
-    pack,
-    swap,
-    update,
-)
-from reward import ramped_penalty, record, score_episode, summarize
-from rollout import SearchDown, check_searches, evaluate, replay, rollout_metrics, run, share
+from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
+from reward import Score, ramped_penalty, record, score_episode
+from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
+from search import check_questions, estimate, open_search
+
+SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learning rate has fallen half-way
+
+# ----------------------------------------------------------------------------------------------- rating: who did well
 
 
 @dataclass
-class Batch:
-    """What one update sees on this rank."""
+class Sample:
+    """An episode of the step, and what it is to the update."""
 
-    rows: list[Row]
-    advantages: torch.Tensor  # float32 [N], of the episodes in the rows
-    names: list[str]  # of those episodes
-    uncounted: float  # what the conversations that need not be run add to the denominator
-    old: list[torch.Tensor] | None = None  # [S] of each row: log-probs before the first update
-    ref: list[torch.Tensor] | None = None  # [S] of each row: log-probs of the reference model
+    episode: Episode
+    number: int  # of its question in the step: the samples of one question are a group
+    score: Score | None = None  # None on a rank that only trains on it
+    advantage: float | None = None  # None: it is not compared with its group, and not trained on
 
 
-def train_step(
-    policy, reference, optimizer, episodes: list[Episode], advantages, parts, codec, cfg, device,
-    gaps: dict[str, torch.Tensor] | None = None,
-) -> dict:  # fmt: skip
-    """Update the policy on this rank's conversations, together with the other ranks; returns the step's global metrics.
+def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config) -> list[Sample]:
+    """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
+    in the step."""
+    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
+    samples = [Sample(e, numbers[e.question_id], score_episode(e, cfg, penalty)) for e in episodes]
+    compared = [s for s in samples if is_compared(s.episode, cfg)]
+    rewards = torch.tensor([s.score.reward for s in compared], dtype=torch.float64)
+    groups, kind = [s.number for s in compared], cfg.advantage
+    values = grpo.group_advantages(rewards, groups, normalize=kind == "grpo", leave_one_out=kind == "rloo")
+    for sample, value in zip(compared, values.tolist(), strict=True):
+        sample.advantage = value
+    return samples
 
-    advantages: float32 [N]; parts: which of the updates_per_step mini-batches each episode is in. gaps, if given, is
-    filled with those of the episodes that are run: episode_name -> trainer's minus sampler's log-prob [S], nats.
-    Raises NonFinite.
+
+def is_compared(episode: Episode, cfg: Config) -> bool:
+    """Aborted conversations say nothing about the policy, nor, if so configured, those in which a tool failed."""
+    failed = any(result.status == "error" for _, result in episode.calls)
+    return episode.stop != Stop.ABORTED and (cfg.train_on_failed_tools or not failed)
+
+
+def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
+    """Those that the update takes into account."""
+    chosen = [s for s in samples if s.advantage is not None]
+    if not cfg.train_on_truncated:
+        chosen = [s for s in chosen if s.episode.stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
+    if cfg.drop_zero_variance_groups:
+        varied = {s.number for s in samples if s.advantage}
+        chosen = [s for s in chosen if s.number in varied]
+    return chosen
+
+
+def has_no_gradient(sample: Sample, cfg: Config) -> bool:
+    """A zero advantage has no gradient, unless KL or entropy bonus have one, or the log-probs decide whether the
+    conversation counts."""
+    return sample.advantage == 0 and not (cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound)
+
+
+def advantage_metrics(samples: list[Sample], device) -> dict[str, float]:
+    """Over all ranks: the mean |advantage|, and the share of groups in which all earned the same."""
+    groups = defaultdict(list)
+    for sample in samples:
+        if sample.advantage is not None:
+            groups[sample.number].append(abs(sample.advantage))
+    sums = {
+        "advantage": sum(sum(group) for group in groups.values()),
+        "n": sum(len(group) for group in groups.values()),
+        "zero_variance": sum(not any(group) for group in groups.values()),
+        "groups": len(groups),
+    }
+    sums = all_sum(sums, device)
+    return {
+        "advantage_abs": sums["advantage"] / max(sums["n"], 1.0),
+        "zero_variance_groups": sums["zero_variance"] / max(sums["groups"], 1.0),
+    }
+
+
+def rebalance(
+    samples: list[Sample], count: int, questions: dict[str, Question], chat: Chat, cfg: Config
+) -> list[Sample]:
+    """Spread the step's samples over the ranks by what there is to train on; this rank's new part, in the order of the
+    questions. A question's samples stay together, because they share an image. count: questions in the step;
+    questions: by id. All ranks must call it."""
+    here, rank = [], dist.get_rank()
+    if dist.get_world_size() > 1:
+        load = Counter({s.number: 0 for s in samples})
+        for s in samples:
+            load[s.number] += 0 if has_no_gradient(s, cfg) else len(s.episode.tokens)
+        loads = all_gather([(number, tokens, rank) for number, tokens in load.items()])
+        target = assign_ranks(loads, count // cfg.updates_per_step, dist.get_world_size())
+        outbox = [[] for _ in range(dist.get_world_size())]
+        for s in samples:
+            if target[s.number] == rank:
+                here.append(s)
+            else:
+                outbox[target[s.number]].append((s.number, s.advantage, s.episode.serialize()))
+        for received in policy.all_to_all(outbox):
+            for number, advantage, sent in received:
+                here.append(Sample(Episode.deserialize(sent, questions, chat), number, advantage=advantage))
+    else:
+        here = samples
+    return sorted(here, key=lambda s: (s.number, s.episode.sample))
+
+
+def assign_ranks(loads: list[tuple[int, int, int]], per_update: int, ranks: int) -> dict[int, int]:
+    """(number, load, where it is) of each group -> the rank that it goes to, the largest first and to the rank that has
+    least so far; mini-batch by mini-batch (`per_update` numbers each), as ranks meet at the end of each."""
+    target, total = {}, Counter()
+    for number, load, origin in sorted(loads, key=lambda item: (item[0] // per_update, -item[1], item[0])):
+        part = number // per_update
+        target[number] = min(range(ranks), key=lambda rank: (total[part, rank], rank != origin, rank))
+        total[part, target[number]] += load
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------- the update
+
+
+def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device):
+    """Update the policy on this rank's samples, together with the other ranks; returns the step's global metrics.
+
+    count: questions in the step; its updates_per_step mini-batches are runs of them. Each trained episode is given its
+    `logp_gap`. Raises NonFinite.
     """
-    gaps = {} if gaps is None else gaps
-    batches = [
-        make_batch(
-            [i for i, its_part in enumerate(parts) if its_part == part],
-            episodes, advantages, policy, codec, cfg, device,
-        )
-        for part in range(cfg.updates_per_step)
-    ]  # fmt: skip
+    mini_batches = []
+    for part in range(cfg.updates_per_step):
+        chosen = [s for s in samples if s.number * cfg.updates_per_step // count == part]
+        mini_batches.append(make_mini_batch(chosen, model, chat, cfg, device))
     started = time.monotonic()
-    for batch in batches:
+    for batches in mini_batches:
         # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
         if cfg.updates_per_step * cfg.epochs_per_step > 1:
-            batch.old = logprobs(policy, batch.rows, cfg.temperature, device)
+            for batch, logp in zip(batches, policy.logprobs(model, batches, cfg.temperature, device), strict=True):
+                batch.old_logp = logp
         if reference:
-            batch.ref = logprobs(reference, batch.rows, cfg.temperature, device)
-    totals, seconds = Counter(), time.monotonic() - started
+            for batch, logp in zip(batches, policy.logprobs(reference, batches, cfg.temperature, device), strict=True):
+                batch.ref_logp = logp
+    seconds = time.monotonic() - started
+    totals, loss = Counter(), partial(batch_loss, cfg)
     for _ in range(cfg.epochs_per_step):
-        for batch in batches:
-            loss = partial(row_loss, batch, cfg, gaps)
-            try:
-                sums = update(policy, optimizer, batch.rows, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
-            except NonFinite as error:  # on all ranks
-                names = gather([batch.names[i] for i in error.episodes]) or gather(batch.names)
-                raise NonFinite(f"{error} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})", []) from None
+        for batches in mini_batches:
+            sums = policy.update(model, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
-    per_token = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
+    means = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
         "trained_tokens": totals["tokens"] / cfg.epochs_per_step,
-        **per_token,
-        **gap_metrics(list(gaps.values())),
+        **means,
+        **gap_metrics([s.episode for s in samples]),
         "seconds/logprobs": seconds,
     }
-
-
-def gap_metrics(gaps: list[torch.Tensor]) -> dict[str, float]:
-    """gaps: [S] of each conversation, trainer's minus sampler's log-prob. The largest of all ranks, and percentiles of
-    the ratio of the two probabilities (1 where they agree)."""
-    gaps = np.concatenate([np.zeros(0, np.float32), *gather([gap.numpy() for gap in gaps])])
-    if not len(gaps):
-        return {"mismatch/max": 0.0}
-    low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
-    shares = {"mismatch/ratio_p1": low, "mismatch/ratio_p50": middle, "mismatch/ratio_p99": high}
-    return {"mismatch/max": float(np.abs(gaps).max()), **{name: float(value) for name, value in shares.items()}}
 
 
 PER_TOKEN = (
@@ -147,146 +196,59 @@ PER_TOKEN = (
 )  # fmt: skip
 
 
-def gather(items: list) -> list:
-    """The lists of all ranks, joined."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
+    """Pack samples; those without a gradient count in the denominator, but are not run."""
+    active = [s for s in samples if not has_no_gradient(s, cfg)]
+    skipped = [s for s in samples if has_no_gradient(s, cfg)]
+    episodes, advantages = [s.episode for s in active], [s.advantage for s in active]
+    batches = pack(episodes, chat, model, cfg.max_tokens_per_batch, advantages)
+    batches = equal_counts(batches, chat, model, device)
+    batches[0].extra_count = len(skipped)
+    if cfg.loss_norm == "tokens":
+        batches[0].extra_count = sum(sum(s.episode.sampled) for s in skipped)
+    return batches
 
 
-def make_batch(chosen: list[int], episodes, advantages, policy, codec, cfg: Config, device) -> Batch:
-    """Pack the chosen episodes; the idle ones are in the denominator, but not run."""
-    idle = [i for i in chosen if is_idle(advantages[i], cfg)]
-    active = [i for i in chosen if i not in idle]
-    rows = pack([episodes[i] for i in active], codec, policy, cfg.max_tokens_per_batch)
-    uncounted = sum(sum(episodes[i].sampled) for i in idle) if cfg.loss_norm == "tokens" else len(idle)
-    names = [episode_name(episodes[i]) for i in active]
-    return Batch(even_rows(rows, codec, device), advantages[active], names, uncounted)
-
-
-def is_idle(advantage: float, cfg: Config) -> bool:
-    """Without an advantage there is no gradient, unless KL or entropy bonus have one, or the log-probs decide whether
-    the conversation counts."""
-    return advantage == 0 and not (cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound)
-
-
-def episode_name(episode: Episode) -> str:
-    """Tells the step's conversations apart."""
-    return f"{episode.question_id} sample {episode.sample}"
-
-
-def row_loss(batch: Batch, cfg: Config, gaps: dict[str, torch.Tensor], number: int, row: Row, logp, entropy):
-    """(loss, count, stats) of a row for `policy.update`: sums over its sampled tokens, logp and entropy [S]."""
-    old_logp = batch.old[number].to(logp.device) if batch.old else logp.detach()
-    advantages = batch.advantages[row.episodes].to(logp.device).index_select(0, row.sequence)  # [S]
-    ratio_of = row.sequence if cfg.ratio == "sequence" else None
-    loss, stats = policy_loss(
-        logp, old_logp, advantages, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
+def batch_loss(cfg: Config, batch: PackedBatch, logp: torch.Tensor, entropy: torch.Tensor):
+    """(loss, count, stats) of a packed batch for `policy.update`: sums over its sampled tokens, logp and entropy [S].
+    The place where the terms of the loss come together."""
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    ratio_of = batch.sequence if cfg.ratio == "sequence" else None
+    loss, stats = grpo.policy_loss(
+        logp, old_logp, batch.advantage, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
     )
-    if batch.ref:
-        kl = kl_penalty(logp, batch.ref[number].to(logp.device), cfg.kl_kind)
+    if batch.ref_logp is not None:
+        kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    gap = mismatch(old_logp, row.sampler_logp)
-    lengths = torch.bincount(row.sequence, minlength=len(row.episodes)).tolist()
-    parts = (old_logp - row.sampler_logp).cpu().split(lengths)
-    gaps |= zip([batch.names[i] for i in row.episodes], parts, strict=True)
+    gap = grpo.mismatch(old_logp, batch.sampler_logp)
+    for episode, part in zip(batch.episodes, batch.split((old_logp - batch.sampler_logp).cpu()), strict=True):
+        episode.logp_gap = part
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     keep = None
     if cfg.trust_bound:
-        keep = trusted_sequences(old_logp, row.sampler_logp, row.sequence, cfg.trust_bound)
+        keep = grpo.trusted_sequences(old_logp, batch.sampler_logp, batch.sequence, cfg.trust_bound)
         stats["mismatch/masked"] = (~keep).sum()
     if cfg.importance_cap:
-        weight = truncated_importance(old_logp, row.sampler_logp, cfg.importance_cap)
+        weight = grpo.truncated_importance(old_logp, batch.sampler_logp, cfg.importance_cap)
         loss, stats["mismatch/truncated"] = loss * weight, (weight >= cfg.importance_cap).sum()
-    weights, count = token_weights(row.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
-    return (loss * weights).sum(), count + (batch.uncounted if number == 0 else 0), stats
+    weights, count = grpo.token_weights(batch.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
+    return (loss * weights).sum(), count + batch.extra_count, stats
 
 
-def balance(episodes: list[Episode], advantages: list[float], numbers, questions, codec, cfg: Config):
-    """Spread the step's conversations over the ranks by what there is to train on: [(episode, advantage)], this rank's
-    new part, in the order of the questions. A question's conversations stay together, because they share an image.
-
-    numbers: question id -> place in the step; questions: by id. All ranks must call it.
-    """
-    groups = defaultdict(list)
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        groups[numbers[episode.question_id]].append((episode, advantage))
-    if dist.get_world_size() == 1:
-        return [pair for number in sorted(groups) for pair in groups[number]]
-    load = lambda pairs: sum(len(e.tokens) for e, a in pairs if not is_idle(a, cfg))  # noqa: E731
-    loads = [(number, load(pairs), dist.get_rank()) for number, pairs in groups.items()]
-    goal = spread(gather(loads), len(numbers) // cfg.updates_per_step, dist.get_world_size())
-    outbox = [[] for _ in range(dist.get_world_size())]
-    for number, pairs in groups.items():
-        if goal[number] != dist.get_rank():
-            outbox[goal[number]] += [(number, e.parcel(), a) for e, a in pairs]
-    here = [(n, e, a) for n, pairs in groups.items() if goal[n] == dist.get_rank() for e, a in pairs]
-    for part in swap(outbox):
-        here += [(n, Episode.unpack(parcel, questions, codec), a) for n, parcel, a in part]
-    return [(e, a) for _, e, a in sorted(here, key=lambda item: (item[0], item[1].sample))]
-
-
-def spread(loads: list[tuple[int, int, int]], part: int, ranks: int) -> dict[int, int]:
-    """(number, load, where it is) of each group -> the rank that it goes to, the largest first and to the rank that has
-    least so far; mini-batch by mini-batch (`part` numbers each), as ranks meet at the end of each."""
-    goal, total = {}, Counter()
-    for number, load, origin in sorted(loads, key=lambda item: (item[0] // part, -item[1], item[0])):
-        place = min(range(ranks), key=lambda rank: (total[number // part, rank], rank != origin, rank))
-        goal[number] = place
-        total[number // part, place] += load
-    return goal
-
-
-def load_conversations(cfg: Config, codec: Codec, search, toy_files: tuple[str, ...]) -> tuple[list[Episode], Counter]:
-    """The conversations in cfg.train_files that earn sft_min_reward or more, and why others are left out: reason -> how
-    many.
-
-    A record names its question; the questions, with their pictures, are those in cfg.files, else in the files that the
-    header of the results names, else in toy_files. Pictures that a search found come from `search`. Raises InputError
-    if a record's question is not there, or is another one.
-    """
-    episodes, left_out, loaded = [], Counter(), {}
-    for path in cfg.train_files:
-        header, records = read_results(path)
-        settings = header.get("config", {})
-        if settings.get("mode", "agent") != "agent":
-            raise InputError(f"{path}: conversations of mode {settings['mode']}: only the agent's can be imitated")
-        files = tuple(cfg.files or settings.get("files") or toy_files)
-        if files not in loaded:
-            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
-        for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
-            question = loaded[files].get(r["question_id"])
-            if question is None or question.text != r["question"]:
-                where = f"question {r['question_id']} is not in {', '.join(files)}"
-                raise InputError(f"{path}: {where}: say with --files what it is about")
-            try:
-                episode = replay(r, question, codec, search)
-            except ValueError as error:
-                left_out[str(error)] += 1
-                continue
-            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
-                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
-            else:
-                episodes.append(episode)
-    return episodes, left_out
-
-
-def signal_metrics(advantages: dict[int, float], cfg: Config, device) -> dict[str, float]:
-    """What the rewards tell, over all ranks: mean |advantage|, and the share of groups in which all earned the same."""
-    groups = defaultdict(list)
-    for index, advantage in advantages.items():
-        groups[index // cfg.samples_per_prompt].append(advantage)
-    sums = {
-        "advantage": sum(map(abs, advantages.values())),
-        "dead_groups": sum(not any(group) for group in groups.values()),
-        "n": len(advantages),
-        "groups": len(groups),
-    }
-    sums = all_sum(sums, device)
+def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """Trainer's minus sampler's log-prob of the trained tokens: the largest of all ranks, and percentiles of the ratio
+    of the two probabilities (1 where they agree)."""
+    here = [e.logp_gap.numpy() for e in episodes if e.logp_gap is not None]
+    gaps = np.concatenate([np.zeros(0, np.float32), *all_gather(here)])
+    if not len(gaps):
+        return {"mismatch/max": 0.0}
+    low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
     return {
-        "advantage_abs": sums["advantage"] / max(sums["n"], 1.0),
-        "dead_groups": sums["dead_groups"] / max(sums["groups"], 1.0),
+        "mismatch/max": float(np.abs(gaps).max()),
+        "mismatch/ratio_p1": float(low),
+        "mismatch/ratio_p50": float(middle),
+        "mismatch/ratio_p99": float(high),
     }
 
 
@@ -296,114 +258,88 @@ def learning_rate(step: int, cfg: Config) -> float:
     factor = {
         "constant": 1.0,
         "cosine": low + rest * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(cfg.steps, 1)))),
-        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - cfg.sigmoid_midpoint) / (0.1 * cfg.sigmoid_midpoint)))),
+        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - SIGMOID_MIDPOINT) / (0.1 * SIGMOID_MIDPOINT)))),
     }[cfg.schedule]
     return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
 
 
 def questions_of_step(questions: list, step: int, cfg: Config) -> list:
-    """The step's questions (or conversations): every epoch is a new permutation, of which an incomplete last batch is
-    left out."""
+    """The step's questions (or conversations to imitate): every epoch is a new permutation, of which an incomplete last
+    batch is left out."""
     size = min(cfg.prompts_per_step, len(questions))
     epoch, batch = divmod(step, len(questions) // size)
     order = random.Random(f"{cfg.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
     return [questions[i] for i in order[batch * size : (batch + 1) * size]]
 
 
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
 class Run:
     """Everything a run holds, and its phases."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, recipe: toy.Recipe):
         check_log(cfg)
         if cfg.loss == "sft" and not cfg.train_files:
             raise InputError("loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
-        if cfg.mode != "agent":
-            raise InputError(f"mode={cfg.mode} is for eval.py: training is of search on demand")
-        self.device = init_distributed(cfg)
-        self.ordered = is_deterministic(cfg, self.device)
-        self.dir = RunDir(cfg)
-        if cfg.model == "toy" or not cfg.train_files or (cfg.searches_index and not cfg.search_index):
-            toy.ensure(cfg)
-        world, rank = toy.locate(cfg), dist.get_rank()
+        self.device = policy.init_distributed(cfg)
+        self.dir = RunDir(cfg, recipe)
+        world = toy.locate(recipe)
+        if cfg.model == "toy" or not cfg.train_files or toy.answers_searches(cfg):
+            toy.ensure(recipe, cfg)
         folder = str(world.model) if cfg.model == "toy" else cfg.model
-        self.cfg, self.codec, self.search = (
-            cfg,
-            Codec(folder, cfg),
-            search.open_search(cfg, cfg.search_index or toy.locate(cfg).index),
-        )
-        train_files, val_files = toy.question_files(cfg)
-        if cfg.loss == "sft":
-            self.train = self._conversations((str(world.train), str(world.val)))
-        else:
-            self.train = self._questions(train_files, "training")
-        self.val = self._questions(val_files, "validation")[: cfg.val_limit or None] if val_files else []
-        asked = [e.question for e in self.train] if cfg.loss == "sft" else self.train
-        limits = engine_limits(folder, cfg, self.device, [*asked, *self.val])
-        if rank == 0:
-            print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
-        search.check_questions([*asked, *self.val], cfg)
-        self.policy = load_policy(folder, self.codec, cfg, self.device, offload=cfg.offload_optimizer)
-        self.questions = {q.id: q for q in asked}
+        self.cfg, self.chat = cfg, Chat(folder, cfg)
+        self.search = open_search(cfg, cfg.search_index or world.index)
+        self._load_data(recipe, world)
+        limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
+        say(f"engine {cfg.engine}: {limits}")
+        self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
         self.reference = None
         if cfg.kl_coef:
-            self.reference = load_policy(
-                folder, self.codec, cfg, self.device, trainable=False, offload=cfg.offload_reference
-            )  # fmt: skip
-        self.optimizer = adamw(self.policy, cfg, self.device)
-        self.engine = make_engine(folder, self.codec, cfg, self.device, limits)
-        self.seconds = Counter()  # of the last rollout's waiting for tools, of the last checkpoint
-        self.state = {
-            "step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": {"step": -1, "accuracy": -1.0}
-        }  # fmt: skip
+            frozen = dict(trainable=False, offload=cfg.offload != "none")
+            self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
+        self.optimizer = policy.adamw(self.policy, cfg, self.device)
+        self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
+        ordered = policy.is_deterministic(cfg, self.device)
+        self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
+        self.checkpoint_seconds = 0.0
+        best = {"step": -1, "reward": -math.inf}
+        self.state = {"step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": best}
         if self.dir.resume_from:
-            self._resume()
+            self._resume(ordered)
+        self.first = self.state["step"]
         self.dir.prepare()
         self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
-        if rank == 0:
-            print(
-                f"{len(self.train)} {'conversations' if cfg.loss == 'sft' else 'training questions'} and "
-                f"{len(self.val)} validation questions; {self.dir.path}",
-                file=sys.stderr,
-            )
-            if line := search.estimate(self._how_many(), cfg):
-                print(line, file=sys.stderr)
+        what = "conversations" if cfg.loss == "sft" else "training questions"
+        say(f"{len(self.train)} {what} and {len(self.val)} validation questions; {self.dir.path}")
+        say(estimate(self._conversations_to_come(), cfg))
 
-    def _how_many(self):
-        """How many conversations this run will hold."""
+    def _load_data(self, recipe, world):
+        """train (questions, or episodes to imitate), val, and all that the training is about by id."""
+        cfg = self.cfg
+        train_files, val_files = toy.question_files(cfg, recipe)
+        if cfg.loss == "sft":
+            from analysis.imitation import load_conversations
+
+            self.train = load_conversations(cfg, self.chat, self.search, (str(world.train), str(world.val)))
+            about = [e.question for e in self.train]
+        else:
+            self.train = about = load_prompts(train_files, "training", self.chat, cfg)
+        self.val = load_prompts(val_files, "validation", self.chat, cfg)[: cfg.val_limit or None] if val_files else []
+        self.questions = {q.id: q for q in about}
+        check_questions([*about, *self.val], cfg)
+
+    def _conversations_to_come(self):
         steps = self.cfg.steps - self.state["step"]
         validations = 2 + (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 2
-        a_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
-        if self.cfg.loss == "sft":  # its conversations have been held
-            a_step = 0
-        return steps * a_step + validations * 2 * len(self.val)  # greedy and sampled
+        per_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
+        if self.cfg.loss == "sft":  # they are there already
+            per_step = 0
+        return steps * per_step + validations * 2 * len(self.val)  # greedy and sampled
 
-    def _questions(self, files, what):
-        quiet = dist.get_rank() != 0
-        loaded = load_questions(files, skip_bad_rows=self.cfg.skip_bad_rows, progress=not quiet)
-        questions, dropped = drop_overlong(loaded, self.codec)
-        if dropped and not quiet:
-            print(
-                f"dropped {dropped} {what} questions over max_prompt_tokens={self.cfg.max_prompt_tokens}",
-                file=sys.stderr,
-            )
-        if not questions:
-            raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
-        return questions
-
-    def _conversations(self, toy_files):
-        episodes, left_out = load_conversations(self.cfg, self.codec, self.search, toy_files)
-        why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-        if why and dist.get_rank() == 0:
-            print(f"conversations left out: {why}", file=sys.stderr)
-        if not episodes:
-            raise InputError(
-                f"no conversation to imitate in {', '.join(self.cfg.train_files)}" + f" ({why})" * bool(why)
-            )
-        return episodes
-
-    def _resume(self):
+    def _resume(self, ordered):
         saved = load_state(self.dir.resume_from, self.policy, self.optimizer)
-        if self.ordered and saved["threads"] != self.state["threads"]:
+        if ordered and saved["threads"] != self.state["threads"]:
             raise InputError(
                 f"{self.dir.resume_from} was made with {saved['threads']} threads a process, this run has "
                 f"{self.state['threads']}: give --threads {saved['threads']}, or --deterministic false"
@@ -411,98 +347,109 @@ class Run:
         own = ("metrics_bytes", "best") if self.dir.elsewhere else ()
         self.state |= {key: saved[key] for key in self.state if key not in own}
 
-    def evaluate(self, step: int) -> None:
-        """Validation, greedy and at the training temperature; the best model by greedy accuracy is exported."""
-        entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
-        for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
-            part = evaluate(
-                self.val, self.engine, self.search, self.codec, self.cfg, temperature=temperature, step=step,
-                progress=f"validation, {name}", ordered=self.ordered, guard=self.stopper.rollout,
-            )  # fmt: skip
-            entry[name] = summarize(part, self.cfg)
-            records += [{"mode": name, **r} for r in part]
-        self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
+    def loop(self) -> None:
+        cfg = self.cfg
+        self.engine.load_weights(full_weights(self.policy), version=self.first)
+        steps = range(self.first, cfg.steps)
+        with tqdm(steps, initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0) as bar:
+            for step in bar:
+                if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
+                    self.validate(step)
+                metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
+                self.dir.log(metrics)
+                self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
+                bar.set_postfix_str(progress(metrics))
+                if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    self.save()
+            self.validate(cfg.steps)
+        self.export("final")
         if dist.get_rank() == 0:
-            write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
-        if entry["greedy"]["all"]["accuracy"] > self.state["best"]["accuracy"]:
-            self.state["best"] = {"step": step, "accuracy": entry["greedy"]["all"]["accuracy"]}
-            self._export("best")
-            if step:
-                self.save(step)
-
-    def save(self, step: int) -> None:
-        started = time.monotonic()
-        self.dir.save(step, self.policy, self.optimizer, self.state)
-        self.seconds["checkpoint"] = time.monotonic() - started
-
-    def _export(self, name):
-        """As a Hugging Face folder, in the type that log-probs were computed in."""
-        export_hf(self.dir.path / name, self.policy, self.codec, compute_dtype(self.cfg, self.device))
-
-    def rollout(self, step: int) -> list[Episode]:
-        """This rank's conversations of the step."""
-        mine = share(questions_of_step(self.train, step, self.cfg), self.cfg)
-        with tqdm(
-            total=len(mine) * self.cfg.samples_per_prompt, desc="rollout", leave=False, disable=dist.get_rank() != 0
-        ) as bar:  # fmt: skip
-            hold = lambda: run(  # noqa: E731
-                mine, self.engine, self.search, self.codec, self.cfg, samples=self.cfg.samples_per_prompt, step=step,
-                temperature=self.cfg.temperature, ordered=self.ordered, progress=lambda _: bar.update(),
-                seconds=self.seconds,
-            )  # fmt: skip
-            return self.stopper.rollout(hold)
+            print(before_and_after(self.dir.read_log()))
+            print(f"model: {self.dir.path / 'final'}   metrics: {self.dir.metrics}")
 
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
-        self.seconds["tools"] = 0.0
-        episodes = self.rollout(step)
-        check_searches(episodes, cfg, self.device)
+        questions = questions_of_step(self.train, step, cfg)
+        numbers = {question.id: number for number, question in enumerate(questions)}
+        episodes = self.roll_out(questions, step)
+        check_calls(episodes, self.device)
         rolled_out = time.monotonic()
-        penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-        scores = [score_episode(e, cfg, penalty) for e in episodes]
+        samples = rate(episodes, numbers, step, cfg)
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
-            self._first_look(episodes)
-        advantages, kept = self._advantages(episodes, scores)
+            self.first_look(episodes)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        numbers = {q.id: n for n, q in enumerate(questions_of_step(self.train, step, cfg))}
-        chosen, signals = [episodes[i] for i in kept], [advantages[i] for i in kept]
-        mine = balance(chosen, signals, numbers, self.questions, self.codec, cfg)
-        # Mini-batches are runs of the step's questions.
-        parts = [numbers[e.question_id] * cfg.updates_per_step // len(numbers) for e, _ in mine]
-        gaps = {}
-        write = lambda: self._write_rollouts(step, episodes, scores, advantages, gaps)  # noqa: E731
+        mine = rebalance(trained(samples, cfg), len(numbers), self.questions, self.chat, cfg)
+        models = self.policy, self.reference, self.optimizer
         try:
-            learned = train_step(
-                self.policy, self.reference, self.optimizer, [e for e, _ in mine], torch.tensor([a for _, a in mine]),
-                parts, self.codec, cfg, self.device, gaps,
-            )  # fmt: skip
-        except NonFinite:  # on all ranks
-            write()  # to be looked at
-            raise
+            learned = update_policy(*models, mine, len(numbers), self.chat, cfg, self.device)
+        finally:  # also if the loss is not finite, to be looked at
+            self.write_rollouts(step, samples, mine)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
-        write()
         updated = time.monotonic()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
         self.engine.wake()
-        signal = signal_metrics(advantages, cfg, self.device)
-        rolled = rollout_metrics(episodes, scores, cfg, self.device)
-        metrics = {"step": step, "phase": "train", **rolled, **signal, **learned}
+        rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
+        advantages = advantage_metrics(samples, self.device)
         finished = time.monotonic()
-        tokens = metrics["tokens"] * min(cfg.prompts_per_step, len(self.train)) * cfg.samples_per_prompt
-        return metrics | {
-            "lr": learning_rate(step, cfg),
+        tokens = rolled["tokens"] * len(questions) * cfg.samples_per_prompt
+        return {
+            **{"step": step, "phase": "train", **rolled, **advantages, **learned, "lr": learning_rate(step, cfg)},
             "seconds/rollout": rolled_out - started,
-            "seconds/tools": self.seconds["tools"],
+            "seconds/tools": self.rollout.waited,
             "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
             "seconds/sync": finished - updated,
-            "seconds/checkpoint": self.seconds["checkpoint"],
+            "seconds/checkpoint": self.checkpoint_seconds,
             "tokens_per_second": tokens / (finished - started),
             "memory_gb": peak_memory_gb(self.device),
         }
+
+    def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
+        """This rank's conversations of the step."""
+        cfg, mine = self.cfg, share(questions, self.cfg)
+        total, quiet = len(mine) * cfg.samples_per_prompt, dist.get_rank() != 0
+        with tqdm(total=total, desc="rollout", leave=False, disable=quiet) as bar:
+            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature)
+            return self.stopper.rollout(lambda: self.rollout.run(mine, **how, progress=lambda _: bar.update()))
+
+    def first_look(self, episodes: list[Episode]) -> None:
+        """Show a conversation with its mask, and check that sampler and trainer agree before the first update."""
+        if episodes:
+            shown = max(episodes, key=lambda e: len(e.turns))
+            say(f"\na conversation; the policy is trained on what is between the brackets:\n{shown.bracketed()}\n")
+        batches = pack(episodes, self.chat, self.policy, self.cfg.max_tokens_per_batch)
+        batches = equal_counts(batches, self.chat, self.policy, self.device)
+        sums = Counter({"abs_sum": 0.0, "tokens": 0.0})
+        logps = policy.logprobs(self.policy, batches, self.cfg.temperature, self.device)
+        for batch, logp in zip(batches, logps, strict=True):
+            gap = grpo.mismatch(logp, batch.sampler_logp)
+            sums.update({name: float(gap[name]) for name in sums})
+        sums = all_sum(sums, self.device)
+        mean = sums["abs_sum"] / max(sums["tokens"], 1.0)
+        if not mean <= self.cfg.max_mismatch:
+            raise InputError(
+                f"sampler and trainer disagree about the same tokens by {mean:.3f} nats on average (max_mismatch="
+                f"{self.cfg.max_mismatch}): check that both have the same weights, dtype, image sizes and chat template"
+            )
+
+    def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
+        """rollouts/step-N.jsonl: the conversations of all ranks. They were trained on wherever there was room."""
+        gaps = []
+        for sample in trained_here:
+            gap = sample.episode.logp_gap
+            if gap is not None:
+                gaps.append((sample.episode.name, gap.abs().sum().item() / max(1, len(gap))))
+        gaps = dict(all_gather(gaps))
+        records = []
+        for s in samples:
+            more = {"step": step, "advantage": s.advantage, "logp_gap": gaps.get(s.episode.name)}
+            records.append({**record(s.episode, s.score), **more})
+        records = all_gather(records)
+        if dist.get_rank() == 0:
+            write_jsonl(self.dir.rollouts / f"step-{step:06d}.jsonl", records)
 
     def imitate(self, step: int) -> dict:
         """One supervised step; returns its metrics."""
@@ -510,9 +457,11 @@ class Run:
         mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        rows = even_rows(pack(mine, self.codec, self.policy, cfg.max_tokens_per_batch), self.codec, self.device)
-        plain = dataclasses.replace(cfg, temperature=1.0)  # what a model says is learned as it is, whatever is sampled
-        sums = update(self.policy, self.optimizer, rows, partial(imitation_loss, cfg.loss_norm), plain, self.device)
+        batches = pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch)
+        batches = equal_counts(batches, self.chat, self.policy, self.device)
+        plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature
+        loss = partial(policy.imitation_loss, cfg.loss_norm)
+        sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
         if self.val:
             self.engine.load_weights(full_weights(self.policy), version=step + 1)
         seconds = time.monotonic() - started
@@ -529,156 +478,93 @@ class Run:
             "memory_gb": peak_memory_gb(self.device),
         }
 
-    def _advantages(self, episodes, scores) -> tuple[dict[int, float], list[int]]:
-        """The advantage of each conversation (by its index) that its group is compared by, and which of them train."""
-        cfg = self.cfg
-        compared = [i for i, e in enumerate(episodes) if self._compares(e)]
-        rewards = torch.tensor([scores[i].reward for i in compared], dtype=torch.float64)
-        groups = [i // cfg.samples_per_prompt for i in compared]
-        values = group_advantages(rewards, groups, cfg.normalize_advantages, cfg.leave_one_out)
-        advantages = dict(zip(compared, values.tolist(), strict=True))
-        kept = compared
-        if not cfg.train_on_truncated:
-            kept = [i for i in kept if episodes[i].stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
-        if cfg.drop_dead_groups:
-            alive = {i // cfg.samples_per_prompt for i in compared if advantages[i]}
-            kept = [i for i in kept if i // cfg.samples_per_prompt in alive]
-        return advantages, kept
+    def validate(self, step: int) -> None:
+        """Validation, greedy and at the training temperature; the model with the best greedy reward is exported."""
+        from analysis.figures import summarize
 
-    def _compares(self, episode):
-        failed = any(result.status == "error" for _, result in episode.calls)
-        return episode.stop != Stop.ABORTED and (self.cfg.train_on_failed_tools or not failed)
-
-    def _first_look(self, episodes):
-        """Show a conversation with its mask, and make sure that sampler and trainer agree before the first update."""
+        if not self.val:
+            return
+        entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
+        for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
+            how = dict(temperature=temperature, step=step, guard=self.stopper.rollout)
+            part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
+            entry[name] = summarize(part, self.cfg)
+            records += [{"mode": name, **r} for r in part]
+        self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
-            shown = max(episodes, key=lambda e: len(e.turns))
-            print(
-                f"\na conversation; the policy is trained on what is between the brackets:\n{marked(shown)}\n",
-                file=sys.stderr,
-            )
-        rows = even_rows(
-            pack(episodes, self.codec, self.policy, self.cfg.max_tokens_per_batch), self.codec, self.device
-        )
-        logps = logprobs(self.policy, rows, self.cfg.temperature, self.device)
-        gaps = [mismatch(logp, row.sampler_logp) for logp, row in zip(logps, rows, strict=True)]
-        sums = all_sum({k: sum(float(g[k]) for g in gaps) for k in ("abs_sum", "tokens")}, self.device)
-        gap = sums["abs_sum"] / max(sums["tokens"], 1.0)
-        if not gap <= self.cfg.max_mismatch:
-            raise InputError(
-                f"sampler and trainer disagree about the same tokens by {gap:.3f} nats on average (max_mismatch="
-                f"{self.cfg.max_mismatch}): check that both hold the same weights, dtype, image sizes and chat template"
-            )
+            write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
+        reward = entry["greedy"]["all"]["reward"]
+        if reward > self.state["best"]["reward"]:
+            self.state["best"] = {"step": step, "reward": reward}
+            self.export("best")
+            if step:
+                self.save()
 
-    def _write_rollouts(self, step, episodes, scores, advantages, gaps):
-        # Conversations were trained on where there was room.
-        gaps = dict(gather([(name, gap.abs().sum().item() / max(1, len(gap))) for name, gap in gaps.items()]))
-        mine = [
-            {**record(e, s), "step": step, "advantage": advantages.get(i), "logp_gap": gaps.get(episode_name(e))}
-            for i, (e, s) in enumerate(zip(episodes, scores, strict=True))
-        ]
-        parts = [None] * dist.get_world_size()
-        dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
-        if dist.get_rank() == 0:
-            write_jsonl(self.dir.rollouts / f"step-{step:06d}.jsonl", [r for part in parts for r in part])
+    def save(self) -> None:
+        """A checkpoint after the steps made so far."""
+        started = time.monotonic()
+        self.dir.save(self.state["step"], self.policy, self.optimizer, self.state)
+        self.checkpoint_seconds = time.monotonic() - started
 
-    def loop(self) -> None:
-        cfg = self.cfg
-        self.first = self.state["step"]
-        self.engine.load_weights(full_weights(self.policy), version=self.first)
-        bar = tqdm(range(self.first, cfg.steps + 1), initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0)
-        for step in bar:
-            last = step == cfg.steps
-            try:
-                if self.val and (last or step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
-                    self.evaluate(step)
-                if last:
-                    break
-                metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
-            except NonFinite as error:
-                message = f"error: step {step}: {error}. The last checkpoint is as it was."
-                sys.exit(message if dist.get_rank() == 0 else 1)
-            except EngineDied as error:
-                again = "the last checkpoint is as it was, --resume auto goes on from it"
-                sys.exit(f"error: step {step}: {error}; {again}")
-            except SearchDown as error:
-                if step:
-                    self.save(step)
-                message = f"error: step {step}: {error}. --resume auto goes on from here."
-                sys.exit(message if dist.get_rank() == 0 else 1)
-            self.dir.log(metrics)
-            self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
-            names = ("nll",) if cfg.loss == "sft" else ("reward", "accuracy", "search_ratio")
-            shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
-            phases = [name for name in ("rollout", "tools", "update") if f"seconds/{name}" in metrics]
-            spent = " ".join(f"{name} {metrics[f'seconds/{name}']:.1f}" for name in phases)
-            bar.set_postfix_str(f"{shown}, {metrics['tokens_per_second']:.0f} tokens/s, s: {spent}")
-            if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                self.save(step + 1)
-        self._export("final")
-        if dist.get_rank() == 0:
-            bar.close()
-            print(before_and_after(self.dir.read_log()))
-            print(f"model: {self.dir.path / 'final'}   metrics: {self.dir.metrics}")
+    def export(self, name: str) -> None:
+        """As a Hugging Face folder, in the type that log-probs were computed in."""
+        export_hf(self.dir.path / name, self.policy, self.chat, policy.compute_dtype(self.cfg, self.device))
 
 
-def marked(episode: Episode) -> str:
-    """The conversation as text, what the policy sampled (and is trained on) in brackets."""
-    text, position = "", 0
-    for turn in episode.turns:
-        context, said = episode.tokens[position : turn.start], episode.tokens[turn.start : turn.end]
-        text += f"{episode.codec.show(context)}⟦{episode.codec.show(said)}⟧"
-        position = turn.end
-    return text + episode.codec.show(episode.tokens[position:])
+# ------------------------------------------------------------------------------------------------------------- data
 
 
-def peak_memory_gb(device) -> float:
-    """Of the GPU, or else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> list[Question]:
+    """The questions of files whose prompts are not too long. Raises InputError if none is left."""
+    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
+    questions, dropped = drop_overlong(loaded, chat)
+    if dropped:
+        say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")
+    if not questions:
+        raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
+    return questions
 
 
-def before_and_after(log: list[dict]) -> str:
-    """The table at the end: first and last validation, by kind of question."""
-    evals = [entry for entry in log if entry["phase"] == "eval"]
-    if not evals:
-        return "no validation questions"
-    lines = []
-    for mode in ("greedy", "sampled"):
-        first, last = evals[0][mode], evals[-1][mode]
-        width = max(map(len, first))
-        lines.append(f"{mode:{width}}  accuracy        image search    text search     format")
-        for kind in first:
-            cells = [f"{first[kind][k]:.2f} -> {last[kind][k]:.2f}" for k in ("accuracy", "image", "text", "format")]
-            lines.append(f"{kind:{width}}  " + "    ".join(cells))
-        lines.append("")
-    return "\n".join(lines)
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+def progress(metrics: dict) -> str:
+    """The figures beside the progress bar."""
+    shown = [f"{name} {metrics[name]:.3f}" for name in ("nll", "reward", "accuracy", "search_ratio") if name in metrics]
+    phases = [name for name in ("rollout", "tools", "update") if f"seconds/{name}" in metrics]
+    seconds = " ".join(f"{name} {metrics[f'seconds/{name}']:.1f}" for name in phases)
+    return f"{', '.join(shown)}, {metrics['tokens_per_second']:.0f} tokens/s, s: {seconds}"
+
+
+# ------------------------------------------------------------------------------------------------------- the command
 
 
 def main() -> None:
-    cfg = parse(sys.argv[1:])
-    if cfg.plot:
-        print(plot(cfg.plot))
-        return
-    if cfg.plan:
-        from plan import plan as memory_plan
-
-        print(memory_plan(cfg))
-        return
-    run = Run(cfg)
+    cfg, recipe = parse(sys.argv[1:], Config, toy.Recipe)
+    run = Run(cfg, recipe)
     try:
         run.loop()
     except Stopper.Stopped:
-        step = run.state["step"]
-        if step:
-            run.save(step)
-        if dist.get_rank() == 0:
-            print(f"\nstopped after {step} steps; --resume auto goes on from there", file=sys.stderr)
+        if run.state["step"]:
+            run.save()
+        say(f"\nstopped after {run.state['step']} steps; --resume auto continues from there")
+    except NonFinite as error:
+        stop(f"error: step {run.state['step']}: {error}. The last checkpoint is as it was.")
+    except SearchDown as error:
+        if run.state["step"]:
+            run.save()
+        stop(f"error: step {run.state['step']}: {error}. --resume auto continues from here.")
+    except EngineDied as error:  # on this rank alone
+        again = "the last checkpoint is as it was, --resume auto continues from it"
+        sys.exit(f"error: step {run.state['step']}: {error}; {again}")
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()
+
+
+def stop(message: str) -> None:
+    """Exit on all ranks; one of them says why."""
+    sys.exit(message if dist.get_rank() == 0 else 1)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is made of runs and results afterwards: result files, comparison, labels, judges, report, curves, plan."""
+"""What is made of runs and results afterwards. `python -m analysis --help` lists the commands."""

@@ -1,8 +1,9 @@
-"""analysis/curves.py"""
+"""The curves of runs as a picture: `python -m analysis curves RUN [RUN...]`. Needs matplotlib."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError
+from config import InputError, Options, option
 from data import read_jsonl
 
 PLOTTED = (
@@ -10,29 +11,45 @@ PLOTTED = (
 )
 
 
-def plot(runs: tuple[str, ...]) -> Path:
-    """Draw the curves of runs over each other (dashed: greedy validation) into curves.png in the first one's folder.
-    Needs matplotlib. Raises InputError."""
+@dataclass(frozen=True)
+class CurvesOptions(Options):
+    """Curves."""
+
+    out: str = option("", "where to write the picture (none: curves.png in the first run)")
+
+
+def plot(runs: list[str], options: CurvesOptions) -> Path:
+    """Draw the metrics of runs over each other (dashed: greedy validation); returns the picture's path. Raises
+    InputError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+        raise InputError("curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(15, 9), layout="constrained")
     charts = dict(zip(PLOTTED, figure.subplots(3, 4).flat, strict=True))
-    for number, folder in enumerate(runs):
-        log = list(read_jsonl(Path(folder) / "metrics.jsonl"))
+    for number, run in enumerate(runs):
+        log = list(read_jsonl(Path(run) / "metrics.jsonl"))
         for key, axes in charts.items():
             axes.set_title(key)
-            trained = [(e["step"], e[key]) for e in log if e["phase"] == "train" and e.get(key) is not None]
-            judged = [(e["step"], e["greedy"]["all"].get(key)) for e in log if e["phase"] == "eval"]
-            judged = [point for point in judged if point[1] is not None]
-            axes.plot([p[0] for p in trained], [p[1] for p in trained], color=f"C{number}", label=folder)
-            axes.plot([p[0] for p in judged], [p[1] for p in judged], "o--", color=f"C{number}", markersize=3)
+            axes.plot(*_points(log, key, "train"), color=f"C{number}", label=run)
+            axes.plot(*_points(log, key, "eval"), "o--", color=f"C{number}", markersize=3)
     lines, labels = charts["reward"].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center")
-    path = Path(runs[0]) / "curves.png"
+    path = Path(options.out or Path(runs[0]) / "curves.png")
     try:
         figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a kind of file that matplotlib does not know
+        raise InputError(f"{path}: cannot write ({getattr(error, 'strerror', error)})") from None
     return path
+
+
+def _points(log, key, phase):
+    """(steps, values) of a metric; of a validation, the greedy one over all data sources."""
+    steps, values = [], []
+    for entry in log:
+        if entry["phase"] == phase:
+            value = (entry["greedy"]["all"] if phase == "eval" else entry).get(key)
+            if value is not None:
+                steps.append(entry["step"])
+                values.append(value)
+    return steps, values

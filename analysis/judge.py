@@ -54,13 +54,13 @@ answer, contradicts it, hedges between several answers, or gives none. Say one w
 class JudgeOptions(Options):
     """Second opinions on answers."""
 
-    judges: tuple[str, ...] = option((), f"second opinions on the answers: {', '.join(JUDGES)}", neutral=True)
+    judges: tuple[str, ...] = option((), f"second opinions on the answers: {', '.join(JUDGES)}", marks="neutral")
     judge_url: str = option(
-        "https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)", neutral=True
+        "https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)", marks="neutral"
     )
-    judge_model: str = option("gpt-4o", "the llm judge", neutral=True)
+    judge_model: str = option("gpt-4o", "the llm judge", marks="neutral")
     judge_cache: str = option(
-        "runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice", neutral=True
+        "runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice", marks="neutral"
     )
 
     def __post_init__(self):

@@ -1,72 +1,116 @@
-"""analysis/labels.py"""
+"""Labels of questions by the tools that they need, for balanced training data.
+
+    python eval.py --model DIR --files train.parquet --samples 8 --out train.jsonl
+    python -m analysis label train.jsonl --out labelled.parquet --balance 0.67
+
+A question's label is the least that a right conversation about it called: `search_free`, or the names of its tools in
+the order of the table of tools, joined with "+".
+"""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 
+from analysis.figures import accuracy, by_question, verdict
 from analysis.judge import agreement
-from config import Config, InputError
-from data import Question, write_questions
-from reward import accuracy, by_question
+from analysis.results import questions_of, read_results
+from config import Options, need, option
+from data import write_questions
+from tools import TOOLS
 
-NEEDS = ("search-free", "image", "text", "both")
+FREE = "search_free"
 
 
-def need_of(records: list[dict]) -> tuple[str | None, float]:
-    """(the searches a question needs, the share of right ones) of the conversations about it: the least that a right
-    one did, in the order of NEEDS; None if none was right."""
-    right = [{call["kind"] for call in r["calls"]} for r in records if r["correct"]]
-    needs = ["both" if len(kinds) == 2 else next(iter(kinds), "search-free") for kinds in right]
-    return min(needs, key=NEEDS.index, default=None), len(right) / max(len(records), 1)
+@dataclass(frozen=True)
+class LabelOptions(Options):
+    """Labels."""
+
+    out: str = option("", "the labelled questions, NAME.parquet in veRL layout")
+    balance: float = option(
+        0.0, "also write NAME.balanced.parquet: this share of its questions need a tool (0: none)", "from 0 to 1"
+    )
+    seed: int = option(0, "draws the questions that are left out for the balance", "at least 0")
+
+
+def label_of(record: dict) -> str:
+    """The tools that a conversation called."""
+    called = {call["tool"] for call in record["calls"]}
+    unknown = sorted(called - TOOLS.keys())  # recorded by another version of the table
+    return "+".join([name for name in TOOLS if name in called] + unknown) or FREE
+
+
+def _rank(label):
+    """Sorts labels: the fewest tools first, then by the order of the table."""
+    names = [] if label == FREE else label.split("+")
+    return len(names), [list(TOOLS).index(name) if name in TOOLS else len(TOOLS) for name in names], label
+
+
+def least_needed(records: list[dict]) -> tuple[str | None, float]:
+    """(label, pass rate) of a question from the conversations about it, aborted ones left out; the label is None if
+    none was right."""
+    done = [r for r in records if verdict(r) is not None]
+    right = [label_of(r) for r in done if verdict(r)]
+    return min(right, key=_rank, default=None), len(right) / max(len(done), 1)
 
 
 def balanced(labels: list[str], share: float, seed: int) -> list[int]:
-    """Indices, in order, of a largest subset in which `share` need a search: surplus ones of either kind are left out
-    at random."""
-    free = [i for i, label in enumerate(labels) if label == "search-free"]
-    needed = [i for i, label in enumerate(labels) if label != "search-free"]
-    most = min(len(needed) / share if share else len(free), len(free) / (1 - share) if share < 1 else len(needed))
+    """Indices, in order, of a largest subset in which `share` of the labels name a tool. What is too many of either
+    kind is left out at random."""
+    free = [i for i, label in enumerate(labels) if label == FREE]
+    needing = [i for i, label in enumerate(labels) if label != FREE]
+    size_by_needing = len(needing) / share if share > 0 else len(free)
+    size_by_free = len(free) / (1 - share) if share < 1 else len(needing)
+    size = min(size_by_needing, size_by_free)
     rng = random.Random(f"{seed} balance")
-    return sorted(
-        rng.sample(needed, min(len(needed), round(most * share)))
-        + rng.sample(free, min(len(free), round(most * (1 - share))))
-    )
+    chosen = rng.sample(needing, min(len(needing), round(size * share)))
+    chosen += rng.sample(free, min(len(free), round(size * (1 - share))))
+    return sorted(chosen)
 
 
-def write_labels(questions: list[Question], records: list[dict], cfg: Config) -> None:
-    """Write the labelled questions to cfg.out, and with cfg.balance a subset of them beside it."""
-    of_question = {q.id: [] for q in questions}
+def write_labels(results: str | Path, options: LabelOptions) -> None:
+    """Write the labelled questions of a result file, and their balanced subset. Raises InputError."""
+    need(options.out.endswith(".parquet"), f"out={options.out!r}: label needs --out NAME.parquet")
+    header, records = read_results(results)
+    mode = header.get("config", {}).get("mode")
+    need(mode == "agent", f"{results}: mode {mode}: labels need results of eval.py in mode agent")
+    about = defaultdict(list)
     for r in records:
-        of_question[r["question_id"]].append(r)
-    labelled = [(q, *need_of(of_question[q.id])) for q in questions]
-    labelled = [(q, need, share) for q, need, share in labelled if need]
-    counts = Counter(need for _, need, _ in labelled)
-    print(f"{len(questions) - len(labelled)} of {len(questions)} questions never right, left out; the others need:")
-    print("  " + ", ".join(f"{need} {counts[need]}" for need in NEEDS))
-    chosen = {cfg.out: range(len(labelled))}
-    if cfg.balance:
-        chosen[f"{cfg.out.removesuffix('.parquet')}.balanced.parquet"] = balanced(
-            [need for _, need, _ in labelled], cfg.balance, cfg.seed
+        about[r["question_id"]].append(r)
+    questions, labels, pass_rates = [], [], []
+    for question in questions_of(results, header, records).values():
+        label, pass_rate = least_needed(about[question.id])
+        if label:
+            questions.append(question)
+            labels.append(label)
+            pass_rates.append(pass_rate)
+    counts = Counter(labels)
+    print(f"{len(about) - len(labels)} of {len(about)} questions never answered right and left out; the others need:")
+    print("  " + ", ".join(f"{label} {counts[label]}" for label in sorted(counts, key=_rank)))
+    chosen = {options.out: range(len(labels))}
+    if options.balance:
+        chosen[options.out.removesuffix(".parquet") + ".balanced.parquet"] = balanced(
+            labels, options.balance, options.seed
         )
     for path, indices in chosen.items():
-        part = [labelled[i] for i in indices]
-        if not part:
-            raise InputError(f"{path}: no question is left to write")
-        columns = {"label": [need for _, need, _ in part], "pass_rate": [share for _, _, share in part]}
-        write_questions(path, [q for q, _, _ in part], columns)
-        print(f"{len(part)} questions in {path}")
+        need(indices, f"{path}: no question is left to write")
+        columns = {"label": [labels[i] for i in indices], "pass_rate": [pass_rates[i] for i in indices]}
+        write_questions(path, [questions[i] for i in indices], columns)
+        print(f"{len(indices)} questions in {path}")
 
 
 def judges_table(records: list[dict], missing: Counter) -> str:
-    """What the judges say, by data source, and where they agree, as text."""
+    """The verdicts of the judges by data source, and where the judges agree, as text."""
     sources = [*sorted({r["data_source"] for r in records}), "all"]
     width = max(map(len, sources))
     lines = [f"{'':{width}}  judge   judged  missing  accuracy (95 %)"]
     for source in sources:
         part = [r for r in records if source in ("all", r["data_source"])]
         for name in part[0]["judged"]:
-            f, n = accuracy(by_question(part, name)), sum(r["judged"][name] is not None for r in part)
+            judged = sum(r["judged"][name] is not None for r in part)
+            f = accuracy(by_question(part, name))
             interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
-            lines.append(f"{source:{width}}  {name:6}  {n:6d}  {len(part) - n:7d}  {interval}")
+            lines.append(f"{source:{width}}  {name:6}  {judged:6d}  {len(part) - judged:7d}  {interval}")
     for (a, b), (same, n) in agreement(records).items():
         lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
     if missing:

@@ -1,8 +1,8 @@
-"""How much memory a run will need, before anything is loaded: `python train.py --plan --gpus 8`.
+"""How much memory a run will need, before anything is loaded: `python -m analysis plan --gpus 8`.
 
-Counted, not measured: parameters of a model on the meta device, and the bytes that autograd keeps of one decoder layer
-and one vision block when the trainer's own code runs through them there. Left out: the CUDA context, NCCL's buffers and
-fragmentation, for which SPARE is kept free.
+Counted, not measured: the parameters of a model on the meta device, and the bytes that autograd keeps of one decoder
+layer and one vision block when the trainer's own code runs through them there. The CUDA context, NCCL's buffers and
+fragmentation are not counted; SPARE is left free for them.
 """
 
 import math
@@ -13,26 +13,28 @@ import torch
 from torch import Tensor
 
 from backbone import empty_model, has_flash_attn, read_config, repeat_heads, varlen_groups_heads
-from config import Config
+from config import Config, Options, option
 from engines import engine_limits
 from policy import HEAD_LOGITS, compute_dtype
 from toy.model import save_random_model
 
 SPARE = 0.08  # of a GPU's memory
-
-
-IMAGE_SHARE = 0.5  # of a row's tokens that are cells of images not shown before in the row; four patches each
-
-
+IMAGE_SHARE = 0.5  # of a packed batch's tokens that are vision tokens of images not yet seen in it; four patches each
 FUSED = "planned_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
-
-
 GIB = 2**30
 
 
 @dataclass(frozen=True)
+class PlanOptions(Options):
+    """Memory plan."""
+
+    gpus: int = option(0, "GPUs of the run (0: those of this machine, at least one)", "at least 0")
+    gpu_memory: float = option(80.0, "GiB of each GPU", "above 0")
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """Of a model: parameters, and bytes that autograd keeps."""
+    """Parameters of a model and of its parts, and bytes that autograd keeps."""
 
     vision: int
     largest: int  # of the units that FSDP gathers one by one
@@ -44,7 +46,9 @@ class Sizes:
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
-    head: int  # bytes in backward: a chunk of sampled tokens' log-probs, probabilities, gradient; the weight's gradient
+    head: (
+        int  # bytes in backward: log-probs, probabilities and gradient of a chunk of sampled tokens, weight's gradient
+    )
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
@@ -57,37 +61,57 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     for part in (model.config, model.config.text_config, model.config.vision_config):
         part._attn_implementation_internal = FUSED
     text, vision = model.model.language_model, model.model.visual
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    units = [count(block) for block in [*vision.blocks, *text.layers]]
-    meta = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
-
-    tokens, hidden = 512, config.get_text_config().hidden_size
-    bounds = torch.tensor([0, tokens], dtype=torch.int32)
-    x = meta(1, tokens, hidden).requires_grad_()
-    rope = text.rotary_emb(x, meta(3, 1, tokens, dtype=torch.long))
-    packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
-    layer = kept_by(lambda: text.layers[0](x, attention_mask=None, position_embeddings=rope, **packed), model)
-
-    eyes = config.vision_config
-    width = eyes.hidden_size // eyes.num_heads
-    pixels = meta(tokens, eyes.hidden_size).requires_grad_()
-    rope = meta(tokens, width, dtype=torch.float32), meta(tokens, width, dtype=torch.float32)
-    block = kept_by(lambda: vision.blocks[0](pixels, cu_seqlens=bounds, position_embeddings=rope), model)
-
-    words = config.get_text_config().vocab_size
-    chunk = min(max(1, HEAD_LOGITS["cuda"] // words), 1024)  # with few words, a row's sampled tokens are fewer
-    head = chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize  # `HeadLogProbs.backward`
+    units = [_parameters(block) for block in [*vision.blocks, *text.layers]]
+    hidden, words = text.config.hidden_size, text.config.vocab_size
+    chunk = min(max(1, HEAD_LOGITS["cuda"] // words), 1024)  # of a small vocabulary a batch does not fill the chunk
     return Sizes(
-        vision=count(vision), largest=max(units), root=count(model) - sum(units), total=count(model),
-        layers=len(text.layers), layer_input=hidden * dtype.itemsize, layer_kept=layer // tokens,
-        blocks=len(vision.blocks), block_input=eyes.hidden_size * dtype.itemsize, block_kept=block // tokens,
-        head=head,
-    )  # fmt: skip
+        vision=_parameters(vision),
+        largest=max(units),
+        root=_parameters(model) - sum(units),
+        total=_parameters(model),
+        layers=len(text.layers),
+        layer_input=hidden * dtype.itemsize,
+        layer_kept=_layer_kept(model, dtype),
+        blocks=len(vision.blocks),
+        block_input=vision.config.hidden_size * dtype.itemsize,
+        block_kept=_block_kept(model, dtype),
+        head=chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize,  # `HeadLogProbs.backward`
+    )
+
+
+def _parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def _layer_kept(model, dtype, tokens=512):
+    """Bytes a token that autograd keeps of one decoder layer."""
+    text, bounds = model.model.language_model, torch.tensor([0, tokens], dtype=torch.int32)
+    x = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    rope = text.rotary_emb(x, torch.empty(3, 1, tokens, dtype=torch.long, device="meta"))
+    packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
+
+    def forward():
+        text.layers[0](x, attention_mask=None, position_embeddings=rope, **packed)
+
+    return kept_by(forward, model) // tokens
+
+
+def _block_kept(model, dtype, patches=512):
+    """Bytes a patch that autograd keeps of one vision block."""
+    vision, bounds = model.model.visual, torch.tensor([0, patches], dtype=torch.int32)
+    size, width = vision.config.hidden_size, vision.config.hidden_size // vision.config.num_heads
+    x = torch.empty(patches, size, dtype=dtype, device="meta", requires_grad=True)
+    rope = torch.empty(2, patches, width, device="meta").unbind()
+
+    def forward():
+        vision.blocks[0](x, cu_seqlens=bounds, position_embeddings=rope)
+
+    return kept_by(forward, model) // patches
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what fused kernels keep: inputs, output, and the log of each query's sum. There is no backward: it is
-    counted, not computed."""
+    """Keeps what fused kernels keep: inputs, output, and the log-sum-exp of each query. It has no backward, because it
+    is only counted."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -97,21 +121,21 @@ class _Fused(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, attention_mask=None, **_):
-    """Stands in for `policy.packed_attention` on the meta device, where SDPA would keep all attention weights."""
+    """Stands in for the trainer's attention on the meta device, where SDPA would keep all attention weights."""
     if not has_flash_attn() and not varlen_groups_heads():
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     return _Fused.apply(query, key, value).transpose(1, 2), None
 
 
 def kept_by(forward, model) -> int:
-    """Bytes that autograd keeps for the backward of forward(), weights apart, what shares memory counted once."""
+    """Bytes that autograd keeps for the backward of forward(), without the weights, each storage counted once."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
     def note(tensor: Tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that its address is not used again
+            kept[storage._cdata] = storage  # a reference, so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -119,47 +143,46 @@ def kept_by(forward, model) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def activations(sizes: Sizes, cfg: Config, image_share: float = IMAGE_SHARE) -> float:
-    """Bytes a token of a packed row of which `image_share` are cells of new images."""
-    patches = 0 if cfg.freeze_vision else 4 * image_share
-    if cfg.gradient_checkpointing:  # inputs of all, and what is computed again of one
-        seen = sizes.blocks * sizes.block_input + sizes.block_kept
-        return sizes.layers * sizes.layer_input + sizes.layer_kept + patches * seen
+def activations(sizes: Sizes, cfg: Config) -> float:
+    """Bytes a token of a packed batch of which IMAGE_SHARE are vision tokens of new images."""
+    patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
+    if cfg.gradient_checkpointing:  # the inputs of all layers, and everything of the one that is recomputed
+        vision = sizes.blocks * sizes.block_input + sizes.block_kept
+        return sizes.layers * sizes.layer_input + sizes.layer_kept + patches * vision
     return sizes.layers * sizes.layer_kept + patches * sizes.blocks * sizes.block_kept
 
 
 def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
-
-    cache: bytes of the engine's keys and values.
-    """
-    width, parts = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
+    cache: bytes of the engine's keys and values."""
+    width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
     trained = sizes.total - (sizes.vision if cfg.freeze_vision else 0)
-    masters = 4 * sizes.total / parts
-    owned = {"fp32 weights": masters, "gradients": 4 * trained / parts, "optimiser": 8 * trained / parts}
-    reference = masters if cfg.kl_coef else 0.0
-    gathered = width * (sizes.root + 2 * sizes.largest) * (1 + bool(reference)) if parts > 1 or width < 4 else 0
-    own = width * sizes.total / cfg.tensor_parallel
-    here = 0 if cfg.offload_optimizer else 1
+    weights = 4 * sizes.total / shards
+    owned = {"fp32 weights": weights, "gradients": 4 * trained / shards, "optimiser": 8 * trained / shards}
+    reference = weights if cfg.kl_coef else 0.0
+    models = 2 if reference else 1
+    gathered = width * (sizes.root + 2 * sizes.largest) * models if shards > 1 or width < 4 else 0
+    engine = width * sizes.total / cfg.tensor_parallel
+    on_gpu = 0 if cfg.offload == "all" else 1
+    reference_on_gpu = 1 if cfg.offload == "none" else 0
     gpu = {
-        "fp32 weights": (here * owned["fp32 weights"],) * 2,
-        "gradients": (here * owned["gradients"], 0.0),
-        "optimiser": (here * owned["optimiser"],) * 2,
-        "reference": (0.0 if cfg.offload_reference else reference,) * 2,
+        "fp32 weights": (on_gpu * owned["fp32 weights"],) * 2,
+        "gradients": (on_gpu * owned["gradients"], 0.0),
+        "optimiser": (on_gpu * owned["optimiser"],) * 2,
+        "reference": (reference_on_gpu * reference,) * 2,
         "gathered weights": (gathered, 0.0),
         "activations": (activations(sizes, cfg) * cfg.max_tokens_per_batch, 0.0),
         "logits": (float(sizes.head), 0.0),
-        "engine's weights": (own if cfg.engine == "torch" else 0.0, own),  # vLLM sleeps during the update
+        "engine's weights": (engine if cfg.engine == "torch" else 0.0, engine),  # vLLM sleeps during the update
         "keys and values": (0.0, float(cache)),
     }
-    cpu = {name: (1 - here) * value for name, value in owned.items()}
-    return gpu, cpu | {"reference": reference if cfg.offload_reference else 0.0}
+    cpu = {name: (1 - on_gpu) * value for name, value in owned.items()}
+    return gpu, {**cpu, "reference": (1 - reference_on_gpu) * reference}
 
 
-def plan(cfg: Config) -> str:
-    """The table that --plan prints. Raises InputError for a model whose configuration cannot be read."""
-    gpus = cfg.gpus or max(1, torch.cuda.device_count())
-    memory = cfg.gpu_memory * GIB
+def plan(cfg: Config, options: PlanOptions) -> str:
+    """The plan as a table. Raises InputError for a model whose configuration cannot be read."""
+    gpus = options.gpus or max(1, torch.cuda.device_count())
     with tempfile.TemporaryDirectory() as folder:
         if cfg.model == "toy":
             save_random_model(folder, cfg.seed)
@@ -168,29 +191,27 @@ def plan(cfg: Config) -> str:
         sizes = measure(read_config(name), compute_dtype(cfg, device))
         cache = engine_limits(name, cfg, device, []).cache_bytes
     gpu, cpu = needs(sizes, cfg, gpus, cache)
-    lines = [
-        f"{cfg.model}: {sizes.total / 1e9:.2f} billion parameters; {gpus} GPUs, of {cfg.gpu_memory:g} GiB each",
-        "",
-    ]
-    lines += [f"{'GiB on each GPU':20} {'update':>8} {'rollout':>8}"]
-    lines += [f"{name:20} {update / GIB:8.2f} {rollout / GIB:8.2f}" for name, (update, rollout) in gpu.items()]
-    totals = [sum(part[i] for part in gpu.values()) for i in (0, 1)]
-    lines += [f"{'in all':20} {totals[0] / GIB:8.2f} {totals[1] / GIB:8.2f}"]
-    if sum(cpu.values()):
-        most = 2 * sum(cpu.values()) - cpu["optimiser"]  # see `policy.room_to_pin`
-        lines += [f"and in the memory of each process: {sum(cpu.values()) / GIB:.2f} GiB, "
-                  f"up to {most / GIB:.2f} where that is there to be pinned"]  # fmt: skip
-    usable = memory * (1 - SPARE)
-    a_token = activations(sizes, cfg)
-    rows = (usable - totals[0] + a_token * cfg.max_tokens_per_batch) / a_token
-    talks = (usable - totals[1] + cache) / (cache / cfg.concurrency)
-    lines += ["", f"at most, with {SPARE:.0%} kept free: {_most('max_tokens_per_batch', rows, cfg)}, "
-              f"{_most('concurrency', talks, cfg)}"]  # fmt: skip
+    update, rollout = (sum(part[i] for part in gpu.values()) for i in (0, 1))
+    billions = sizes.total / 1e9
+    lines = [f"{cfg.model}: {billions:.2f} billion parameters; {gpus} GPUs, of {options.gpu_memory:g} GiB each", ""]
+    lines.append(f"{'GiB on each GPU':20} {'update':>8} {'rollout':>8}")
+    for part, (during_update, during_rollout) in {**gpu, "in all": (update, rollout)}.items():
+        lines.append(f"{part:20} {during_update / GIB:8.2f} {during_rollout / GIB:8.2f}")
+    if offloaded := sum(cpu.values()):
+        pinned = 2 * offloaded - cpu["optimiser"]  # pinning takes up to twice the memory, see `policy.room_to_pin`
+        amount = f"{offloaded / GIB:.2f} GiB, up to {pinned / GIB:.2f} if it has room to pin it"
+        lines.append(f"and in the memory of each process: {amount}")
+    usable = options.gpu_memory * GIB * (1 - SPARE)
+    tokens = (usable - update) / activations(sizes, cfg) + cfg.max_tokens_per_batch
+    conversations = (usable - rollout + cache) / (cache / cfg.concurrency)
+    batch = _largest("max_tokens_per_batch", tokens, cfg.max_tokens_per_batch, cfg.max_tokens)
+    concurrency = _largest("concurrency", conversations, cfg.concurrency, 1)
+    lines += ["", f"at most, with {SPARE:.0%} kept free: {batch}, {concurrency}"]
     return "\n".join(lines)
 
 
-def _most(name, value, cfg):
-    wanted, least = getattr(cfg, name), cfg.max_tokens if name == "max_tokens_per_batch" else 1
+def _largest(name, value, wanted, least):
     if value < least:
         return f"{name}: none fits"
-    return f"{name} {math.floor(value):,}" + (f" (too little for the {wanted:,} of these settings)" * (value < wanted))
+    short = f" (too little for the {wanted:,} of these settings)" if value < wanted else ""
+    return f"{name} {math.floor(value):,}{short}"

@@ -1,64 +1,62 @@
-"""A run directory as one page to look at.
+"""A run directory as one HTML page.
 
-    python report.py runs/toy                              # writes runs/toy/report.html
-    python report.py runs/a runs/b --out compared.html     # the curves of both overlaid, the conversations of both
+    python -m analysis report runs/toy                              # writes runs/toy/report.html
+    python -m analysis report runs/a runs/b --out compared.html     # the curves of both overlaid, conversations of both
 
 The page is one file that needs no network: settings, curves, validations, and the conversations with their pictures.
-Its form is report_template.html; this module gathers the data and puts them in, as JSON. What models and web pages
-said is untrusted: the JSON cannot end its script element, the page shows it as text nodes only, and a
-Content-Security-Policy lets no script run but the template's own.
+Its form is report_template.html; this module collects the data and inserts them as JSON. What models and web pages said
+is untrusted: the JSON cannot end its script element, the page shows it as text nodes only, and a
+Content-Security-Policy allows no script but the template's own.
 
-A run directory holds no pixels. Pictures are looked up where the run had them: those of questions in its parquet files,
-thumbnails in its search index. What is not found there any more is named on the page, which is whole without it.
+A run directory holds no pixels. Pictures are looked up where the run had them: those of questions in its question
+files, thumbnails in its search index. The page names what is missing there and is complete without it.
 """
 
-import argparse
 import base64
-import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import re
 import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
 
 import toy
-from config import Config, InputError
+from config import Config, InputError, Options, as_dict, from_dict, option
 from data import decode_image, load_questions, picture_key, read_jsonl
 from search.index import SearchDB
+from tools import TOOLS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-
-
-CONVERSATIONS = 2000  # on a page, unless --limit says otherwise
-
-
 QUESTION_SIDE, THUMBNAIL_SIDE = 384, 128  # pixels, at most
-
-
 PICTURE_BYTES = 48 * 2**20  # of a page's pictures, as data URLs, at most
 
 
-def render(runs: list[str | Path], out: str | Path | None = None, limit: int = CONVERSATIONS) -> Path:
-    """Write the page of one or several run directories; returns its path.
+@dataclass(frozen=True)
+class ReportOptions(Options):
+    """Report."""
 
-    out: default report.html in the first run. limit: conversations on the page, at most; of more, whole groups are
-    taken evenly over the steps. Raises InputError for a folder that holds no run, and for damaged files in one.
-    """
+    out: str = option("", "where to write the page (none: report.html in the first run)")
+    limit: int = option(2000, "conversations on the page, at most", "at least 0")
+
+
+def render(runs: list[str | Path], options: ReportOptions) -> Path:
+    """Write the page of one or several run directories; returns its path. If there are more conversations than the
+    limit, it takes whole groups, evenly over the steps. Raises InputError for a folder that holds no run, and for
+    damaged files in one."""
     runs = [Path(run) for run in runs]
-    names = run_names(runs)
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
     pictures, notes, conversations, parts = Pictures(), [], [], []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         settings = read_settings(run)
         log = list(read_jsonl(run / "metrics.jsonl"))
-        parts.append({
-            "name": name,
-            "settings": settings,
-            "train": [entry for entry in log if entry.get("phase") == "train"],
-            "evals": [entry for entry in log if entry.get("phase") == "eval"],
-        })  # fmt: skip
-        chosen, total = read_conversations(run / "rollouts", limit // len(runs))
+        train = [entry for entry in log if entry.get("phase") == "train"]
+        evals = [entry for entry in log if entry.get("phase") == "eval"]
+        parts.append({"name": name, "settings": settings, "train": train, "evals": evals})
+        chosen, total = read_conversations(run / "rollouts", options.limit // len(runs))
         if len(chosen) < total:
             notes.append(f"{name}: {len(chosen)} of {total} conversations, evenly over the steps (--limit takes more)")
         notes += [f"{name}: {problem}" for problem in add_pictures(chosen, settings, pictures)]
@@ -68,12 +66,13 @@ def render(runs: list[str | Path], out: str | Path | None = None, limit: int = C
         notes.append(f"{pictures.left_out} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
     page = {
         "runs": parts,
-        "defaults": dataclasses.asdict(Config()),
+        "defaults": as_dict(Config(), toy.Recipe()),
+        "tools": list(TOOLS),
         "conversations": conversations,
         "pictures": pictures.urls,
         "notes": notes,
     }
-    out = Path(out or runs[0] / "report.html")
+    out = Path(options.out or runs[0] / "report.html")
     try:
         out.write_text(fill_template(page), encoding="utf-8")
     except OSError as error:
@@ -91,14 +90,8 @@ def fill_template(page: dict) -> str:
     return head + data + tail
 
 
-def run_names(runs: list[Path]) -> list[str]:
-    """What to call the runs: their folders' names, or whole paths where two are the same."""
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
 def read_settings(run: Path) -> dict:
-    """The run's config.json. Raises InputError if `run` is no run directory (a model's folder has one, too)."""
+    """The run's config.json. Raises InputError if `run` is no run directory (a model's folder also has a config)."""
     try:
         settings = json.loads((run / "config.json").read_text())
         settings["run_dir"]
@@ -110,18 +103,19 @@ def read_settings(run: Path) -> dict:
 
 
 def read_conversations(folder: Path, limit: int) -> tuple[list[dict], int]:
-    """(at most `limit` records, how many there are). A question's samples are taken together or not at all, evenly over
-    the files; each record is told its `part` (training, greedy, sampled) and its `step`."""
+    """(at most `limit` records, how many there are). The samples of a question are taken together or not at all, evenly
+    over the files; each record gets its `part` (training, greedy, sampled) and its `step`."""
     files = sorted(folder.glob("*-[0-9]*.jsonl"), key=lambda file: (_step(file), file.name))
-    sizes = {}
+    total = 0
     for file in files:
         with open(file, "rb") as lines:
-            sizes[file] = sum(1 for _ in lines)
-    total, seen, chosen = sum(sizes.values()), 0, []
+            total += sum(1 for _ in lines)
+    seen, chosen = 0, []
     for file in files:
         for _, group in itertools.groupby(read_jsonl(file), key=lambda r: (r.get("mode"), r["question_id"])):
             group = [{**r, "part": r.get("mode", "training"), "step": _step(file)} for r in group]
-            if len(chosen) * total <= seen * limit and len(chosen) + len(group) <= limit or total <= limit:
+            is_due = len(chosen) * total <= seen * limit and len(chosen) + len(group) <= limit
+            if is_due or total <= limit:
                 chosen += group
             seen += len(group)
     return chosen, total
@@ -132,8 +126,8 @@ def _step(file):
 
 
 def reward_parts(record: dict, format_weight: float) -> dict[str, float] | None:
-    """The reward as a sum: what the right answer earned, what searching cost of it, what the format earned. Taken from
-    the reward itself, so that it holds under a ramped penalty, too. None for an aborted conversation."""
+    """The reward as a sum: what the right answer earned, what searching cost of it, what the format earned. Computed
+    from the reward itself, so that it also holds under a ramped penalty. None for an aborted conversation."""
     if record["reward"] is None:
         return None
     right, form = (1 - format_weight) * record["correct"], format_weight * record["format_ok"]
@@ -141,14 +135,14 @@ def reward_parts(record: dict, format_weight: float) -> dict[str, float] | None:
 
 
 class Pictures:
-    """The page's pictures as data URLs, each distinct one once, small, up to PICTURE_BYTES together."""
+    """The page's pictures as data URLs: small, each distinct one once, up to PICTURE_BYTES together."""
 
     def __init__(self):
         self.urls: dict[str, str] = {}
         self.left_out, self._bytes = 0, 0
 
     def add(self, data: bytes, side: int) -> str:
-        """The key of an encoded picture, which is on the page from now on if there is room and it can be decoded."""
+        """Put an encoded picture on the page if there is room and it can be decoded. Returns its key."""
         key = picture_key(data)
         if key not in self.urls and (url := _data_url(data, side)):
             if self._bytes + len(url) > PICTURE_BYTES:
@@ -160,7 +154,7 @@ class Pictures:
 
 
 def _data_url(data, side):
-    """Encoded anew, whatever it was: nothing of a file from the web gets through but its pixels."""
+    """Always encoded anew: of a file from the web only the pixels reach the page."""
     try:
         image = decode_image(data)
     except InputError:
@@ -172,23 +166,25 @@ def _data_url(data, side):
 
 
 def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> list[str]:
-    """Add the pictures of questions and hits; tell each record the keys of its question's. Returns what went wrong."""
+    """Add the pictures of questions and hits, and to each record the keys of its question's as `pictures`. Returns a
+    message for each source of pictures that could not be read."""
     for r in records:
         r["pictures"] = []
     try:
-        fields = {f.name for f in dataclasses.fields(Config)}
-        cfg = Config(**{name: value for name, value in settings.items() if name in fields})
+        cfg, recipe = from_dict(Config, settings), from_dict(toy.Recipe, settings)
     except InputError as error:
-        return [f"pictures not looked up: the settings are of another version ({error})"]
+        return [f"no pictures: the settings are of another version ({error})"]
+    train_files, val_files = toy.question_files(cfg, recipe)
+    training = [r for r in records if r["part"] == "training"]
+    validation = [r for r in records if r["part"] != "training"]
     problems = []
-    for what, files in zip(("training", "validation"), toy.question_files(cfg), strict=True):
-        mine = [r for r in records if (r["part"] == "training") == (what == "training")]
+    for what, some, files in (("training", training, train_files), ("validation", validation, val_files)):
         try:
-            _add_question_pictures(mine, files, pictures)
+            _add_question_pictures(some, files, pictures)
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
     try:
-        _add_thumbnails(records, cfg, pictures)
+        _add_thumbnails(records, cfg.search_index or toy.locate(recipe).index, pictures)
     except (InputError, sqlite3.DatabaseError) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
@@ -202,27 +198,13 @@ def _add_question_pictures(records, files, pictures):
         r["pictures"] = keys.get(r["question_id"], [])
 
 
-def _add_thumbnails(records, cfg, pictures):
+def _add_thumbnails(records, index, pictures):
     hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
     if not hits:
         return
-    db = SearchDB(cfg.search_index or toy.locate(cfg).index)
+    db = SearchDB(index)
     wanted = {hit["image"] for hit in hits}
     for thumbnail in db.thumbnails({(hit["title"], hit["url"]) for hit in hits}):
         if picture_key(thumbnail) in wanted:
             pictures.add(thumbnail, THUMBNAIL_SIDE)
     db.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="one or several runs of train.py as a page to look at")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--out", metavar="FILE", help="where to write the page [report.html in the first run]")
-    parser.add_argument(
-        "--limit", type=int, default=CONVERSATIONS, metavar="N", help="conversations on the page, at most [%(default)s]"
-    )
-    args = parser.parse_args()
-    if args.limit < 0:
-        raise InputError(f"limit={args.limit}: must not be negative")
-    path = render(args.runs, args.out, args.limit)
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")

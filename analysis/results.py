@@ -1,54 +1,49 @@
-"""Result files of eval.py: JSON lines, a header and then one conversation a line; what they say, alone and compared.
+"""Result files of eval.py: JSON lines, first a header and then one conversation a line.
 
     {"header": {"config": {...}, "model_id": ..., "search_id": ..., "code": ..., ...}}
     {"question_id": "val.parquet:0", "sample": 0, "turns": [...], "calls": [...], "correct": true, "reward": 0.91, ...}
 
-While an evaluation runs, each process appends what is finished to NAME.part0, NAME.part1 ...; an evaluation that was
-interrupted goes on from there. At the end NAME appears, whole and in the order of the questions, and the parts go.
-
-The unit of every figure is the question: its conversations are not independent of each other, so intervals come from
-drawing questions, not conversations, anew. Plain Python and numpy: nothing here needs torch.
-
-    python eval.py compare A.jsonl B.jsonl
+While an evaluation runs, each process appends finished conversations to NAME.part0, NAME.part1 ...; an interrupted
+evaluation resumes from these. At the end NAME is written, complete and in the order of the questions, and the parts are
+deleted. Nothing here needs torch.
 """
 
 import hashlib
 import json
 import subprocess
-from collections import defaultdict
+import sys
 from pathlib import Path
 
-from config import InputError
-from data import key_of, write_jsonl
-from reward import bootstrap, by_question
+from config import InputError, need
+from data import Question, key_of, load_questions, write_jsonl
+
+PIECES, PIECE = 64, 2**16  # `file_id` reads at most so many pieces, of so many bytes each
 
 
 def file_id(path: str | Path) -> str:
-    """Sixteen hex digits that tell a file from another: of its size and of up to 64 pieces of 64 KiB, evenly spaced (so
-    all of a file up to 4 MiB). A folder's are those of its files, by name; hidden files and JSON lines are left out."""
+    """Sixteen hex digits that identify a file: a hash of its size and of up to 64 evenly spaced pieces of 64 KiB (all
+    of it up to 4 MiB). For a folder: of its files by name, without hidden files and JSON lines."""
     path = Path(path)
     if path.is_dir():
-        parts = [f"{p.name} {file_id(p)}" for p in sorted(path.iterdir()) if p.is_file() and _matters(p)]
+        files = [p for p in sorted(path.iterdir()) if p.is_file()]
+        parts = [f"{p.name} {file_id(p)}" for p in files if not p.name.startswith(".") and ".jsonl" not in p.name]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    size, piece = path.stat().st_size, 2**16
-    count = min(64, -(-size // piece))
+    size = path.stat().st_size
+    count = min(PIECES, -(-size // PIECE))
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for i in range(count):
-            file.seek(i * (size - piece) // (count - 1) if count == 64 else i * piece)
-            digest.update(file.read(piece))
+            file.seek(i * (size - PIECE) // (count - 1) if count == PIECES else i * PIECE)
+            digest.update(file.read(PIECE))
     return digest.hexdigest()[:16]
 
 
-def _matters(path):
-    return not (path.name.startswith(".") or ".jsonl" in path.name)
-
-
 def code_version() -> str:
-    """The commit of this program, as `git describe` says it, if there is one; and a hash of its files as they are."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.glob("*.py")))).hexdigest()[:10]
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    """The commit of this program from `git describe`, if there is one, and a hash of the files that evaluate."""
+    root = Path(__file__).parent.parent
+    files = sorted([*root.glob("*.py"), *root.glob("search/*.py")])
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:10]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -57,21 +52,21 @@ def code_version() -> str:
 
 
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
-    """(header, conversations) of a file of eval.py, or ({}, conversations) of rollouts that train.py wrote (of a
-    validation: the greedy ones). Raises InputError if it is neither."""
+    """(header, conversations) of a file of eval.py, or ({}, conversations) of a file of rollouts from train.py (of a
+    validation: only the greedy ones). Raises InputError if it is neither."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
     header, records = _parse(path, text)
     if len({key_of(r) for r in records}) < len(records):
-        raise InputError(f"{path}: holds two conversations of one number about the same question")
+        raise InputError(f"{path}: two conversations about the same question have the same sample number")
     return header, records
 
 
 def _parse(path, text):
     header, records = {}, []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other ends of a line
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028, which JSON may hold
         if not line.strip():
             continue
         try:
@@ -79,7 +74,7 @@ def _parse(path, text):
             if number == 1 and "header" in r:
                 header = r["header"]
                 continue
-            key_of(r), r["turns"], r["calls"], r["correct"]
+            key_of(r), r["turns"], r["correct"], [call["tool"] for call in r["calls"]]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}, line {number}: not a conversation that eval.py or train.py wrote") from None
         if r.get("mode") != "sampled":
@@ -87,12 +82,24 @@ def _parse(path, text):
     return header, records
 
 
+def questions_of(path: str | Path, header: dict, records: list[dict]) -> dict[str, Question]:
+    """The questions of a result file by id, in their order, from the files that its header names. Raises InputError."""
+    files = header.get("config", {}).get("files")
+    need(files, f"{path}: its header names no question files: not a result file of eval.py")
+    asked = {r["question_id"]: r["question"] for r in records}
+    questions = {q.id: q for q in load_questions(files, skip_bad_rows=True, progress=False, only=set(asked))}
+    for id, text in asked.items():
+        if id not in questions or questions[id].text != text:
+            raise InputError(f"{path}: question {id} is no longer in {', '.join(files)}")
+    return questions
+
+
 class ResultFile:
-    """Where an evaluation keeps its conversations. Each rank has its own; `finish` is rank 0's to call."""
+    """The file to which an evaluation writes its conversations. Each rank has its own; only rank 0 calls `finish`."""
 
     def __init__(self, path: str | Path, header: dict, rank: int = 0, neutral: set[str] = frozenset()):
-        """neutral: settings that may differ from those of the evaluation that is gone on with."""
-        self.path, self.header, self.neutral = Path(path), header, neutral
+        """neutral: names of settings that may differ from those of the evaluation that is resumed."""
+        self.path, self.header, self.rank, self.neutral = Path(path), header, rank, neutral
         self.part = Path(f"{path}.part{rank}")
         self.file = None
 
@@ -100,41 +107,49 @@ class ResultFile:
         return sorted(p for p in self.path.parent.glob(f"{self.path.name}.part*") if p.name[-1].isdigit())
 
     def done(self) -> dict[tuple[str, int], dict]:
-        """The conversations that are there. Raises InputError if they are of another evaluation."""
-        found = {}
+        """The conversations already there, by question id and sample. Raises InputError if they belong to another
+        evaluation. If they come from other versions of the code, it warns, and the header names all versions."""
+        found, versions = {}, set()
         for path in [self.path, *self.parts()]:
             if path.exists():
                 header, records = self._read(path)
                 if header or records:
                     self._check(path, header)
+                    versions |= set(str(header.get("code")).split(" + "))
                 found.update({key_of(r): r for r in records})
+        now = str(self.header.get("code"))
+        if versions - {now}:
+            if self.rank == 0:
+                before = ", ".join(sorted(versions - {now}))
+                print(f"warning: {self.path}: resumed with code {now}, begun with {before}", file=sys.stderr)
+            self.header = {**self.header, "code": " + ".join(sorted(versions | {now}))}
         return found
 
     def _read(self, path):
         text = path.read_text(encoding="utf-8", errors="replace")
         if path != self.path:
-            text = text[: text.rfind("\n") + 1]  # without half a line: the process was killed there
+            text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
         return _parse(path, text)
 
     def _check(self, path, before):
-        """Conversations of another model, search or setting must not get mixed in."""
+        """Conversations of another model, search or setting must not be mixed in."""
         if not before:
             raise InputError(f"{path}: holds conversations without the header of an evaluation: give another --out")
         now = json.loads(json.dumps(self.header))
-        old, new = ({**h, **h.get("config", {})} for h in (before, now))
+        old, new = flat(before), flat(now)
         for name in sorted(new.keys() | old.keys()):
-            if name not in {"config", *self.neutral} and old.get(name) != new.get(name):
+            if name not in {"code", *self.neutral} and old.get(name) != new.get(name):
                 was, is_ = (repr(h.get(name))[:60] for h in (old, new))
                 what = f"holds an evaluation with {name}={was}, and this is {name}={is_}"
                 raise InputError(f"{path}: {what}: give another --out, or --overwrite")
 
     def clear(self) -> None:
-        """Forget what is there."""
+        """Delete what is there."""
         for path in [self.path, *self.parts()]:
             path.unlink(missing_ok=True)
 
     def add(self, record: dict) -> None:
-        """Keep a finished conversation: a kill loses at most the line that is being written."""
+        """Append a finished conversation. A killed process loses at most the line that it is writing."""
         try:
             if self.file is None:
                 self.file = self._open()
@@ -152,7 +167,7 @@ class ResultFile:
         return file
 
     def finish(self, records: list[dict]) -> None:
-        """Write the whole file, then remove the parts."""
+        """Write the complete file, then delete the parts."""
         write_jsonl(self.path, [{"header": self.header}, *records])
         for part in self.parts():
             part.unlink()
@@ -162,94 +177,6 @@ class ResultFile:
             self.file.close()
 
 
-def compare(a: list[dict], b: list[dict], judge: str = "") -> dict[str, dict]:
-    """What B does better and worse than A, on the questions that both were asked, by data source and over "all".
-
-    n: questions; a, b: accuracy, the mean over questions of the share of right conversations; difference b - a with
-    its 95 % interval, low to high (paired: questions are drawn anew, each with both results); gained, lost: ids of the
-    questions that B gets right more often, or less often, than A. Raises InputError if the two do not fit each other.
-    """
-    asked = {r["question_id"]: (r["question"], r["answers"]) for r in a}
-    for r in b:
-        if asked.get(r["question_id"], (r["question"], r["answers"])) != (r["question"], r["answers"]):
-            raise InputError(f"the two files are about different questions: {r['question_id']} is not the same in both")
-    ones, others = by_question(a, judge), by_question(b, judge)
-    sources = defaultdict(list)
-    for question, source in {r["question_id"]: r["data_source"] for r in b}.items():
-        if question in ones and question in others:
-            sources[source].append(question)
-    if not sources:
-        raise InputError("the two files have no question in common" + (f" that {judge} has judged" if judge else ""))
-    parts = {source: sources[source] for source in sorted(sources)}
-    parts["all"] = [q for part in parts.values() for q in part]
-    return {source: _paired({q: (_mean(ones[q]), _mean(others[q])) for q in part}) for source, part in parts.items()}
-
-
-def _mean(values):
-    return sum(values) / len(values)
-
-
-def _paired(shares):
-    n, differences = len(shares), [b - a for a, b in shares.values()]
-    low, high = bootstrap(differences, [1] * n)
-    return {
-        "n": n,
-        "a": sum(a for a, _ in shares.values()) / n,
-        "b": sum(b for _, b in shares.values()) / n,
-        "difference": sum(differences) / n,
-        "low": low,
-        "high": high,
-        "gained": [q for q, (a, b) in shares.items() if b > a],
-        "lost": [q for q, (a, b) in shares.items() if b < a],
-    }
-
-
-def search_need(direct: list[dict], records: list[dict], judge: str = "") -> dict[str, float]:
-    """Searching against need, as the results without tools tell it: a question needs a search if `direct` got it wrong
-    (with several conversations: in more than half of them).
-
-    over: conversations that searched, of the over_n whose question direct got right; under: conversations that did not
-    search, of the under_n whose question direct got wrong. Both are shares.
-    """
-    needs = {q: _mean(v) < 0.5 for q, v in by_question(direct, judge).items()}
-    asked = [r for r in records if r["question_id"] in needs and r["stop"] != "aborted"]
-    free = [bool(r["calls"]) for r in asked if not needs[r["question_id"]]]
-    needed = [not r["calls"] for r in asked if needs[r["question_id"]]]
-    return {
-        "over": sum(free) / max(len(free), 1), "over_n": len(free),
-        "under": sum(needed) / max(len(needed), 1), "under_n": len(needed),
-    }  # fmt: skip
-
-
-def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
-    """The comparison of two result files as text."""
-    (a_header, a), (b_header, b) = read_results(a_path), read_results(b_path)
-    figures = compare(a, b, judge)
-    text_of = {r["question_id"]: r["question"].replace("<image>", "").strip() for r in b}
-    lines = [f"A  {a_path}", f"B  {b_path}", *_settings(a_header, b_header), ""]
-    width = max(map(len, figures))
-    lines.append(f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost")
-    for source, f in figures.items():
-        difference = f"{f['difference']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})"
-        lines.append(
-            f"{source:{width}} {f['n']:5d}  {f['a']:.3f}  {f['b']:.3f}  {difference}  {len(f['gained']):6d}"
-            f"  {len(f['lost']):4d}"
-        )
-    if a_header.get("config", {}).get("mode") == "direct":
-        need = search_need(a, b, judge)
-        lines += ["", f"over-search   {need['over']:.3f} of {need['over_n']} conversations searched, A being right"]
-        lines += [f"under-search  {need['under']:.3f} of {need['under_n']} did not search, A being wrong"]
-    for what in ("gained", "lost"):
-        ids = figures["all"][what]
-        lines += ["", f"{what}: {len(ids)}", *(f"  {q}  {text_of[q][:90]}" for q in ids)]
-    return "\n".join(lines)
-
-
-def _settings(a, b):
-    """A line for each setting in which two evaluations differ."""
-    a, b = ({**h, **h.get("config", {})} for h in (a, b))
-    return [
-        f"   {name}: {a.get(name)!r} | {b.get(name)!r}"
-        for name in sorted(a.keys() & b.keys() - {"config"})
-        if a[name] != b[name]
-    ]
+def flat(header: dict) -> dict:
+    """A header with the settings of the evaluation beside its other entries."""
+    return {name: value for name, value in {**header, **header.get("config", {})}.items() if name != "config"}

@@ -4,7 +4,7 @@ python benchmarks/ablations.py data SEED FOLDER     # search-heavy-SEED.parquet,
 python benchmarks/ablations.py table FOLDER         # table on stdout and in ablations.md, figure in ablations.png
 """
 
-import re
+import random
 import shutil
 import sys
 from collections import defaultdict
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FIGURES = {  # column -> (kind of question, figure)
     "accuracy": ("all", "accuracy"), "known: any search": ("known", "any"),
-    "names: image": ("unknown name", "image"), "names: text": ("unknown name", "text"),
-    "facts: image": ("unknown fact", "image"), "facts: text": ("unknown fact", "text"),
+    "names: image": ("unknown name", "image_search"), "names: text": ("unknown name", "text_search"),
+    "facts: image": ("unknown fact", "image_search"), "facts: text": ("unknown fact", "text_search"),
 }  # fmt: skip
 
 
@@ -25,21 +25,20 @@ FIGURES = {  # column -> (kind of question, figure)
 
 
 def make_data(seed: str, folder: Path) -> None:
-    from config import parse
+    import toy
+    from config import Config, parse
     from policy import init_distributed
 
-    cfg = parse(["--toy_seed", seed])
+    cfg, recipe = parse(["--toy_seed", seed], Config, toy.Recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    device = init_distributed(cfg)
-    import toy
-
-    world = toy.ensure(cfg)
+    init_distributed(cfg)
+    world = toy.ensure(recipe, cfg)
     shutil.copyfile(world.val, folder / f"val-{seed}.parquet")
     heavy, correct = folder / f"search-heavy-{seed}.parquet", folder / f"correct-{seed}.jsonl"
     if not heavy.exists():
         search_heavy(world.train, heavy)
     if not correct.exists():
-        right_conversations(world, cfg, device, correct)
+        right_conversations(world, cfg, recipe, correct)
 
 
 def search_heavy(source: Path, target: Path) -> None:
@@ -47,46 +46,40 @@ def search_heavy(source: Path, target: Path) -> None:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(source)
-    known = [kind.startswith("known") for kind in rows["data_source"].to_pylist()]
-    count = iter(range(len(known)))
-    keep = [not k or next(count) % 8 == 0 for k in known]
+    keep, known = [], 0
+    for kind in rows["data_source"].to_pylist():
+        keep.append(not kind.startswith("known") or known % 8 == 0)
+        known += kind.startswith("known")
     pq.write_table(rows.filter(keep), target)
 
 
-def right_conversations(world, cfg, device, target: Path) -> None:
+def right_conversations(world, cfg, recipe, target: Path) -> None:
     """A script that searches when it must and only then, about the training questions; what it gets wrong, because a
     search did not find the thing, is left out by train.py's sft_min_reward."""
-    from chat import Codec
+    import tools
+    from chat import Chat
     from data import load_questions, write_jsonl
-    from engines import ScriptedEngine
     from reward import record, score_episode
-    from rollout import run
+    from rollout import ScriptedEngine, run
     from search.index import OfflineSearch, SearchDB
+    from toy.lessons import SloppyPolicy
+    from toy.world import make_things
 
-    codec = Codec(world.model, cfg)
+    class Teacher(SloppyPolicy):
+        def plan(self, thing, what, rng):
+            if thing.belief(what) != "unknown":
+                return ()
+            return ("image_search",) if what == "name" else ("image_search", "text_search")
+
+    chat = Chat(world.model, cfg)
+    teacher = Teacher(chat, recipe)
+    things = {t.name: t for t in make_things(random.Random(f"world {recipe.toy_seed}"), recipe.toy_named)}
     questions = load_questions((str(world.train),), progress=False)
-    asked = {codec.picture(q.images[0]).key: q for q in questions}
-
-    def script(prompt, images, sampling):
-        question = asked[images[0].key]
-        what, (truth, *_) = question.data_id.split("-")[1], question.answers
-        results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
-        if question.data_source.startswith("known"):
-            return f"<reason> {truth}.</reason><answer> {truth}</answer>"
-        if not results:
-            return "<reason> unknown.</reason><search><img></search>"
-        name = re.search(r"<image> (\w+)", results[0])[1]
-        if what == "name":
-            return f"<reason> {name}.</reason><answer> {name}</answer>"
-        if len(results) == 1:
-            return f"<reason> {name}.</reason><text_search> {name} {what}</text_search>"
-        value = re.search(rf" {name} {what}: (\w+)", results[1])
-        found = value[1] if value else "unknown"
-        return f"<reason> {found}.</reason><answer> {found}</answer>"
-
-    index = SearchDB(world.index)
-    search = OfflineSearch(index, image_results=cfg.image_results, text_results=cfg.text_results)
-    episodes = run(questions, ScriptedEngine(codec, script), search, codec, cfg, ordered=True)
+    for q in questions:
+        name, what = q.data_id.split("-")
+        teacher.asked[chat.picture(q.images[0]).key] = (things[name], what)
+    search = OfflineSearch(SearchDB(world.index), tools.results(cfg))
+    episodes = run(questions, ScriptedEngine(chat, teacher), search, chat, cfg, ordered=True)
     header = {"header": {"config": {"mode": "agent", "files": [str(world.train)]}}}
     write_jsonl(target, [header, *(record(e, score_episode(e, cfg)) for e in episodes)])
 
@@ -97,7 +90,8 @@ def right_conversations(world, cfg, device, target: Path) -> None:
 def figures(entry: dict) -> dict[str, float]:
     """The columns of one validation (greedy or sampled)."""
     known = [entry[kind] for kind in ("known name", "known fact")]
-    entry = entry | {"known": {"any": sum(k["image"] + k["text"] - k["both"] for k in known) / 2}}
+    searched = [k["image_search"] + k["text_search"] - k["combined"] for k in known]
+    entry = entry | {"known": {"any": sum(searched) / 2}}
     return {column: entry[kind][figure] for column, (kind, figure) in FIGURES.items()}
 
 
@@ -122,9 +116,9 @@ def load(folder: Path) -> tuple[dict, dict]:
 
 def modes(folder: Path) -> dict[str, list[dict]]:
     """The grpo model asked directly, with both searches forced, and on demand: {mode: [summary of a seed]}."""
+    from analysis.figures import summarize
     from analysis.results import read_results
     from config import Config
-    from reward import summarize
 
     found = defaultdict(list)
     for mode in ("direct", "pipeline"):
@@ -140,10 +134,10 @@ def cell(values: list[float]) -> str:
 
 
 def ordered(runs: dict) -> list[str]:
-    """The start first, whole runs before short ones."""
-    return sorted(
-        runs, key=lambda name: (name != "warm-up", name != "grpo", name.startswith("short"), name != "short-grpo", name)
-    )
+    """The start first, whole runs before short ones, each after the one that it differs from."""
+    first = ("warm-up", "grpo")
+    rest = sorted(set(runs) - {*first}, key=lambda name: (name.startswith("short"), name != "short-grpo", name))
+    return [name for name in first if name in runs] + rest
 
 
 def table(folder: Path) -> str:

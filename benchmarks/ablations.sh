@@ -5,7 +5,8 @@
 #
 # Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two updates
 # each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table and
-# the figure are made of what there is.
+# the figure are made of what there is. Of the papers' variants these are the parts that their names are known for: "dapo"
+# is the clip range and the groups left out, without refilling the batch; "gspo" keeps the mean over tokens.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUNS=${RUNS:-runs/ablations}
@@ -34,10 +35,10 @@ run search-heavy --train_files "$RUNS/search-heavy-SEED.parquet" --val_files "$v
 run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --val_files "$val" --prompts_per_step 112
 short() { local name=$1; shift; run "short-$name" --steps 40 --updates_per_step 2 "$@"; }
 short grpo
-short dr-grpo --normalize_advantages false --loss_norm constant
-short dapo --clip_high 0.28 --drop_dead_groups
+short dr-grpo --advantage dr_grpo --loss_norm constant
+short dapo --clip_high 0.28 --drop_zero_variance_groups
 short gspo --ratio sequence --clip_low 0.0003 --clip_high 0.0004
-short leave-one-out --leave_one_out --normalize_advantages false
+short leave-one-out --advantage rloo
 short no-truncated --train_on_truncated false
 for seed in ${SEEDS:-0 1 2}; do
     for mode in direct pipeline; do

@@ -45,7 +45,7 @@ from train import spread  # noqa: E402
 
 RANKS, QUESTIONS, SAMPLES, ROW, SEEDS = 8, 64, 8, 16384, range(5)
 SHAPE = (QUESTIONS, SAMPLES)
-policy.make_row = lambda indices, episodes, *_: indices  # which conversations are in a row is all that is asked here
+policy.pack_batch = lambda indices, episodes, *_: indices  # which conversations are in a row is all that is asked here
 
 
 # ------------------------------------------------------------------------------------------------------- lengths

@@ -35,11 +35,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from trainer import conversations, save_codec  # noqa: E402
+from trainer import conversations, save_chat  # noqa: E402
 
 from analysis.plan import GIB, SPARE, activations, measure, needs  # noqa: E402
 from backbone import empty_model  # noqa: E402
-from chat import Codec  # noqa: E402
+from chat import Chat  # noqa: E402
 from config import Config  # noqa: E402
 from policy import adamw, compute_dtype, init_distributed, pack, prepare, shard  # noqa: E402
 from train import train_step  # noqa: E402
@@ -85,10 +85,10 @@ def configuration(size: str):
     )
 
 
-def random_policy(config, codec, cfg, device):
+def random_policy(config, chat, cfg, device):
     """Made on the device, without a file."""
     for name in ("image", "video"):
-        setattr(config, f"{name}_token_id", codec.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
+        setattr(config, f"{name}_token_id", chat.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
     with torch.device(device):
         model = empty_model(config)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def random_policy(config, codec, cfg, device):
         else:
             parameter.data.fill_(name.endswith("weight"))  # of a norm
     model.model.visual.requires_grad_(not cfg.freeze_vision)
-    prepare(model, codec, cfg)
+    prepare(model, chat, cfg)
     model.banned_ids = model.banned_ids.to(device).zero_()
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -162,15 +162,15 @@ def figures(name: str, args, row: int) -> dict:
     cfg = settings(name, args.device, row)
     device = init_distributed(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        save_codec(Path(folder))
-        codec = Codec(folder, cfg)
+        save_chat(Path(folder))
+        chat = Chat(folder, cfg)
     usual = dict(conversations=args.conversations, group=min(8, args.conversations), length=(500, 4000))
     full = dict(conversations=row // 2048, group=2, length=(2048, 2048))
     case = SimpleNamespace(seed=0, images=4, pixels=448, **(full if row else usual))
-    episodes, advantages = conversations(case, codec)
+    episodes, advantages = conversations(case, chat)
     size = CASES[name][0]
-    model = random_policy(configuration(size), codec, cfg, device)
-    rows = pack(episodes, codec, model, cfg.max_tokens_per_batch)
+    model = random_policy(configuration(size), chat, cfg, device)
+    rows = pack(episodes, chat, model, cfg.max_tokens_per_batch)
     planned = planned_bytes(configuration(size), rows, cfg, device) / GIB
     optimizer = adamw(model, cfg, device)
     seconds = []
@@ -179,7 +179,7 @@ def figures(name: str, args, row: int) -> dict:
     for _ in range(2 if row or cfg.offload_optimizer else args.steps + 1):
         wait(device)
         started = time.perf_counter()
-        train_step(model, None, optimizer, episodes, advantages, [0] * len(episodes), codec, cfg, device)
+        train_step(model, None, optimizer, episodes, advantages, [0] * len(episodes), chat, cfg, device)
         wait(device)
         seconds.append(time.perf_counter() - started)
     tokens, rate = sum(len(e.tokens) for e in episodes), matmul_rate(device, compute_dtype(cfg, device))

@@ -11,15 +11,15 @@ prompt of 3 tokens, `x` sampled:
                                                        parents        -1        0      0
 
 A segment attends to its parent, all of it, and causally to itself; gradients of all branches meet in the prompt. The
-rest of the trainer (`policy.row_logprobs`) stays as it is. First the script checks that log-probs and gradients of the
+rest of the trainer (`policy.packed_logprobs`) stays as it is. First the script checks that log-probs and gradients of the
 two kinds of row agree within 1e-5, on a model with sharp attention and grouped heads, and stops if they do not. Then it
 times forward and backward, each in a process of its own, plain and shared in turn. Seconds are CPU time on one thread
 (what a clock shows on a machine with nothing else to do); memory is the peak above what the loaded model needs (Linux
 only). The ideal is the quotient of the numbers of tokens; attention inside the prompt is saved, too, attention to it is
 not.
 
-What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of Row, its
-way through `row_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
+What it would cost policy.py: 44 lines for `share`, 43 for the attention and its mask, some 10 for a field of PackedBatch, its
+way through `packed_hidden` and `packed_attention`, and the concatenated keys of the CUDA kernels: just under 100, before
 tests and a switch. It was to enter the product only if it wins and costs less than that; why not: RESULTS.md.
 """
 
@@ -49,9 +49,9 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import backbone
 import policy
-from chat import Codec
+from chat import Chat, Episode
 from config import Config
-from data import Episode, Question
+from data import Question
 from toy import model as toy_model
 
 SHARED = "shared_prefix"  # the name of the attention function
@@ -66,13 +66,13 @@ TOLERANCE = 1e-5
 # ----------------------------------------------------------------------------------------------------- packing
 
 
-def share(row: policy.Row) -> tuple[policy.Row, list[int]]:
+def share(row: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
     """(the row with each prompt once, for each segment the one that it goes on from or -1).
 
     A prompt is what comes before the first sampled token. Prompts are the same if their tokens and image cells are.
     """
     cells = torch.full_like(row.ids, -1)
-    cells[row.cell_positions] = row.cells
+    cells[row.vision_positions] = row.cells
     seen: dict[bytes, tuple[int, int]] = {}  # a prompt -> its segment, its first token in the shared row
     lengths, parents, new, kept = [], [], torch.empty_like(row.ids), torch.zeros_like(row.ids, dtype=torch.bool)
 
@@ -93,7 +93,7 @@ def share(row: policy.Row) -> tuple[policy.Row, list[int]]:
         new[start:split] = torch.arange(split - start) + place
         if split < end:
             add(split, end, segment)
-    stays = kept[row.cell_positions]
+    stays = kept[row.vision_positions]
     shared = replace(
         row,
         ids=row.ids[kept],
@@ -101,7 +101,7 @@ def share(row: policy.Row) -> tuple[policy.Row, list[int]]:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         longest=max(lengths),
         cells=row.cells[stays],
-        cell_positions=new[row.cell_positions[stays]],
+        vision_positions=new[row.vision_positions[stays]],
         predict=new[row.predict],
     )
     return shared, parents
@@ -176,8 +176,8 @@ def save_model(folder: Path, hidden: int, layers: int, sharp: bool = False) -> N
 def load(folder: Path):
     cfg = replace(Config(threads=1), min_pixels=28 * 28, max_pixels=SIDE * SIDE)
     device = policy.init_distributed(replace(cfg, device="cpu"))
-    codec = Codec(folder, cfg)
-    return policy.load_policy(folder, codec, cfg, device), codec
+    chat = Chat(folder, cfg)
+    return policy.load_policy(folder, chat, cfg, device), chat
 
 
 def picture(seed: int, side: int) -> bytes:
@@ -188,30 +188,30 @@ def picture(seed: int, side: int) -> bytes:
     return file.getvalue()
 
 
-def conversation(codec, question: Question, prompt: int, response: int, seed: int, tool_image: bool = False) -> Episode:
+def conversation(chat, question: Question, prompt: int, response: int, seed: int, tool_image: bool = False) -> Episode:
     """The picture of the question, if it has one, in a prompt of random words that only the question decides; then a
     tenth of the response is said, eight tenths are results, a tenth is said."""
 
     def words(count, seed):
         return torch.randint(300, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    images = [codec.picture(data) for data in question.images]
-    start = [t for image in images for t in (codec.vision_start, *[codec.image_pad] * image.tokens, codec.vision_end)]
+    images = [chat.picture(data) for data in question.images]
+    start = [t for image in images for t in (chat.vision_start, *[chat.image_pad] * image.tokens, chat.vision_end)]
     said = max(1, response // 10)
-    thumbnail = [codec.picture(picture(seed, 28), thumbnail=True)] if tool_image else []
-    results = [codec.image_pad] * sum(image.tokens for image in thumbnail)
+    thumbnail = [chat.picture(picture(seed, 28), thumbnail=True)] if tool_image else []
+    results = [chat.image_pad] * sum(image.tokens for image in thumbnail)
     tokens = start + words(prompt - len(start), int(question.id)) + words(said, seed)
     tokens += results + words(response - 2 * said - len(results), seed + 1) + words(said, seed + 2)
     sampled = [False] * prompt + [True] * said + [False] * (response - 2 * said) + [True] * said
-    return Episode(question, codec, seed, tokens, sampled, [0.0] * len(tokens), images + thumbnail)
+    return Episode(question, chat, seed, tokens, sampled, [0.0] * len(tokens), images + thumbnail)
 
 
-def group(codec, number: int, samples: int, prompt: int, response: int, side: int = SIDE) -> list[Episode]:
+def group(chat, number: int, samples: int, prompt: int, response: int, side: int = SIDE) -> list[Episode]:
     """The rollouts of a question; their responses are `response` tokens long on average, from 0.8 to 1.2 times that."""
     question = Question(str(number), "", (picture(number, side),) if side else ())
     spread = torch.linspace(0.8, 1.2, samples).tolist() if samples > 1 else [1.0]
     return [
-        conversation(codec, question, prompt, round(response * factor), 1000 * number + 10 * i)
+        conversation(chat, question, prompt, round(response * factor), 1000 * number + 10 * i)
         for i, factor in enumerate(spread)
     ]
 
@@ -219,13 +219,13 @@ def group(codec, number: int, samples: int, prompt: int, response: int, side: in
 # ------------------------------------------------------------------------------------------------------- a step
 
 
-def step(model, row: policy.Row, shared: bool):
+def step(model, row: policy.PackedBatch, shared: bool):
     """Forward and backward: log-probs [S]; gradients stay in the model."""
     parents = None
     if shared:
         row, parents = share(row)
     use_attention(model, parents)
-    logp, _, zero = model.row_logprobs(row, 1.0)
+    logp, _, zero = model.packed_logprobs(row, 1.0)
     (-(logp * torch.linspace(0.5, 1.5, len(logp))).sum() + zero).backward()
     return logp.detach()
 
@@ -242,13 +242,13 @@ def use_attention(model, parents: list[int] | None) -> None:
 def check(folder: Path) -> dict[str, float]:
     """The largest gaps between plain and shared, relative to the largest number of each tensor."""
     save_model(folder, 128, 4, sharp=True)
-    model, codec = load(folder)
-    episodes = group(codec, 1, 4, 300, 200, 112) + group(codec, 2, 3, 40, 700, 0) + group(codec, 3, 1, 50, 30, 56)
+    model, chat = load(folder)
+    episodes = group(chat, 1, 4, 300, 200, 112) + group(chat, 2, 3, 40, 700, 0) + group(chat, 3, 1, 50, 30, 56)
     alike = episodes[0].question, 300, 100  # a tool's picture; the length of another; two that say nothing
-    episodes += [conversation(codec, *alike, seed=7, tool_image=True), conversation(codec, *alike, seed=8)]
+    episodes += [conversation(chat, *alike, seed=7, tool_image=True), conversation(chat, *alike, seed=8)]
     prompt = episodes[0].tokens[:300]
-    episodes += [Episode(alike[0], codec, n, prompt, [False] * 300, [0.0] * 300, episodes[0].images) for n in (90, 91)]
-    row = policy.make_row(range(len(episodes)), episodes, codec, model)
+    episodes += [Episode(alike[0], chat, n, prompt, [False] * 300, [0.0] * 300, episodes[0].images) for n in (90, 91)]
+    row = policy.pack_batch(range(len(episodes)), episodes, chat, model)
     assert len(row.ids) - len(share(row)[0].ids) == 7 * 300 + 2 * 40
     found = []
     for shared in (False, True):
@@ -262,11 +262,11 @@ def check(folder: Path) -> dict[str, float]:
 
 def measure(folder: str, samples: int, response: int, shared: bool) -> dict:
     """A step of one question, after a small one to warm up."""
-    model, codec = load(Path(folder))
+    model, chat = load(Path(folder))
     before = memory_mb("VmRSS")
     for samples_now, prompt, length in ((2, 300, 50), (samples, PROMPT, response)):
-        episodes = group(codec, 1, samples_now, prompt, length)
-        row = policy.make_row(range(samples_now), episodes, codec, model)
+        episodes = group(chat, 1, samples_now, prompt, length)
+        row = policy.pack_batch(range(samples_now), episodes, chat, model)
         model.zero_grad()
         clock, cpu = time.perf_counter(), time.process_time()
         logp = step(model, row, shared)

@@ -59,9 +59,9 @@ sys.path.insert(0, str(ROOT))
 import engines  # noqa: E402
 import policy  # noqa: E402
 import rollout  # noqa: E402
-from chat import Codec  # noqa: E402
+from chat import Chat, Episode  # noqa: E402
 from config import Config  # noqa: E402
-from data import Call, Episode, Hit, Question, Result  # noqa: E402
+from data import Call, Hit, Question, Result  # noqa: E402
 from toy import model as toy_model  # noqa: E402
 
 SIZES, TURNS, MEDIAN, P99 = (8, 16, 64, 256), 3, 0.5, 8.0
@@ -82,24 +82,24 @@ class Work:
             prompts=str(ROOT / "prompts/toy"),
         )  # fmt: skip
         toy_model.save_random_model(folder, seed=0)
-        self.codec = Codec(folder, self.cfg)
-        self.codec.stop_ids = (*self.codec.stop_ids, *range(300, 300 + len(self.codec) // STOP_SHARE))
+        self.chat = Chat(folder, self.cfg)
+        self.chat.stop_ids = (*self.chat.stop_ids, *range(300, 300 + len(self.chat) // STOP_SHARE))
         rollout.parse_call = lambda text: Call("text", "it")  # every turn asks for a search, whatever it says
         Image.new("RGB", (60, 50), "teal").save(folder / "picture.png")
         picture = (folder / "picture.png").read_bytes()
         self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
         device = policy.init_distributed(self.cfg)
-        self.weights = list(policy.full_weights(policy.load_policy(folder, self.codec, self.cfg, device)))
+        self.weights = list(policy.full_weights(policy.load_policy(folder, self.chat, self.cfg, device)))
         limits = engines.engine_limits(folder, self.cfg, device, self.questions)
         make = Asleep if engine == "asleep" else partial(engines.make_engine, str(folder))
-        self.engine = make(self.codec, self.cfg, device, limits)
+        self.engine = make(self.chat, self.cfg, device, limits)
 
 
 class Asleep:
     """An engine that sleeps as long as a GPU might compute; how long a turn gets is drawn from the turn's seed."""
 
-    def __init__(self, codec, *_):
-        self.word = codec.encode("a")[:1]
+    def __init__(self, chat, *_):
+        self.word = chat.encode("a")[:1]
         self.new, self.running = [], []  # [request, tokens of its turn, steps to go]
 
     def submit(self, request_id, prompt_ids, images, sampling):
@@ -172,9 +172,9 @@ class Meter:
 # ----------------------------------------------------------------------------------------------------- schedules
 
 
-def turn_by_turn(questions, engine, search, codec, cfg, each) -> list[Episode]:
+def turn_by_turn(questions, engine, search, chat, cfg, each) -> list[Episode]:
     """Barriers after the turns and after the calls; `each` applies a function to the conversations that called."""
-    talks = {q.id: (q, rollout.converse(q, codec, cfg)) for q in questions}
+    talks = {q.id: (q, rollout.converse(q, chat, cfg)) for q in questions}
     wishes = {id: next(talk) for id, (_, talk) in talks.items()}
     episodes = {}
     while wishes:
@@ -220,7 +220,7 @@ def measure(schedule: str, work: Work, waits) -> Measured:
     work.engine.load_weights(work.weights, 0)  # which empties the prefix cache
     meter = Meter(work.engine)
     started, cpu = time.perf_counter(), time.thread_time()
-    episodes = SCHEDULES[schedule](work.questions[: len(waits)], meter, SlowSearch(waits), work.codec, work.cfg)
+    episodes = SCHEDULES[schedule](work.questions[: len(waits)], meter, SlowSearch(waits), work.chat, work.cfg)
     seconds, outside = time.perf_counter() - started, time.thread_time() - cpu - meter.cpu
     lengths = [[turn.end - turn.start for turn in e.turns] for e in episodes]
     assert all(len(turns) == TURNS for turns in lengths)

@@ -51,9 +51,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from chat import Codec  # noqa: E402
+from chat import Chat, Episode  # noqa: E402
 from config import Config  # noqa: E402
-from data import Episode, Question  # noqa: E402
+from data import Question  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from policy import init_distributed, prepare  # noqa: E402
 from toy import model as toy_model  # noqa: E402
@@ -71,7 +71,7 @@ TOLERANCE = 1e-3
 # ------------------------------------------------------------------------------------------ model, conversations
 
 
-def save_codec(folder: Path) -> None:
+def save_chat(folder: Path) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     toy_model.save_tokenizer(folder)
@@ -89,11 +89,11 @@ def settings(case) -> Config:
     )  # fmt: skip
 
 
-def random_model(size: str, codec: Codec, checkpointing: bool):
+def random_model(size: str, chat: Chat, checkpointing: bool):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     s = SimpleNamespace(**SIZES[size])
-    id_of = lambda name: codec.tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    id_of = lambda name: chat.tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=VOCABULARY, hidden_size=s.hidden, intermediate_size=3 * s.hidden, num_hidden_layers=s.layers,
@@ -115,7 +115,7 @@ def random_model(size: str, codec: Codec, checkpointing: bool):
     return model.train()
 
 
-def conversations(case, codec: Codec) -> tuple[list[Episode], torch.Tensor]:
+def conversations(case, chat: Chat) -> tuple[list[Episode], torch.Tensor]:
     """(episodes, advantages), the same in every process. Lengths are log-uniform."""
     rng = random.Random(f"conversations {case.seed}")
     low, high = map(math.log, case.length)
@@ -123,42 +123,42 @@ def conversations(case, codec: Codec) -> tuple[list[Episode], torch.Tensor]:
     for number in range(case.conversations // case.group):
         question = Question(id=f"question {number}", text="", images=(noise(rng, case.pixels),))
         thumbnails = [noise(rng, case.pixels // 3) for _ in range(case.images - 1)]
-        pictures = [codec.picture(question.images[0]), *(codec.picture(data, thumbnail=True) for data in thumbnails)]
-        opening = [*words(rng, codec, QUESTION), *cells(codec, pictures[:1])]
+        pictures = [chat.picture(question.images[0]), *(chat.picture(data, thumbnail=True) for data in thumbnails)]
+        opening = [*words(rng, chat, QUESTION), *cells(chat, pictures[:1])]
         for sample in range(case.group):
             length = round(math.exp(rng.uniform(low, high)))
-            tokens, sampled = hold(rng, codec, opening, pictures[1:], length)
+            tokens, sampled = hold(rng, chat, opening, pictures[1:], length)
             no_logprobs = [0.0] * len(tokens)
-            episodes.append(Episode(question, codec, sample, tokens, sampled, no_logprobs, pictures))
+            episodes.append(Episode(question, chat, sample, tokens, sampled, no_logprobs, pictures))
             groups.append(number)
     for picture in {p.key: p for e in episodes for p in e.images}.values():
-        codec.pixels(picture)  # kept from here on
+        chat.pixels(picture)  # kept from here on
     return episodes, group_advantages([rng.random() for _ in episodes], groups)
 
 
-def hold(rng, codec, opening, thumbnails, length) -> tuple[list[int], list[bool]]:
+def hold(rng, chat, opening, thumbnails, length) -> tuple[list[int], list[bool]]:
     """(tokens, sampled) of a conversation of `length` tokens: what replies leave is split between the two results."""
-    images = cells(codec, thumbnails)
+    images = cells(chat, thumbnails)
     room = length - len(opening) - len(images)
     if room < 8:
         sys.exit(f"{length} tokens are too few for question and images: {len(opening) + len(images)}")
     replies = [min(rng.randint(*REPLY), room // 4) for _ in range(3)]
     left = room - sum(replies)
-    results = [[*images, *words(rng, codec, left // 2)], words(rng, codec, left - left // 2), []]
+    results = [[*images, *words(rng, chat, left // 2)], words(rng, chat, left - left // 2), []]
     tokens, sampled = list(opening), [False] * len(opening)
     for size, result in zip(replies, results, strict=True):
-        tokens += [*words(rng, codec, size), *result]
+        tokens += [*words(rng, chat, size), *result]
         sampled += [True] * size + [False] * len(result)
     return tokens, sampled
 
 
-def words(rng, codec, count) -> list[int]:
+def words(rng, chat, count) -> list[int]:
     """Random text: ids that are nothing special, from the whole vocabulary."""
-    return [rng.randrange(len(codec), VOCABULARY) for _ in range(count)]
+    return [rng.randrange(len(chat), VOCABULARY) for _ in range(count)]
 
 
-def cells(codec, pictures) -> list[int]:
-    parts = ([codec.vision_start, *[codec.image_pad] * p.tokens, codec.vision_end] for p in pictures)
+def cells(chat, pictures) -> list[int]:
+    parts = ([chat.vision_start, *[chat.image_pad] * p.tokens, chat.vision_end] for p in pictures)
     return list(itertools.chain.from_iterable(parts))
 
 
@@ -175,17 +175,17 @@ def ours(case, folder):
     """(model, step); step() leaves gradients and returns the loss."""
     cfg = settings(case)
     device = init_distributed(cfg)
-    codec = Codec(folder, cfg)
-    model = random_model(case.model, codec, case.checkpointing)
-    prepare(model, codec, cfg)
+    chat = Chat(folder, cfg)
+    model = random_model(case.model, chat, case.checkpointing)
+    prepare(model, chat, cfg)
     model.banned_ids.zero_()  # TRL bans no ids; the work stays the same
-    episodes, advantages = conversations(case, codec)
+    episodes, advantages = conversations(case, chat)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # leaves the weights as they are
 
     def step():
-        codec.layouts.clear()  # positions are part of the work, of TRL's forward too
+        chat.layouts.clear()  # positions are part of the work, of TRL's forward too
         parts = [0] * len(episodes)
-        return train_step(model, None, optimizer, episodes, advantages, parts, codec, cfg, device)["loss"]
+        return train_step(model, None, optimizer, episodes, advantages, parts, chat, cfg, device)["loss"]
 
     return model, step
 
@@ -197,12 +197,12 @@ def theirs(case, folder, micro: int, like_gpu: bool):
     torch.set_num_threads(case.threads)
     if like_gpu:  # the caller's copy of the name: it picks the tokens, the kernel stays the one for CPUs
         trl.trainer.utils._use_triton = lambda device: True
-    codec = Codec(folder, settings(case))
-    model = random_model(case.model, codec, case.checkpointing)
-    episodes, advantages = conversations(case, codec)
-    trainer = make_trainer(model, codec, case, micro, folder)
-    pixels = torch.cat([codec.pixels(p) for e in episodes for p in e.images])
-    trainer._generate_and_score_completions = lambda _: padded(episodes, advantages, pixels, codec)
+    chat = Chat(folder, settings(case))
+    model = random_model(case.model, chat, case.checkpointing)
+    episodes, advantages = conversations(case, chat)
+    trainer = make_trainer(model, chat, case, micro, folder)
+    pixels = torch.cat([chat.pixels(p) for e in episodes for p in e.images])
+    trainer._generate_and_score_completions = lambda _: padded(episodes, advantages, pixels, chat)
 
     def step():
         trainer._step, trainer._buffered_inputs = 0, None
@@ -211,7 +211,7 @@ def theirs(case, folder, micro: int, like_gpu: bool):
     return model, step
 
 
-def make_trainer(model, codec, case, micro, folder):
+def make_trainer(model, chat, case, micro, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -222,12 +222,12 @@ def make_trainer(model, codec, case, micro, folder):
         loss_type="dapo", beta=0.0, epsilon=0.2, temperature=1.0, gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": "?"}] * case.conversations)
-    trainer = GRPOTrainer(model, lambda **_: 0.0, args, data, processing_class=codec.tokenizer)
+    trainer = GRPOTrainer(model, lambda **_: 0.0, args, data, processing_class=chat.tokenizer)
     trainer.current_gradient_accumulation_steps = accumulate  # train() sets it
     return trainer
 
 
-def padded(episodes, advantages, pixels, codec) -> dict:
+def padded(episodes, advantages, pixels, chat) -> dict:
     """What GRPOTrainer._generate_and_score_completions returns for these conversations: prompts padded on the left,
     all that follows on the right, to the longest of the step; tool_mask is 0 where the model did not speak."""
     from trl.trainer.utils import pad
@@ -236,7 +236,7 @@ def padded(episodes, advantages, pixels, codec) -> dict:
     prompts = [torch.tensor(e.tokens[:start]) for e, start in zip(episodes, starts, strict=True)]
     completions = [torch.tensor(e.tokens[start:]) for e, start in zip(episodes, starts, strict=True)]
     tool_mask = [torch.tensor(e.sampled[start:]).long() for e, start in zip(episodes, starts, strict=True)]
-    filler = codec.tokenizer.pad_token_id
+    filler = chat.tokenizer.pad_token_id
     batch = {
         "prompt_ids": pad(prompts, filler, "left"),
         "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
@@ -250,7 +250,7 @@ def padded(episodes, advantages, pixels, codec) -> dict:
         "num_images": [len(e.images) for e in episodes],
     }
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    return {**batch, "mm_token_type_ids": (ids == codec.image_pad).long()}
+    return {**batch, "mm_token_type_ids": (ids == chat.image_pad).long()}
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -360,12 +360,12 @@ def summary(side: Side) -> dict:
 
 def describe(case, folder) -> dict:
     """The case in figures."""
-    codec = Codec(folder, settings(case))
-    episodes, _ = conversations(case, codec)
+    chat = Chat(folder, settings(case))
+    episodes, _ = conversations(case, chat)
     lengths, prompts = [len(e.tokens) for e in episodes], [e.sampled.index(True) for e in episodes]
     width = max(prompts) + max(n - p for n, p in zip(lengths, prompts, strict=True))
     with torch.device("meta"):
-        model = random_model(case.model, codec, False)
+        model = random_model(case.model, chat, False)
     embeddings = model.get_input_embeddings().weight.numel()
     return {
         "case": {k: v for k, v in vars(case).items() if k != "repeats"},
@@ -481,7 +481,7 @@ def main() -> None:
     report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()) + f", threads {args.threads}")
     with tempfile.TemporaryDirectory() as folder:
-        save_codec(Path(folder))
+        save_chat(Path(folder))
         for case in cases(args):
             report["results"].append(measure(case, Path(folder)))
             show(report["results"][-1])

@@ -150,7 +150,7 @@ class AskOptions(FileOptions):
 
     text: str = option("", "search with these words")
     image: str = option("", "search with the picture in this file")
-    count: int = option(5, "results, at most", above=0)
+    count: int = option(5, "results, at most", "above 0")
 
 
 def ask(options):

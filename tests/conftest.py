@@ -15,9 +15,9 @@ from PIL import Image
 import config
 import policy
 import toy
-from chat import Codec
+from chat import Chat
 from data import Question
-from engines import ScriptedEngine
+from rollout import ScriptedEngine
 from toy import build as toy_build
 from toy import model as toy_model
 
@@ -52,24 +52,25 @@ def cfg():
 
 
 @pytest.fixture
-def codec(folder, cfg):
-    return Codec(folder, cfg)
+def chat(folder, cfg):
+    return Chat(folder, cfg)
 
 
 @pytest.fixture
-def model(folder, codec, cfg, device):
+def model(folder, chat, cfg, device):
     """The random model, prepared as the trainer uses it (one process: not sharded)."""
     torch.manual_seed(0)
-    return policy.load_policy(folder, codec, cfg, device)
+    return policy.load_policy(folder, chat, cfg, device)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy world whose model has hardly learned anything: for everything but the learning itself."""
-    cfg = config.parse([*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"])
+    """A toy world whose model has hardly learned anything (for all but the learning itself), and a run's options."""
+    argv = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"]
+    cfg, recipe = config.parse(argv, config.Config, toy.Recipe)
     device = policy.init_distributed(cfg)
     assert device.type == "cpu" or torch.cuda.is_available()
-    return toy_build.build(toy.locate(cfg).folder, cfg), cfg
+    return toy_build.build(toy.locate(recipe).folder, cfg, recipe), cfg, recipe
 
 
 def picture(seed: int, width: int = 60, height: int = 50, format: str = "PNG") -> bytes:
@@ -105,10 +106,10 @@ def on_two_ranks(worker, folder, tmp_path) -> list[tuple]:
     return parts
 
 
-def guesser(codec, questions):
+def guesser(chat, questions):
     """An engine for toy questions that, by the throw of a die, searches or not and is right or not; the more it has
     found the oftener right. It does what it is told where no search is offered."""
-    asked = {codec.picture(q.images[0]).key: q for q in questions}
+    asked = {chat.picture(q.images[0]).key: q for q in questions}
 
     def script(prompt, images, sampling):
         q, found = asked[images[0].key], prompt.count("<information>")
@@ -119,4 +120,4 @@ def guesser(codec, questions):
         answer = q.answers[0] if die.random() < 0.3 + 0.3 * found else "unknown"
         return f"<reason> well.</reason><answer> {answer}</answer>"
 
-    return ScriptedEngine(codec, script)
+    return ScriptedEngine(chat, script)

@@ -23,9 +23,9 @@ from PIL import Image
 
 import chat
 import data
-from chat import Codec, drop_overlong
+from chat import Chat, Episode, drop_overlong
 from config import InputError
-from data import Call, Episode, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
+from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
 from reward import normalize_answer
 
@@ -100,7 +100,7 @@ def load_one(tmp_path, **changes) -> Question:
     return loaded
 
 
-def test_the_five_real_rows(codec):
+def test_the_five_real_rows(chat):
     if not REAL.exists():
         pytest.skip("the real rows are not beside the repository (shared/data/mini_data.pq)")
     questions = load_questions([REAL])
@@ -112,9 +112,9 @@ def test_the_five_real_rows(codec):
         assert (q.data_id, q.image_url, q.system) == (None, None, None)
         (image,) = q.images
         assert max(decode_image(image).size) <= 800
-        ids, (shown,) = codec.prompt(q)
-        assert ids.count(codec.image_pad) == shown.tokens <= codec.cfg.max_pixels // 784
-    assert drop_overlong(questions, codec) == (questions, 0)
+        ids, (shown,) = chat.prompt(q)
+        assert ids.count(chat.image_pad) == shown.tokens <= chat.cfg.max_pixels // 784
+    assert drop_overlong(questions, chat) == (questions, 0)
 
 
 def test_a_row_becomes_a_question(tmp_path):
@@ -250,11 +250,11 @@ def test_prompts_that_are_not_one(tmp_path, prompt):
 
 
 @pytest.mark.parametrize("text, images", [("<image>what?", 0), ("<image>what?", 2), ("<image> or <image>?", 1)])
-def test_placeholders_must_be_as_many_as_images(tmp_path, codec, text, images):
+def test_placeholders_must_be_as_many_as_images(tmp_path, chat, text, images):
     message = refused(load_one, tmp_path, text=text, images=[{"bytes": PNG}] * images)
     holes = text.count("<image>")
     assert f"{holes} <image> placeholders for {images} images" in message and "field prompt" in message
-    assert "placeholders" in refused(codec.prompt, Question("q", text, (PNG,) * images))  # a question not from a file
+    assert "placeholders" in refused(chat.prompt, Question("q", text, (PNG,) * images))  # a question not from a file
     assert load_one(tmp_path, text=text, images=[{"bytes": PNG}] * holes).text == text
 
 
@@ -364,16 +364,16 @@ def test_a_file_of_no_rows_is_no_question(tmp_path):
     assert load_questions([path]) == [] == load_questions([])
 
 
-def test_overlong_prompts_are_dropped_and_counted_never_cut(codec):
+def test_overlong_prompts_are_dropped_and_counted_never_cut(chat):
     questions = [question(n, "what? " * n) for n in (1, 400, 2, 40, 300)]
-    sizes = [len(codec.prompt(q)[0]) for q in questions]
+    sizes = [len(chat.prompt(q)[0]) for q in questions]
     assert sizes == sorted(sizes[:1]) + sizes[1:] and len(set(sizes)) == 5
     for limit in {*sizes, *(size - 1 for size in sizes)}:
-        codec.cfg = replace(codec.cfg, max_prompt_tokens=limit, max_tokens=10_000, max_tokens_per_batch=10_000)
-        kept, dropped = drop_overlong(questions, codec)
+        chat.cfg = replace(chat.cfg, max_prompt_tokens=limit, max_tokens=10_000, max_tokens_per_batch=10_000)
+        kept, dropped = drop_overlong(questions, chat)
         assert kept == [q for q, size in zip(questions, sizes, strict=True) if size <= limit]
         assert dropped == len(questions) - len(kept)
-        assert [len(Episode.start(q, codec).tokens) for q in kept] == [s for s in sizes if s <= limit]
+        assert [len(Episode.start(q, chat).tokens) for q in kept] == [s for s in sizes if s <= limit]
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -479,25 +479,25 @@ def test_the_largest_pictures_stay_within_the_aspect_that_processors_take():
 @pytest.mark.parametrize("thumbnail", [False, True])
 @pytest.mark.parametrize("ranges", [{}, dict(min_pixels=112**2, max_pixels=336**2, thumb_min_pixels=56**2,
                                             thumb_max_pixels=112**2)])  # fmt: skip
-def test_processors_resize_the_final_image_by_identity(codec, folder, thumbnail, ranges):
+def test_processors_resize_the_final_image_by_identity(chat, folder, thumbnail, ranges):
     """Rule 13: what the trainer sees is, to the bit, what any Qwen-VL processor makes of the final image."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    codec = Codec(folder, replace(codec.cfg, **ranges))
-    cfg = codec.cfg
+    chat = Chat(folder, replace(chat.cfg, **ranges))
+    cfg = chat.cfg
     low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
     processors = [
         Qwen2VLImageProcessorPil.from_pretrained(folder),
         Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=low, max_pixels=high),
     ]
     for width, height in SIZES:
-        shown = codec.picture(encoded(noise(width, height)), thumbnail)
-        final = codec.final_image(shown)
+        shown = chat.picture(encoded(noise(width, height)), thumbnail)
+        final = chat.final_image(shown)
         assert final.mode == "RGB" and low <= final.width * final.height <= high
         assert final.width % 28 == final.height % 28 == 0
         assert shown.grid == (final.height // 14, final.width // 14) and shown.thumbnail is thumbnail
         assert shown.tokens == shown.grid[0] * shown.grid[1] // 4 == final.width * final.height // 784
-        pixels = codec.pixels(shown)
+        pixels = chat.pixels(shown)
         assert pixels.dtype == torch.float32 and pixels.shape == (shown.grid[0] * shown.grid[1], 3 * 2 * 14 * 14)
         for processor in processors:
             batch = processor.preprocess([final], do_resize=True, return_tensors="pt")
@@ -505,24 +505,24 @@ def test_processors_resize_the_final_image_by_identity(codec, folder, thumbnail,
             assert batch["image_grid_thw"].tolist() == [[1, *shown.grid]]
 
 
-def test_a_picture_of_its_final_size_is_not_touched(codec):
+def test_a_picture_of_its_final_size_is_not_touched(chat):
     image = noise(84, 56)
-    assert np.array_equal(codec.final_image(codec.picture(encoded(image))), image)
+    assert np.array_equal(chat.final_image(chat.picture(encoded(image))), image)
 
 
-def test_equal_bytes_share_a_key_and_thumbnails_do_not(codec, monkeypatch):
+def test_equal_bytes_share_a_key_and_thumbnails_do_not(chat, monkeypatch):
     opened, opening = [], data.decode_image
     monkeypatch.setattr(data, "decode_image", lambda file: opened.append(1) or opening(file))
-    first, again = codec.picture(PNG), codec.picture(bytes(bytearray(PNG)))
+    first, again = chat.picture(PNG), chat.picture(bytes(bytearray(PNG)))
     assert first == again and len(opened) == 1  # decoded once
-    thumb, other = codec.picture(PNG, thumbnail=True), codec.picture(JPEG)
+    thumb, other = chat.picture(PNG, thumbnail=True), chat.picture(JPEG)
     assert len({first.key, thumb.key, other.key}) == 3 and thumb.tokens < first.tokens
-    assert codec.pixels(first) is codec.pixels(again) and len(opened) == 4
-    assert not torch.equal(codec.pixels(first), codec.pixels(other))
-    assert codec.pixels(thumb).shape[0] == thumb.tokens * 4
+    assert chat.pixels(first) is chat.pixels(again) and len(opened) == 4
+    assert not torch.equal(chat.pixels(first), chat.pixels(other))
+    assert chat.pixels(thumb).shape[0] == thumb.tokens * 4
 
 
-def test_caches_are_bounded_and_forget_what_was_used_least(codec):
+def test_caches_are_bounded_and_forget_what_was_used_least(chat):
     cache, makes = chat.Cache(3), []
 
     def get(cache, key):
@@ -535,10 +535,10 @@ def test_caches_are_bounded_and_forget_what_was_used_least(codec):
         ["a"], ["a", "b"], ["b", "cc"], ["dddd"], ["a"], ["a", "b"], ["b", "a"], ["a", "cc"]
     ]  # fmt: skip
     # dddd is alone too large, and kept all the same
-    shown = codec.picture(PNG)
-    before = codec.pixels(shown).clone()
-    codec._pixels.clear(), codec._sizes.clear()
-    assert codec.picture(PNG) == shown and torch.equal(codec.pixels(shown), before)
+    shown = chat.picture(PNG)
+    before = chat.pixels(shown).clone()
+    chat._pixels.clear(), chat._sizes.clear()
+    assert chat.picture(PNG) == shown and torch.equal(chat.pixels(shown), before)
 
 
 # -------------------------------------------------------------------------------------- rule 1: token in, token out
@@ -575,19 +575,19 @@ def qwen_folder(folder, tmp_path_factory):
 
 @pytest.fixture(params=["toy", "qwen"])
 def prompted(request, folder, qwen_folder, cfg, tmp_path):
-    """A codec with PROMPTS, a chat template of two, and room for long conversations."""
+    """A chat with PROMPTS, a chat template of two, and room for long conversations."""
     for name, text in PROMPTS.items():
         (tmp_path / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
     cfg = replace(cfg, prompts=str(tmp_path), max_tokens=4000)
-    return Codec(folder if request.param == "toy" else qwen_folder, cfg)
+    return Chat(folder if request.param == "toy" else qwen_folder, cfg)
 
 
-def rendered(codec: Codec, messages, tokens_of_images, generate=False) -> list[int]:
+def rendered(chat: Chat, messages, tokens_of_images, generate=False) -> list[int]:
     """The tokenizer's own chat-template render of the messages, tokenised, its placeholders expanded."""
-    text = codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     left, ids = iter(tokens_of_images), []
-    for id in codec.tokenizer.encode(text, add_special_tokens=False):
-        ids += [id] * next(left) if id == codec.image_pad else [id]
+    for id in chat.tokenizer.encode(text, add_special_tokens=False):
+        ids += [id] * next(left) if id == chat.image_pad else [id]
     assert next(left, None) is None
     return ids
 
@@ -596,9 +596,9 @@ def parts(*content) -> list[dict]:
     return [{"type": "image", "image": "-"} if c is None else {"type": "text", "text": c} for c in content if c != ""]
 
 
-def reply_of(codec, text, end="im_end") -> Reply:
-    ids = codec.encode(text)
-    ids += {"im_end": [codec.im_end], "endoftext": [codec.stop_ids[1]], "cut": []}[end]
+def reply_of(chat, text, end="im_end") -> Reply:
+    ids = chat.encode(text)
+    ids += {"im_end": [chat.im_end], "endoftext": [chat.stop_ids[1]], "cut": []}[end]
     return Reply("", ids, [-0.5] * len(ids), "length" if end == "cut" else "stop", 3)
 
 
@@ -620,7 +620,7 @@ SHOWN_TEXTS = " Bako (https://e.org/1): Bako was founded\n\nby Zulu.\n No link: 
     ("\n\n  <image><image>", ("Look: \n\n  ", None, None, "\nThink.")),
 ])  # fmt: skip
 def test_a_whole_conversation_equals_the_render_of_the_chat_template(prompted, system, text, content):
-    codec = prompted
+    chat = prompted
     asked = Question("q", text, (picture(1), picture(2, 99, 31)), system=system)
     again = text.replace("<image>", "").strip()
     replies = [
@@ -628,34 +628,34 @@ def test_a_whole_conversation_equals_the_render_of_the_chat_template(prompted, s
         "<text_search>who?</text_search>",
         "<answer> x</answer>",
     ]
-    episode = Episode.start(asked, codec)
+    episode = Episode.start(asked, chat)
     messages = [{"role": "user", "content": parts(*content)}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    images = [codec.picture(i).tokens for i in asked.images]
-    assert episode.tokens == rendered(codec, messages, images, generate=True)
+    images = [chat.picture(i).tokens for i in asked.images]
+    assert episode.tokens == rendered(chat, messages, images, generate=True)
 
-    episode.add_reply(reply_of(codec, replies[0]))
+    episode.add_reply(reply_of(chat, replies[0]))
     assert episode.add_result(Call("image"), Result("ok", IMAGE_HITS))
     messages += [{"role": "assistant", "content": replies[0]}]
     messages += [{"role": "user", "content": parts("Found:\n", *SHOWN_IMAGES, f"Again: {again}")}]
-    images += [codec.picture(h.image, thumbnail=True).tokens for h in IMAGE_HITS if h.image]
-    assert episode.tokens == rendered(codec, messages, images, generate=True)
+    images += [chat.picture(h.image, thumbnail=True).tokens for h in IMAGE_HITS if h.image]
+    assert episode.tokens == rendered(chat, messages, images, generate=True)
 
-    episode.add_reply(reply_of(codec, replies[1]))
+    episode.add_reply(reply_of(chat, replies[1]))
     assert episode.add_result(Call("text", "who?"), Result("ok", TEXT_HITS))
     messages += [{"role": "assistant", "content": replies[1]}]
     result = f"<information>\n{SHOWN_TEXTS}</information> {again} Go on."
     messages += [{"role": "user", "content": result}]
-    assert episode.tokens == rendered(codec, messages, images, generate=True)
+    assert episode.tokens == rendered(chat, messages, images, generate=True)
 
-    episode.add_reply(reply_of(codec, replies[2]))
+    episode.add_reply(reply_of(chat, replies[2]))
     messages += [{"role": "assistant", "content": replies[2]}]
-    newline = codec.tokenizer.encode("\n")
-    assert episode.tokens + newline == rendered(codec, messages, images)  # nothing follows the last turn
+    newline = chat.tokenizer.encode("\n")
+    assert episode.tokens + newline == rendered(chat, messages, images)  # nothing follows the last turn
     assert episode.responses == replies
-    if codec.tokenizer.chat_template == QWEN_TEMPLATE and system is None:
-        assert "You are a helpful assistant." in codec.show(episode.tokens)
+    if chat.tokenizer.chat_template == QWEN_TEMPLATE and system is None:
+        assert "You are a helpful assistant." in chat.show(episode.tokens)
 
 
 @pytest.mark.parametrize("text", ["\n hi", "  \n\nhi", " ", "\u0301x", "\r\n", "hi \n"])
@@ -680,49 +680,49 @@ def test_a_failed_search_is_one_sentence(prompted, status, words):
 @pytest.mark.parametrize("end", ["im_end", "endoftext", "cut"])
 def test_the_newline_after_the_end_of_a_turn_is_there_once(prompted, end):
     """However the reply ended, what it said stays, and the turn is closed as the template closes it."""
-    codec = prompted
-    episode = Episode.start(Question("q", "what?"), codec)
+    chat = prompted
+    episode = Episode.start(Question("q", "what?"), chat)
     prompt = list(episode.tokens)
-    reply = reply_of(codec, "<text_search>x</text_search>", end)
+    reply = reply_of(chat, "<text_search>x</text_search>", end)
     episode.add_reply(reply)
     assert episode.add_result(Call("text", "x"), Result("error"))
-    after = codec.tokenizer.encode("\n<|im_start|>user\nThe search failed.<|im_end|>\n<|im_start|>assistant\n")
-    after = after if end == "im_end" else [codec.im_end, *after]
+    after = chat.tokenizer.encode("\n<|im_start|>user\nThe search failed.<|im_end|>\n<|im_start|>assistant\n")
+    after = after if end == "im_end" else [chat.im_end, *after]
     assert episode.tokens == prompt + reply.ids + after
     assert episode.sampled == [False] * len(prompt) + [True] * len(reply.ids) + [False] * len(after)
     assert episode.responses == ["<text_search>x</text_search>"]
 
 
-def test_what_the_model_said_is_never_encoded_again(codec):
+def test_what_the_model_said_is_never_encoded_again(chat):
     """A sampler may split words in ways the tokenizer would not."""
-    odd = [codec.encode(c)[0] for c in "the name"]
-    assert odd != codec.encode("the name")
-    episode = Episode.start(question(), codec)
+    odd = [chat.encode(c)[0] for c in "the name"]
+    assert odd != chat.encode("the name")
+    episode = Episode.start(question(), chat)
     start = len(episode.tokens)
-    episode.add_reply(Reply("", [*odd, codec.im_end], [0.0] * (len(odd) + 1), "stop", 0))
+    episode.add_reply(Reply("", [*odd, chat.im_end], [0.0] * (len(odd) + 1), "stop", 0))
     episode.add_result(Call("text", "x"), Result("no_results"))
-    assert episode.tokens[start : start + len(odd) + 1] == [*odd, codec.im_end]
+    assert episode.tokens[start : start + len(odd) + 1] == [*odd, chat.im_end]
     assert episode.responses == ["the name"]
 
 
 # ------------------------------------------------------------------------------------- rule 2: the episode record
 
 
-def talk(codec, seed=0) -> Episode:
+def talk(chat, seed=0) -> Episode:
     """A conversation with both searches."""
-    episode = Episode.start(question(seed, images=2), codec, sample=4)
-    episode.add_reply(reply_of(codec, "<search><img></search>"))
+    episode = Episode.start(question(seed, images=2), chat, sample=4)
+    episode.add_reply(reply_of(chat, "<search><img></search>"))
     assert episode.add_result(Call("image"), Result("ok", IMAGE_HITS))
-    episode.add_reply(reply_of(codec, "<text_search>who?</text_search>", "endoftext"))
+    episode.add_reply(reply_of(chat, "<text_search>who?</text_search>", "endoftext"))
     assert episode.add_result(Call("text", "who?"), Result("error", error="timed out"))
-    episode.add_reply(reply_of(codec, "<answer> bako</answer>"))
+    episode.add_reply(reply_of(chat, "<answer> bako</answer>"))
     episode.stop = Stop.ANSWERED
     return episode
 
 
 @pytest.fixture
 def roomy(folder, cfg):
-    return Codec(folder, replace(cfg, max_tokens=2000))
+    return Chat(folder, replace(cfg, max_tokens=2000))
 
 
 def state(episode):
@@ -731,7 +731,7 @@ def state(episode):
 
 
 def test_an_episode_only_grows_and_samples_are_marked_as_they_are_born(roomy):
-    codec, episode = roomy, Episode.start(question(images=2), roomy)
+    chat, episode = roomy, Episode.start(question(images=2), roomy)
     expected, seen = [False] * len(episode.tokens), []
 
     def grown():
@@ -740,7 +740,7 @@ def test_an_episode_only_grows_and_samples_are_marked_as_they_are_born(roomy):
             assert after[: len(before)] == before
         seen.append(now)
         assert len(episode.tokens) == len(episode.sampled) == len(episode.logprobs)
-        assert episode.tokens.count(codec.image_pad) == sum(i.tokens for i in episode.images)
+        assert episode.tokens.count(chat.image_pad) == sum(i.tokens for i in episode.images)
         assert episode.sampled == expected
         assert all(logp == (-0.5 if mine else 0.0) for logp, mine in zip(episode.logprobs, expected, strict=True))
         assert episode.room() == 2000 - len(episode.tokens)
@@ -748,7 +748,7 @@ def test_an_episode_only_grows_and_samples_are_marked_as_they_are_born(roomy):
     grown()
     said = []
     for n, end in enumerate(["im_end", "endoftext", "cut"]):
-        reply = reply_of(codec, f"turn {n}", end)
+        reply = reply_of(chat, f"turn {n}", end)
         said += reply.ids
         episode.add_reply(reply)
         expected += [True] * len(reply.ids)
@@ -768,14 +768,12 @@ def test_a_result_that_does_not_fit_is_refused_whole(folder, cfg):
     for result in (Result("ok", IMAGE_HITS), Result("error"), Result("ok", (Hit("long " * 300),))):
         call, sizes = Call("image"), []
         for room in (10_000, 0, -1):
-            codec = Codec(folder, replace(cfg, max_tokens=10_000, max_tokens_per_batch=10_000))
-            episode = Episode.start(question(), codec)
-            episode.add_reply(reply_of(codec, "<search><img></search>"))
+            chat = Chat(folder, replace(cfg, max_tokens=10_000, max_tokens_per_batch=10_000))
+            episode = Episode.start(question(), chat)
+            episode.add_reply(reply_of(chat, "<search><img></search>"))
             start = len(episode.tokens)
             if sizes:
-                codec.cfg = replace(
-                    codec.cfg, max_tokens=sizes[0] + room + 1, max_prompt_tokens=1, max_tokens_per_turn=1
-                )
+                chat.cfg = replace(chat.cfg, max_tokens=sizes[0] + room + 1, max_prompt_tokens=1, max_tokens_per_turn=1)
             before = state(episode)
             fits = episode.add_result(call, result)
             assert fits == (room >= 0)
@@ -787,15 +785,15 @@ def test_a_result_that_does_not_fit_is_refused_whole(folder, cfg):
             assert episode.calls == [(call, result)]
 
 
-def test_a_reply_that_does_not_fit_is_refused_whole(codec):
-    episode = Episode.start(question(), codec)
+def test_a_reply_that_does_not_fit_is_refused_whole(chat):
+    episode = Episode.start(question(), chat)
     before, room = state(episode), episode.room()
-    ids = codec.encode("a") * (room + 1)
+    ids = chat.encode("a") * (room + 1)
     for bad in (
         Reply("", ids, [0.0] * len(ids), "length", 0),  # one too many
         Reply("", ids[:3], [0.0] * 2, "stop", 0),
-        Reply("", [ids[0], codec.image_pad], [0.0] * 2, "stop", 0),  # an image that is not there
-        Reply("", [codec.vision_start], [0.0], "stop", 0),
+        Reply("", [ids[0], chat.image_pad], [0.0] * 2, "stop", 0),  # an image that is not there
+        Reply("", [chat.vision_start], [0.0], "stop", 0),
     ):
         with pytest.raises(ValueError):
             episode.add_reply(bad)
@@ -804,18 +802,18 @@ def test_a_reply_that_does_not_fit_is_refused_whole(codec):
     assert episode.room() == 0 and not episode.add_result(Call("text", "x"), Result("error"))
 
 
-def test_an_error_while_a_result_is_encoded_changes_nothing(codec, monkeypatch):
-    episode = Episode.start(question(), codec)
-    episode.add_reply(reply_of(codec, "x"))
+def test_an_error_while_a_result_is_encoded_changes_nothing(chat, monkeypatch):
+    episode = Episode.start(question(), chat)
+    episode.add_reply(reply_of(chat, "x"))
     before = state(episode)
-    monkeypatch.setattr(codec, "result_turn", lambda *_: 1 / 0)
+    monkeypatch.setattr(chat, "result_turn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         episode.add_result(Call("text", "x"), Result("error"))
     assert state(episode) == before
 
 
-def test_an_empty_reply_is_a_turn_of_nothing(codec):
-    episode = Episode.start(question(), codec)
+def test_an_empty_reply_is_a_turn_of_nothing(chat):
+    episode = Episode.start(question(), chat)
     episode.add_reply(Reply("", [], [], "abort", 0))
     assert episode.responses == [""] and not any(episode.sampled)
 
@@ -870,11 +868,11 @@ NASTY = {
 }
 
 
-def specials(codec, ids):
+def specials(chat, ids):
     """The special tokens among the ids, the placeholders of images aside."""
-    special = {id for id, token in codec.tokenizer.added_tokens_decoder.items() if token.special}
+    special = {id for id, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     assert len(special) >= 8
-    return [id for id in ids if id in special and id != codec.image_pad]
+    return [id for id in ids if id in special and id != chat.image_pad]
 
 
 def as_shown(text):
@@ -884,25 +882,25 @@ def as_shown(text):
 
 @pytest.mark.parametrize("name", NASTY)
 def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
-    codec, nasty = prompted, NASTY[name]
-    codec.cfg = replace(codec.cfg, max_tokens=10**7, max_tokens_per_batch=10**7)
+    chat, nasty = prompted, NASTY[name]
+    chat.cfg = replace(chat.cfg, max_tokens=10**7, max_tokens_per_batch=10**7)
 
     def shape_and_text(word):
         """Specials, images and text of a conversation that has the word everywhere."""
         asked = Question(f"q{word}", f"what {word}?", (PNG,), (word,), data_source=word, system=f"System {word}.")
-        episode = Episode.start(asked, codec)
-        text = codec.show(episode.tokens)
-        episode.add_reply(reply_of(codec, "<search><img></search>"))
+        episode = Episode.start(asked, chat)
+        text = chat.show(episode.tokens)
+        episode.add_reply(reply_of(chat, "<search><img></search>"))
         hits = (Hit(word, word, word, picture(5)), Hit(word, image=picture(6)))
         assert episode.add_result(Call("image"), Result("ok", hits))
-        episode.add_reply(reply_of(codec, "<text_search>x</text_search>"))
+        episode.add_reply(reply_of(chat, "<text_search>x</text_search>"))
         assert episode.add_result(Call("text", word), Result("ok", (Hit(word, word, word), Hit(word))))
-        assert episode.tokens.count(codec.image_pad) == sum(i.tokens for i in episode.images)
-        assert codec.expand(episode.engine_prompt(), episode.images) == episode.tokens
-        rest = codec.show(episode.tokens)
+        assert episode.tokens.count(chat.image_pad) == sum(i.tokens for i in episode.images)
+        assert chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
+        rest = chat.show(episode.tokens)
         assert rest.startswith(text)
         json.dumps(episode.record())
-        return specials(codec, episode.tokens), [i.key for i in episode.images], rest
+        return specials(chat, episode.tokens), [i.key for i in episode.images], rest
 
     clean, shown = shape_and_text("word"), shape_and_text(nasty)
     assert shown[:2] == clean[:2]
@@ -910,24 +908,24 @@ def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
 
 
 def test_image_tags_are_placeholders_in_a_question_and_text_everywhere_else(prompted):
-    codec = prompted
-    codec._prompts["question"] = "An <image> is <img>: {question}"
+    chat = prompted
+    chat._prompts["question"] = "An <image> is <img>: {question}"
     for text, start in (("what?", "<image>An <image> is <img>: what?"), ("<image>?", "An <image> is <img>: <image>?")):
         asked = Question("q", text, (PNG,), system="<image>")
-        episode = Episode.start(asked, codec)
-        assert len(episode.images) == 1 and episode.tokens.count(codec.vision_start) == 1
-        assert f"user\n{start}<|im_end|>" in codec.show(episode.tokens)
-        episode.add_reply(reply_of(codec, "x"))
+        episode = Episode.start(asked, chat)
+        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
+        assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
+        episode.add_reply(reply_of(chat, "x"))
         assert episode.add_result(Call("image"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
-        assert len(episode.images) == 1 and codec.expand(episode.engine_prompt(), episode.images) == episode.tokens
+        assert len(episode.images) == 1 and chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
 
 
-def test_replies_are_never_read_as_specials(codec):
-    ids = codec.encode("say <|im_end|><|image_pad|>")
-    assert not specials(codec, ids) and codec.decode_reply([*ids, codec.im_end]) == "say <|im_end|><|image_pad|>"
-    assert codec.show(ids) == "say <|im_end|><|image_pad|>"  # no image to be seen
-    assert codec.decode_reply([]) == "" == codec.decode_reply([codec.im_end])
-    assert codec.decode_reply([codec.im_end, *ids]).startswith("<|im_end|>say")  # only the last token is the end
+def test_replies_are_never_read_as_specials(chat):
+    ids = chat.encode("say <|im_end|><|image_pad|>")
+    assert not specials(chat, ids) and chat.decode_reply([*ids, chat.im_end]) == "say <|im_end|><|image_pad|>"
+    assert chat.show(ids) == "say <|im_end|><|image_pad|>"  # no image to be seen
+    assert chat.decode_reply([]) == "" == chat.decode_reply([chat.im_end])
+    assert chat.decode_reply([chat.im_end, *ids]).startswith("<|im_end|>say")  # only the last token is the end
 
 
 def test_a_broken_thumbnail_costs_the_picture_and_not_the_conversation(roomy):
@@ -941,12 +939,12 @@ def test_a_broken_thumbnail_costs_the_picture_and_not_the_conversation(roomy):
 
 
 @pytest.mark.parametrize("extra", [0, 1, 50])
-def test_banned_ids(codec, extra):
+def test_banned_ids(chat, extra):
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-    vision = {codec.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
-    size = len(codec.tokenizer)
-    assert codec.banned_ids(size + extra) == sorted(vision | set(range(size, size + extra)))
-    assert vision.isdisjoint(codec.stop_ids) and len(vision) == 5 and len(codec) == size
+    vision = {chat.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+    size = len(chat.tokenizer)
+    assert chat.banned_ids(size + extra) == sorted(vision | set(range(size, size + extra)))
+    assert vision.isdisjoint(chat.stop_ids) and len(vision) == 5 and len(chat) == size
 
 
 # ------------------------------------------------------------------------------------------------ model folders
@@ -994,7 +992,7 @@ def broken_folders():
 def test_folders_without_a_whole_codec(folder, cfg, tmp_path, name):
     path = copy_of(folder, tmp_path / "model")
     broken_folders()[name](path)
-    message = refused(Codec, path, cfg)
+    message = refused(Chat, path, cfg)
     assert str(path) in message
     wanted = {"no chat template": "chat template", "no image processor": "image processor", "too small": "784 to 3136"}
     assert all(words in message for key, words in wanted.items() if key in name)
@@ -1008,16 +1006,16 @@ def test_models_that_are_nowhere(cfg, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    assert name in refused(Codec, name, cfg)
+    assert name in refused(Chat, name, cfg)
 
 
-def test_a_saved_codec_is_the_same(codec, cfg, tmp_path):
-    codec.save(tmp_path)
-    again = Codec(tmp_path, cfg)
+def test_a_saved_codec_is_the_same(chat, cfg, tmp_path):
+    chat.save(tmp_path)
+    again = Chat(tmp_path, cfg)
     asked = question(images=2, text="<image> or <image>?")
-    assert again.prompt(asked) == codec.prompt(asked) and again.banned_ids(700) == codec.banned_ids(700)
-    shown = codec.picture(PNG)
-    assert torch.equal(again.pixels(shown), codec.pixels(shown))
+    assert again.prompt(asked) == chat.prompt(asked) and again.banned_ids(700) == chat.banned_ids(700)
+    shown = chat.picture(PNG)
+    assert torch.equal(again.pixels(shown), chat.pixels(shown))
 
 
 @pytest.mark.parametrize("name, hole", [(n, hole) for n, text in PROMPTS.items() for hole in re.findall("{.*?}", text)])
@@ -1025,22 +1023,22 @@ def test_prompt_folders_without_a_file_or_a_hole(folder, cfg, tmp_path, name, ho
     for other, text in PROMPTS.items():
         (tmp_path / f"{other}.txt").write_text(text)
     cfg, path = replace(cfg, prompts=str(tmp_path)), tmp_path / f"{name}.txt"
-    Codec(folder, cfg)
+    Chat(folder, cfg)
     for text in (PROMPTS[name].replace(hole, ""), PROMPTS[name] + hole):
         path.write_text(text)
-        assert refused(Codec, folder, cfg) == f"{path}: expected {hole} exactly once"
+        assert refused(Chat, folder, cfg) == f"{path}: expected {hole} exactly once"
     path.write_bytes(b"\xff{question}{results}{outcome}")
-    assert str(path) in refused(Codec, folder, cfg)
+    assert str(path) in refused(Chat, folder, cfg)
     path.unlink()
-    assert str(path) in refused(Codec, folder, cfg) and "No such file" in refused(Codec, folder, cfg)
+    assert str(path) in refused(Chat, folder, cfg) and "No such file" in refused(Chat, folder, cfg)
 
 
 def test_prompts_are_found_from_any_folder(folder, cfg, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for prompts in ("prompts", "prompts/toy"):
-        assert Codec(folder, replace(cfg, prompts=prompts)).prompt(question())[0]
-    assert "search" in Codec(folder, replace(cfg, prompts="prompts"))._prompts["question"]
-    refused(Codec, folder, replace(cfg, prompts="prompts/none"))
+        assert Chat(folder, replace(cfg, prompts=prompts)).prompt(question())[0]
+    assert "search" in Chat(folder, replace(cfg, prompts="prompts"))._prompts["question"]
+    refused(Chat, folder, replace(cfg, prompts="prompts/none"))
 
 
 def test_records_are_frozen():
@@ -1050,19 +1048,19 @@ def test_records_are_frozen():
     assert len(repr(question(images=2))) < 300  # no bytes
 
 
-def test_a_conversation_travels_as_a_parcel(codec):
+def test_a_conversation_travels_as_a_parcel(chat):
     """To a rank that has the question: all that training needs, and no image that is there already."""
     asked = question(images=2)
-    episode = Episode.start(asked, codec, sample=3)
-    episode.add_reply(reply_of(codec, "<search><img></search>"))
+    episode = Episode.start(asked, chat, sample=3)
+    episode.add_reply(reply_of(chat, "<search><img></search>"))
     assert episode.add_result(
         Call("image"), Result("ok", (Hit("a", image=picture(9)), Hit("b", image=asked.images[0])))
     )
-    episode.add_reply(reply_of(codec, "<answer> bako</answer>"))
+    episode.add_reply(reply_of(chat, "<answer> bako</answer>"))
     episode.stop = Stop.ANSWERED
-    parcel = pickle.dumps(episode.parcel())
+    parcel = pickle.dumps(episode.serialize())
     assert asked.images[1] not in parcel and picture(9) in parcel
-    other = Episode.unpack(pickle.loads(parcel), {asked.id: asked}, codec)
+    other = Episode.deserialize(pickle.loads(parcel), {asked.id: asked}, chat)
     names = ("tokens", "sampled", "logprobs", "images", "turns", "stop", "sample")
     assert [getattr(other, name) for name in names] == [getattr(episode, name) for name in names]
     assert other.question is asked and len(other.images) == 4 and all(type(t) is int for t in other.tokens)

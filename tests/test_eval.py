@@ -19,10 +19,9 @@ import reward
 import rollout
 import toy
 from analysis import labels
-from chat import Codec
+from chat import Chat
 from data import Hit, Result, Stop, load_questions
-from engines import ScriptedEngine
-from rollout import run
+from rollout import ScriptedEngine, run
 
 
 class OneHit:
@@ -49,15 +48,15 @@ SCRIPTS = {  # the turns of each question, and how it ends
 
 @pytest.fixture
 def records(folder, cfg):
-    codec = Codec(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
+    chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
     questions = [question(i) for i in range(6)]
-    key = {codec.picture(q.images[0]).key: q.id for q in questions}
+    key = {chat.picture(q.images[0]).key: q.id for q in questions}
 
     def script(prompt, images, sampling):
         return SCRIPTS[key[images[0].key]][prompt.count("<|im_start|>assistant") - 1]
 
-    episodes = run(questions, ScriptedEngine(codec, script), OneHit(), codec, codec.cfg)
-    return [reward.record(e, reward.score_episode(e, codec.cfg)) for e in episodes], codec.cfg
+    episodes = run(questions, ScriptedEngine(chat, script), OneHit(), chat, chat.cfg)
+    return [reward.record(e, reward.score_episode(e, chat.cfg)) for e in episodes], chat.cfg
 
 
 def test_figures_against_a_recount(records):
@@ -125,9 +124,9 @@ def here(world):
 def guessing(monkeypatch):
     """eval.py with an engine that is right now and then; the short world's model never is."""
 
-    def engine(folder, codec, cfg, device, questions):
+    def engine(folder, chat, cfg, device, questions):
         place = toy.locate(cfg)
-        return guesser(codec, load_questions(cfg.files or [place.val, place.train]))
+        return guesser(chat, load_questions(cfg.files or [place.val, place.train]))
 
     monkeypatch.setattr(evaluation, "load_engine", engine)
 
@@ -285,15 +284,15 @@ def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeyp
 
 def test_labelling(folder, cfg, tmp_path, capsys):
     """Scripted conversations: the labels, the pass rates and the balanced subset as parquet in veRL layout."""
-    codec = Codec(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
-    cfg = replace(codec.cfg, label=True, out=str(tmp_path / "l.parquet"), balance=0.5)
+    chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
+    cfg = replace(chat.cfg, label=True, out=str(tmp_path / "l.parquet"), balance=0.5)
     questions = [question(i) for i in range(6)]
-    key = {codec.picture(q.images[0]).key: q.id for q in questions}
+    key = {chat.picture(q.images[0]).key: q.id for q in questions}
 
     def script(prompt, images, sampling):
         return SCRIPTS[key[images[0].key]][prompt.count("<|im_start|>assistant") - 1]
 
-    episodes = run(questions, ScriptedEngine(codec, script), OneHit(), codec, cfg, samples=2)
+    episodes = run(questions, ScriptedEngine(chat, script), OneHit(), chat, cfg, samples=2)
     records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     labels.write_labels(questions, records, cfg)
     assert "3 of 6 questions never right" in capsys.readouterr().out
@@ -353,25 +352,25 @@ def test_one_question(world, tmp_path, capsys):
 
 
 def test_the_searches_of_one_question_are_shown(folder, cfg, capsys):
-    codec = Codec(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
+    chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
     turns = iter(SCRIPTS["q2"])
-    engine = ScriptedEngine(codec, lambda *_: next(turns))
-    evaluation.ask(question(1), engine, OneHit(), codec, codec.cfg)
+    engine = ScriptedEngine(chat, lambda *_: next(turns))
+    evaluation.ask(question(1), engine, OneHit(), chat, chat.cfg)
     printed = capsys.readouterr().out
     assert "image search: ok" in printed and "text search for 'bako founder': ok" in printed
     assert "- bako <http://x>: founder gami" in printed and "answer    bako" in printed
 
 
 def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg, capsys):
-    codec = Codec(folder, replace(cfg, max_tokens=900, max_tokens_per_turn=100, mode="pipeline"))
+    chat = Chat(folder, replace(cfg, max_tokens=900, max_tokens_per_turn=100, mode="pipeline"))
     turns = iter(["<text_search>bako founder</text_search>", "<answer>gami</answer>"])
-    evaluation.ask(question(1), ScriptedEngine(codec, lambda *_: next(turns)), OneHit(), codec, codec.cfg)
+    evaluation.ask(question(1), ScriptedEngine(chat, lambda *_: next(turns)), OneHit(), chat, chat.cfg)
     printed = capsys.readouterr().out
     order = ["image search: ok", "turn 1", "text search for 'bako founder': ok", "turn 2", "answer    gami"]
     places = [printed.index(part) for part in order]
     assert places == sorted(places)
-    codec = Codec(folder, replace(cfg, max_tokens=60, max_prompt_tokens=59, max_tokens_per_turn=20, mode="pipeline"))
-    evaluation.ask(question(1), ScriptedEngine(codec, lambda *_: "-"), OneHit(), codec, codec.cfg)
+    chat = Chat(folder, replace(cfg, max_tokens=60, max_prompt_tokens=59, max_tokens_per_turn=20, mode="pipeline"))
+    evaluation.ask(question(1), ScriptedEngine(chat, lambda *_: "-"), OneHit(), chat, chat.cfg)
     assert "(stop: max_tokens)" in capsys.readouterr().out  # there was no room for the model's first turn
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT, SHORT_RUN, SHORT_WORLD, question, replace
 
 import backbone
 import policy
-from chat import Codec
+from chat import Chat
 from engines import TorchEngine
 from rollout import run
 
@@ -39,12 +39,12 @@ def test_fast_attention_is_segment_attention(kind, causal):
 def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
     cfg = replace(cfg, device="cuda", dtype="bf16")
     device = policy.init_distributed(cfg)
-    codec = Codec(folder, cfg)
-    trainer = policy.load_policy(folder, codec, cfg, device)
-    engine = TorchEngine(backbone.plain_config(trainer), codec, cfg, device)
+    chat = Chat(folder, cfg)
+    trainer = policy.load_policy(folder, chat, cfg, device)
+    engine = TorchEngine(backbone.plain_config(trainer), chat, cfg, device)
     engine.load_weights(policy.full_weights(trainer), version=0)
-    episodes = run([question(i) for i in range(4)], engine, NoSearch(), codec, cfg, samples=2)
-    rows = policy.pack(episodes, codec, trainer, cfg.max_tokens_per_batch)
+    episodes = run([question(i) for i in range(4)], engine, NoSearch(), chat, cfg, samples=2)
+    rows = policy.pack(episodes, chat, trainer, cfg.max_tokens_per_batch)
     for row, logp in zip(rows, policy.logprobs(trainer, rows, 1.0, device), strict=True):
         assert (logp - row.sampler_logp).abs().mean() < 0.05
 

@@ -1,19 +1,20 @@
 """The memory plan: its counts against a real model, and that it adds up."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, question, replace
+from conftest import question, replace
 
 import backbone
 import config
 import policy
 from analysis import plan
+from analysis.__main__ import main
+from analysis.plan import PlanOptions
 from backbone import read_config
-from data import Episode
+from chat import Episode
+from config import InputError
 from engines import Reply
 
 
@@ -36,17 +37,17 @@ def block_sizes(model):
     return sum(p.numel() for p in model.model.visual.blocks.parameters())
 
 
-def test_what_autograd_keeps_is_what_it_keeps_of_a_real_row(sizes, model, codec, cfg):
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, model, chat, cfg):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     episodes = []
     for length in (30, 70, 90):
-        episode = Episode.start(question(), codec)
-        episode.add_reply(Reply("", [*range(300, 300 + length), codec.im_end], [0.0] * (length + 1), "stop", 0))
+        episode = Episode.start(question(), chat)
+        episode.add_reply(Reply("", [*range(300, 300 + length), chat.im_end], [0.0] * (length + 1), "stop", 0))
         episodes.append(episode)
-    (row,) = policy.pack(episodes, codec, model, 1000)
-    kept = plan.kept_by(lambda: backbone.row_hidden(model, row), model)
-    patches = len(row.pixels)
-    expected = sizes.layers * sizes.layer_kept * len(row.ids) + sizes.blocks * sizes.block_kept * patches
+    (batch,) = policy.pack(episodes, chat, model, 1000)
+    kept = plan.kept_by(lambda: backbone.packed_hidden(model, batch), model)
+    patches = len(batch.pixels)
+    expected = sizes.layers * sizes.layer_kept * len(batch.ids) + sizes.blocks * sizes.block_kept * patches
     assert kept == pytest.approx(expected, rel=0.15)
 
 
@@ -59,8 +60,12 @@ def test_the_parts_follow_the_settings(sizes):
     assert one["optimiser"][0] == 8 * sizes.total and four["engine's weights"] == (2 * sizes.total,) * 2
     hybrid, _ = plan.needs(sizes, replace(cfg, shard_size=2), 4, cache=1000)
     assert hybrid["optimiser"][0] == one["optimiser"][0] / 2
-    away, cpu = plan.needs(sizes, replace(cfg, offload_optimizer=True, offload_reference=True), 4, cache=1000)
-    assert away["optimiser"] == away["reference"] == (0, 0) and cpu["optimiser"] == four["optimiser"][0]
+    offloaded, cpu = plan.needs(sizes, replace(cfg, offload="all"), 4, cache=1000)
+    assert offloaded["optimiser"] == offloaded["reference"] == (0, 0) and cpu["optimiser"] == four["optimiser"][0]
+    assert cpu["reference"] == four["reference"][0]
+    offloaded, cpu = plan.needs(sizes, replace(cfg, offload="reference"), 4, cache=1000)
+    assert offloaded["optimiser"] == four["optimiser"] and cpu["optimiser"] == 0
+    assert offloaded["reference"] == (0, 0) and cpu["reference"] == four["reference"][0]
     frozen, _ = plan.needs(sizes, replace(cfg, freeze_vision=True), 1, cache=1000)
     assert frozen["optimiser"][0] == 8 * (sizes.total - sizes.vision) < one["optimiser"][0]
     again, _ = plan.needs(sizes, replace(cfg, gradient_checkpointing=True), 1, cache=1000)
@@ -82,33 +87,32 @@ def test_before_torch_2_12_repeated_keys_and_values_are_kept(folder, monkeypatch
 
 def test_offloaded_memory_is_given_with_and_without_pinning(sizes, folder, monkeypatch):
     monkeypatch.setattr(plan, "GIB", 1)  # bytes: the model is too small for GiB of two digits
-    cfg = config.Config(model=str(folder), gpus=1, offload_optimizer=True, offload_reference=True, kl_coef=0.1)
-    least, most = map(float, re.search(r"of each process: ([\d.]+) GiB, up to ([\d.]+)", plan.plan(cfg)).groups())
+    cfg = config.Config(model=str(folder), offload="all", kl_coef=0.1)
+    text = plan.plan(cfg, PlanOptions(gpus=1))
+    least, most = map(float, re.search(r"of each process: ([\d.]+) GiB, up to ([\d.]+)", text).groups())
     assert least == 20 * sizes.total  # weights, gradients, reference; state of 8 bytes
     assert most == 32 * sizes.total  # all but the state twice
 
 
 def test_the_largest_batch_just_fits(folder):
-    cfg = config.Config(model=str(folder), gpu_memory=0.5, gpus=2)
-    most = most_of(plan.plan(cfg))
-    at = lambda tokens: plan.plan(replace(cfg, max_tokens_per_batch=tokens))  # noqa: E731
-    usable = cfg.gpu_memory * (1 - plan.SPARE)
-    in_all = lambda text: float(re.search(r"in all +([\d.]+)", text)[1])  # noqa: E731
-    assert in_all(at(most)) <= usable + 0.005 < in_all(at(int(most * 1.1))) and most_of(at(300)) == most
-    assert "too little for" in at(2 * most)
+    cfg, options = config.Config(model=str(folder)), PlanOptions(gpus=2, gpu_memory=0.5)
+
+    def plan_of(tokens):
+        text = plan.plan(replace(cfg, max_tokens_per_batch=tokens), options)
+        in_all = float(re.search(r"in all +([\d.]+)", text)[1])
+        return text, in_all, int(re.search(r"max_tokens_per_batch ([\d,]+)", text)[1].replace(",", ""))
+
+    _, _, most = plan_of(8192)
+    usable = options.gpu_memory * (1 - plan.SPARE)
+    assert plan_of(most)[1] <= usable + 0.005 < plan_of(int(most * 1.1))[1]
+    assert plan_of(300)[2] == most and "too little for" in plan_of(2 * most)[0]
 
 
-def most_of(text):
-    return int(re.search(r"max_tokens_per_batch ([\d,]+)", text)[1].replace(",", ""))
-
-
-def test_plan_from_the_command_line(tmp_path):
-    run = lambda *more: subprocess.run(  # noqa: E731
-        [sys.executable, "train.py", "--plan", f"--run_dir={tmp_path / 'run'}", *more],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    done = run("--gpus=8", "--gpu_memory=0.001")
-    assert done.returncode == 0 and "8 GPUs, of 0.001 GiB each" in done.stdout and "none fits" in done.stdout
-    missing = run("--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}")
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot load the model" in missing.stderr
-    assert not (tmp_path / "run").exists()
+def test_the_plan_command(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    main(["plan", "--gpus=8", "--gpu_memory=0.001", f"--run_dir={run_dir}"])
+    printed = capsys.readouterr().out
+    assert "8 GPUs, of 0.001 GiB each" in printed and "none fits" in printed
+    with pytest.raises(InputError, match="cannot load the model"):
+        main(["plan", "--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}", f"--run_dir={run_dir}"])
+    assert not run_dir.exists()

@@ -28,9 +28,9 @@ import backbone
 import checkpoint
 import config
 import policy
-from chat import Codec
+from chat import Chat, Episode
 from config import InputError
-from data import Call, Episode, Hit, Question, Result, decode_image
+from data import Call, Hit, Question, Result, decode_image
 from engines import Reply
 from grpo import token_weights
 
@@ -111,14 +111,14 @@ def wide_range(cfg):
     return replace(cfg, **pixels, max_tokens=400, max_tokens_per_batch=1000)
 
 
-def conversation(codec, number, images=("wide",), turns=((5, ("small",)), (3, ()))):
+def conversation(chat, number, images=("wide",), turns=((5, ("small",)), (3, ()))):
     """An episode about `images`; turns: (how many random tokens the policy says, thumbnails of the result after it). A
     turn without thumbnails is the last, or its result is text."""
     draw = torch.Generator().manual_seed(number)
     about = Question(f"q{number}", "what is it called?", tuple(PICTURES[name] for name in images), ("bako",))
-    episode = Episode.start(about, codec)
+    episode = Episode.start(about, chat)
     for index, (length, thumbnails) in enumerate(turns):
-        ids = torch.randint(300, 500, (length - 1,), generator=draw).tolist() + [codec.im_end]
+        ids = torch.randint(300, 500, (length - 1,), generator=draw).tolist() + [chat.im_end]
         logprobs = (-torch.rand(length, generator=draw)).tolist()
         episode.add_reply(Reply("", ids, logprobs, "stop", 0))
         if index + 1 < len(turns):
@@ -127,16 +127,16 @@ def conversation(codec, number, images=("wide",), turns=((5, ("small",)), (3, ()
     return episode
 
 
-def some_episodes(codec):
+def some_episodes(chat):
     """Six conversations: two about one picture, several grids, text only, several pictures, one without a sampled
     token."""
     return [
-        conversation(codec, 0),
-        conversation(codec, 1, turns=((2, ("large", "small", "wide")), (4, ()), (3, ()))),
-        conversation(codec, 2, images=(), turns=((7, ()),)),
-        conversation(codec, 3, images=("high", "small"), turns=((1, ("high", "large")), (2, ()))),
-        conversation(codec, 4, images=("large",), turns=((9, ()), (2, ()))),
-        conversation(codec, 5, images=("small",), turns=()),
+        conversation(chat, 0),
+        conversation(chat, 1, turns=((2, ("large", "small", "wide")), (4, ()), (3, ()))),
+        conversation(chat, 2, images=(), turns=((7, ()),)),
+        conversation(chat, 3, images=("high", "small"), turns=((1, ("high", "large")), (2, ()))),
+        conversation(chat, 4, images=("large",), turns=((9, ()), (2, ()))),
+        conversation(chat, 5, images=("small",), turns=()),
     ]
 
 
@@ -146,12 +146,12 @@ ADVANTAGES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7]
 def row_loss_of(kind, packed=range(6)):
     """The loss of a REINFORCE step. packed: the numbers of the episodes that were packed, in order."""
 
-    def row_loss(number, row, logp, entropy):
+    def batch_loss(number, row, logp, entropy):
         advantage = torch.tensor([ADVANTAGES[packed[i]] for i in row.episodes])
         weights, count = token_weights(row.sequence, kind)
         return -(logp * advantage[row.sequence] * weights).sum(), count, {"tokens": logp.numel()}
 
-    return row_loss
+    return batch_loss
 
 
 def gradients(model):
@@ -168,10 +168,10 @@ def assert_same(new, old, rel=1e-5):
     assert gaps[worst] < rel, (worst, gaps[worst])
 
 
-def step(model, episodes, codec, cfg, device, kind="tokens", packed=range(6), lr=1.0):
+def step(model, episodes, chat, cfg, device, kind="tokens", packed=range(6), lr=1.0):
     """One SGD step; (what update returned, gradients)."""
-    rows = policy.pack(episodes, codec, model, cfg.max_tokens_per_batch)
-    rows = policy.even_rows(rows, codec, device)
+    rows = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
+    rows = policy.equal_counts(rows, chat, device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     return policy.update(model, optimizer, rows, row_loss_of(kind, packed), cfg, device), gradients(model)
 
@@ -183,7 +183,7 @@ def wide(cfg):
 
 @pytest.fixture
 def sharp_codec(sharp, wide):
-    return Codec(sharp, wide)
+    return Chat(sharp, wide)
 
 
 @pytest.fixture
@@ -204,12 +204,12 @@ def episodes(sharp_codec):
 # ----------------------------------------------------------------------------------------------------------- packing
 
 
-def test_the_example_at_the_top_of_the_file(model, codec):
-    thumbnail = codec.picture(PICTURES["small"], thumbnail=True)
-    u, i, x = 300, codec.image_pad, 400
-    first = Episode(question(0), codec, 0, [u, i, x, x + 1], [False, False, True, True], [0, 0, -1, -2], [thumbnail])
-    second = Episode(question(0), codec, 1, [u, i, x + 2], [False, False, True], [0, 0, -3], [thumbnail])
-    (row,) = policy.pack([first, second], codec, model, 7)
+def test_the_example_at_the_top_of_the_file(model, chat):
+    thumbnail = chat.picture(PICTURES["small"], thumbnail=True)
+    u, i, x = 300, chat.image_pad, 400
+    first = Episode(question(0), chat, 0, [u, i, x, x + 1], [False, False, True, True], [0, 0, -1, -2], [thumbnail])
+    second = Episode(question(0), chat, 1, [u, i, x + 2], [False, False, True], [0, 0, -3], [thumbnail])
+    (row,) = policy.pack([first, second], chat, model, 7)
     assert row.ids.tolist() == [u, i, x, x + 1, u, i, x + 2]
     assert row.cu_seqlens.tolist() == [0, 4, 7] and row.longest == 4
     assert row.predict.tolist() == [1, 2, 5]
@@ -217,7 +217,7 @@ def test_the_example_at_the_top_of_the_file(model, codec):
     assert row.sequence.tolist() == [0, 0, 1]
     assert row.sampler_logp.tolist() == [-1, -2, -3]
     assert row.pixels.shape[0] == 4 and row.grids.tolist() == [[1, 2, 2]]
-    assert row.cells.tolist() == [0, 0] and row.cell_positions.tolist() == [1, 5]
+    assert row.cells.tolist() == [0, 0] and row.vision_positions.tolist() == [1, 5]
     assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
 
 
@@ -241,21 +241,21 @@ def test_packing_loses_and_pads_nothing(sharp_model, sharp_codec, episodes, budg
         assert row.sequence.tolist() == [n for n, e in enumerate(mine) for _ in range(sum(e.sampled))]
         cells = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
         assert sum(cells) == len(row.cells) == (row.ids == sharp_codec.image_pad).sum()
-        assert row.cell_positions.tolist() == (row.ids == sharp_codec.image_pad).nonzero()[:, 0].tolist()
+        assert row.vision_positions.tolist() == (row.ids == sharp_codec.image_pad).nonzero()[:, 0].tolist()
 
 
-def test_an_episode_longer_than_a_row_is_refused(model, codec, cfg):
-    episode = conversation(codec, 0)
-    assert len(policy.pack([episode], codec, model, len(episode.tokens))) == 1
+def test_an_episode_longer_than_a_row_is_refused(model, chat, cfg):
+    episode = conversation(chat, 0)
+    assert len(policy.pack([episode], chat, model, len(episode.tokens))) == 1
     with pytest.raises(ValueError, match="does not fit"):
-        policy.pack([episode], codec, model, len(episode.tokens) - 1)
+        policy.pack([episode], chat, model, len(episode.tokens) - 1)
 
 
-def test_placeholders_that_do_not_match_the_pictures_are_refused(model, codec):
-    episode = conversation(codec, 0)
+def test_placeholders_that_do_not_match_the_pictures_are_refused(model, chat):
+    episode = conversation(chat, 0)
     episode.images.pop()
     with pytest.raises(ValueError, match="placeholders"):
-        policy.pack([episode], codec, model, 1000)
+        policy.pack([episode], chat, model, 1000)
 
 
 def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_codec, episodes, plain):
@@ -313,7 +313,7 @@ def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_codec
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_codec, episodes, plain, temperature):
     (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    entropy = sharp_model.row_logprobs(row, temperature, True)[1]
+    entropy = sharp_model.packed_logprobs(row, temperature, True)[1]
     expected = []
     for episode in episodes:
         p = plain.logp(episode, temperature).double().softmax(-1)
@@ -323,7 +323,7 @@ def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_codec, 
     (entropy * weights).sum().backward()
     (torch.cat(expected) * weights).sum().backward()
     assert_same(gradients(sharp_model), gradients(plain.model), 1e-4)
-    assert not sharp_model.row_logprobs(row, temperature)[1].requires_grad
+    assert not sharp_model.packed_logprobs(row, temperature)[1].requires_grad
 
 
 def test_banned_ids_are_outside_of_the_distribution(sharp_model, sharp_codec, episodes, plain, device):
@@ -369,7 +369,7 @@ def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, d
         spy = lambda hidden, *rest, sizes=sizes: sizes.append(len(hidden)) or distributions(hidden, *rest)  # noqa: E731
         monkeypatch.setattr(policy, "distributions", spy)
         sharp_model.zero_grad()
-        logp, entropy, _ = sharp_model.row_logprobs(row, 0.8, True)
+        logp, entropy, _ = sharp_model.packed_logprobs(row, 0.8, True)
         (logp.sum() + 0.1 * entropy.sum()).backward()
         results.append((logp, entropy, gradients(sharp_model), max(sizes)))
     (logp, entropy, grads, largest), (logp3, entropy3, grads3, largest3) = results
@@ -384,7 +384,7 @@ def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp
     sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
     twice = [*episodes, *episodes]
     (row,) = policy.pack(twice, sharp_codec, sharp_model, 100000)
-    sharp_model.row_logprobs(row, 1.0)
+    sharp_model.packed_logprobs(row, 1.0)
     distinct = {p.key: p.grid[0] * p.grid[1] for e in twice for p in e.images}
     assert patches == [sum(distinct.values())]
     assert sum(p.grid[0] * p.grid[1] for e in twice for p in e.images) > 2 * sum(distinct.values())
@@ -394,11 +394,13 @@ def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp
 def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_codec, episodes, of):
     """With FSDP, a rank that leaves a module out makes the others wait for ever."""
     row = (
-        policy.empty_row(sharp_codec) if of == "empty" else policy.pack([episodes[2]], sharp_codec, sharp_model, 99)[0]
+        policy.empty_batch(sharp_codec)
+        if of == "empty"
+        else policy.pack([episodes[2]], sharp_codec, sharp_model, 99)[0]
     )
     patches = []
     sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
-    logp, entropy, zero = sharp_model.row_logprobs(row, 1.0)
+    logp, entropy, zero = sharp_model.packed_logprobs(row, 1.0)
     assert patches == [4]
     assert zero.item() == 0 and len(logp) == len(entropy) == len(row.target)
     zero.backward()
@@ -578,7 +580,7 @@ def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_codec, 
     rows = policy.pack(episodes, sharp_codec, sharp_model, 1000)
     policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
     before = [p.clone() for p in sharp_model.parameters()]
-    rows = policy.even_rows(policy.pack([], sharp_codec, sharp_model, 1000), sharp_codec, device)
+    rows = policy.equal_counts(policy.pack([], sharp_codec, sharp_model, 1000), sharp_codec, device)
     assert len(rows) == 1
     sums = policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
     assert sums == {"loss": 0.0, "count": 0.0, "tokens": 0.0, "grad_norm": 0.0}
@@ -610,18 +612,18 @@ def test_bf16_with_fp32_masters(sharp, sharp_codec, sharp_model, episodes, wide,
     )
 
 
-def test_rows_are_evened_out(codec, device, monkeypatch):
+def test_rows_are_evened_out(chat, device, monkeypatch):
     monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
-    row = policy.empty_row(codec)
-    rows = policy.even_rows([row], codec, device)
+    row = policy.empty_batch(chat)
+    rows = policy.equal_counts([row], chat, device)
     assert len(rows) == 3 and rows[0] is row and all(len(r.target) == 0 and r.episodes == [] for r in rows[1:])
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def train_once(model, optimizer, codec, cfg, device):
-    rows = policy.pack(some_episodes(codec)[:2], codec, model, cfg.max_tokens_per_batch)
+def train_once(model, optimizer, chat, cfg, device):
+    rows = policy.pack(some_episodes(chat)[:2], chat, model, cfg.max_tokens_per_batch)
     policy.update(model, optimizer, rows, row_loss_of("tokens"), cfg, device)
 
 
@@ -638,23 +640,23 @@ def same_bits(a, b):
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision": True}, {"dtype": "bf16"}], ids=str)
 def test_a_checkpoint_goes_on_to_the_bit(folder, wide, device, tmp_path, changes):
     wide = replace(wide, **changes)
-    codec = Codec(folder, wide)
+    chat = Chat(folder, wide)
     runs = []
     for resumed in (False, True):
-        model = policy.load_policy(folder, codec, wide, device)
+        model = policy.load_policy(folder, chat, wide, device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.1)
         if resumed:
             torch.manual_seed(99)
             state = checkpoint.load_state(tmp_path / "step-000001", model, optimizer)
             assert state["step"] == 1 and state["best"] == {"accuracy": 0.5}
         else:
-            train_once(model, optimizer, codec, wide, device)
+            train_once(model, optimizer, chat, wide, device)
             torch.manual_seed(7)
             checkpoint.save_state(tmp_path / "step-000001", model, optimizer, {"step": 1, "best": {"accuracy": 0.5}})
         noise = torch.rand(5)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3
-        train_once(model, optimizer, codec, wide, device)
+        train_once(model, optimizer, chat, wide, device)
         runs.append([*everything(model, optimizer), noise])
     assert same_bits(*runs)
     assert len(runs[0]) > 2 * len(list(model.parameters()))
@@ -751,12 +753,12 @@ def test_a_checkpoint_of_another_model_is_refused(saved, sharp_model):
 def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, tied):
     """Hub names, no trace of this code, and the same log-probs in transformers."""
     folder = folder if tied else request.getfixturevalue("sharp")
-    codec = Codec(folder, wide)
-    model = policy.load_policy(folder, codec, wide, device)
-    episodes = some_episodes(codec)
-    step(model, episodes, codec, wide, device, lr=0.1)
+    chat = Chat(folder, wide)
+    model = policy.load_policy(folder, chat, wide, device)
+    episodes = some_episodes(chat)
+    step(model, episodes, chat, wide, device, lr=0.1)
     for _ in range(2):  # over an earlier one too
-        checkpoint.export_hf(tmp_path / "best", model, codec)
+        checkpoint.export_hf(tmp_path / "best", model, chat)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
     from safetensors.torch import load_file
@@ -769,17 +771,17 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     assert not any(word in text for text in texts for word in (backbone.ATTENTION, "flash", "attn_implementation"))
     assert json.loads(texts[0])["use_cache"] and json.loads(texts[0])["model_type"] == "qwen2_5_vl"
 
-    exported, again = Plain(tmp_path / "best", wide), Codec(tmp_path / "best", wide)
-    assert again.tokenizer.get_vocab() == codec.tokenizer.get_vocab()
+    exported, again = Plain(tmp_path / "best", wide), Chat(tmp_path / "best", wide)
+    assert again.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
     assert some_episodes(again)[3].tokens == episodes[3].tokens
-    rows = policy.pack(episodes, codec, model, 100000)
+    rows = policy.pack(episodes, chat, model, 100000)
     with torch.no_grad():
         separate = torch.cat([exported.sampled_logp(e) for e in episodes])
     torch.testing.assert_close(policy.logprobs(model, rows, 1.0, device)[0], separate, atol=1e-5, rtol=1e-5)
 
 
-def test_an_export_in_bf16_says_so(model, codec, tmp_path):
-    checkpoint.export_hf(tmp_path / "half", model, codec, dtype=torch.bfloat16)
+def test_an_export_in_bf16_says_so(model, chat, tmp_path):
+    checkpoint.export_hf(tmp_path / "half", model, chat, dtype=torch.bfloat16)
     half = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
@@ -831,17 +833,17 @@ def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypa
     assert kind != "llama" or "unsupported architecture 'llama'" in str(error.value)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(folder, codec, cfg):
+def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
     model = backbone.read_model(folder)
-    model.config.text_config.vocab_size = len(codec) - 1
+    model.config.text_config.vocab_size = len(chat) - 1
     with pytest.raises(InputError, match="tokenizer has"):
-        policy.prepare(model, codec, cfg)
+        policy.prepare(model, chat, cfg)
 
 
-def test_flash_attention_that_is_not_there_is_refused(folder, codec, cfg, monkeypatch):
+def test_flash_attention_that_is_not_there_is_refused(folder, chat, cfg, monkeypatch):
     monkeypatch.setattr(backbone, "has_flash_attn", lambda: False)
     with pytest.raises(InputError, match="flash-attn is not installed"):
-        policy.prepare(backbone.read_model(folder, empty=True), codec, replace(cfg, attention="flash"))
+        policy.prepare(backbone.read_model(folder, empty=True), chat, replace(cfg, attention="flash"))
 
 
 @pytest.mark.parametrize(
@@ -876,11 +878,11 @@ def world_cfg(**changes):
 def run_scenario(folder, settings, mine, device):
     """One update with this rank's episodes: all that must not depend on the number of ranks."""
     cfg = world_cfg(**settings)
-    codec = Codec(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
-    model = policy.load_policy(folder, codec, cfg, device)
-    chosen = [some_episodes(codec)[i] for i in mine]
-    sums, grads = step(model, chosen, codec, cfg, device, cfg.loss_norm, mine)
-    rows = policy.even_rows(policy.pack(chosen, codec, model, 130), codec, device)
+    chat = Chat(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
+    model = policy.load_policy(folder, chat, cfg, device)
+    chosen = [some_episodes(chat)[i] for i in mine]
+    sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
+    rows = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, device)
     policy.logprobs(model, rows, 1.0, device)  # leaves nothing behind that full_weights would trip over
     return {"sums": sums, "grads": grads, "weights": dict(policy.full_weights(model))}
 
@@ -892,10 +894,10 @@ def worker(folder, out):
     results = {name: run_scenario(folder, settings, ranks[rank], device) for name, settings, ranks in SCENARIOS}
 
     cfg = replace(world_cfg(), max_tokens=400, max_tokens_per_batch=1000)
-    codec = Codec(folder, cfg)
-    model = policy.load_policy(folder, codec, cfg, device)
+    chat = Chat(folder, cfg)
+    model = policy.load_policy(folder, chat, cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    rows = policy.pack(some_episodes(codec)[rank::2], codec, model, 1000)
+    rows = policy.pack(some_episodes(chat)[rank::2], chat, model, 1000)
     good = row_loss_of("tokens", range(rank, 6, 2))
     policy.update(model, optimizer, rows, good, cfg, device)
 
@@ -909,7 +911,7 @@ def worker(folder, out):
         results["nan"] = [None, None]
         dist.all_gather_object(results["nan"], error.episodes)
     checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
-    checkpoint.export_hf(out / "export", model, codec)
+    checkpoint.export_hf(out / "export", model, chat)
     results["final"] = dict(policy.full_weights(model))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
     if rank == 0:

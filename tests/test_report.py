@@ -1,4 +1,4 @@
-"""report.py: the page of a run, opened in a real browser, with text that wants to break out of it."""
+"""The report: the page of a run, opened in a real browser, with text that wants to break out of it."""
 
 import base64
 import io
@@ -18,13 +18,16 @@ from conftest import picture
 from PIL import Image
 
 import config
+import toy
 from analysis import report
-from chat import Codec
+from analysis.__main__ import main
+from analysis.figures import summarize
+from analysis.report import ReportOptions
+from chat import Chat
 from config import InputError
 from data import load_questions, picture_key, write_jsonl
-from engines import ScriptedEngine
-from reward import record, score_episode, summarize
-from rollout import run
+from reward import record, score_episode
+from rollout import ScriptedEngine, run
 from search import index as search_index
 from search.index import OfflineSearch
 
@@ -39,6 +42,11 @@ REPLIES = {
     "neither": "hm",
 }
 PLANS = ["right", "wrong", "image right", "image text right", "text wrong", "neither"]
+CROP = {  # a call of a tool that neither the table of tools nor the template knows
+    "tool": "crop_<b>", "query": "", "picture": "img_2", "box": [0, 250.5, 500, 1000], "status": "ok", "error": "",
+    "error_kind": "", "usage": {},
+    "hits": [{"title": f"a part {ATTACK}", "url": "", "text": "", "image": "0" * 32, "full_size": True}],
+}  # fmt: skip
 
 
 def page_data(path):
@@ -48,8 +56,9 @@ def page_data(path):
 
 @pytest.fixture(scope="module")
 def hostile(folder, tmp_path_factory):
-    """A run directory as train.py leaves it: two groups of six conversations, held by the real rollout with a real
-    index, two steps and two validations; questions, replies and results attack the page."""
+    """A run directory as train.py leaves it: two groups of six conversations from the real rollout with a real index,
+    two steps and two validations; questions, replies and results attack the page. One conversation of the first
+    group also called a tool that is not in the table."""
     place = tmp_path_factory.mktemp("hostile")
     rows = [
         {
@@ -71,18 +80,19 @@ def hostile(folder, tmp_path_factory):
         search_index=str(place / "index"), train_files=(str(place / "train.parquet"),),
         val_files=(str(place / "train.parquet"),), run_dir=str(place / "run"),
     )  # fmt: skip
-    codec, search = Codec(folder, cfg), OfflineSearch(search_index.SearchDB(cfg.search_index))
+    chat, search = Chat(folder, cfg), OfflineSearch(search_index.SearchDB(cfg.search_index))
     records = []
     for asked in load_questions(cfg.train_files):
         for sample, plan in enumerate(PLANS):
             replies = iter(plan.split())
-            engine = ScriptedEngine(codec, lambda *_, replies=replies: REPLIES[next(replies)])
-            (episode,) = run([asked], engine, search, codec, cfg)
+            engine = ScriptedEngine(chat, lambda *_, replies=replies: REPLIES[next(replies)])
+            (episode,) = run([asked], engine, search, chat, cfg)
             assert len(episode.turns) == len(plan.split())
             episode.sample = sample
             records.append(record(episode, score_episode(episode, cfg)))
+    records[2]["calls"].append(CROP)
     (place / "run" / "rollouts").mkdir(parents=True)
-    config.save(cfg, place / "run" / "config.json")
+    config.save(place / "run" / "config.json", cfg, toy.Recipe())
     trained = [{**r, "advantage": r["sample"] - 2.5, "logp_gap": 0.0012} for r in records]
     log = []
     for step in (0, 1):
@@ -100,7 +110,7 @@ def hostile(folder, tmp_path_factory):
 
 
 def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
-    path = report.render([hostile], tmp_path / "page.html")
+    path = report.render([hostile], ReportOptions(out=str(tmp_path / "page.html")))
     text, data = path.read_text(), page_data(path)
     assert text.count("<script") == text.count("</script>") == 2  # the data's and the page's own
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", text.split("application/json")[0])
@@ -108,22 +118,23 @@ def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
     assert [len(data["runs"][0][name]) for name in ("train", "evals")] == [2, 2]
     assert data["runs"][0]["train"][0]["loss"] is None  # NaN is no JSON
     assert data["runs"][0]["settings"]["max_tokens"] == 6000 and data["defaults"]["max_tokens"] == 250
+    assert data["runs"][0]["settings"].keys() == data["defaults"].keys()
     index = search_index.SearchDB(hostile.parent / "index")
     thumbs = {picture_key(hit.image) for hit in index.image(picture(7), 2)}
     index.close()
     assert set(data["pictures"]) == thumbs | {picture_key(picture(i)) for i in (0, 1)}
     for c in data["conversations"]:
         assert c["pictures"] == [picture_key(picture(int(c["question_id"][-1])))]
-        assert {hit["image"] for call in c["calls"] for hit in call["hits"]} <= thumbs | {None}
+        assert {hit["image"] for call in c["calls"] for hit in call["hits"]} <= thumbs | {None, "0" * 32}
         assert sum(c["parts"].values()) == pytest.approx(c["reward"])
     for url in data["pictures"].values():
         assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).format == "WEBP"
 
 
 def test_a_reward_in_its_parts():
-    parts = lambda reward, correct, form: report.reward_parts(  # noqa: E731
-        {"reward": reward, "correct": correct, "format_ok": form}, 0.1
-    )
+    def parts(reward, correct, form):
+        return report.reward_parts({"reward": reward, "correct": correct, "format_ok": form}, 0.1)
+
     assert parts(0.81, True, False) == pytest.approx({"answer": 0.9, "searching": -0.09, "format": 0})
     assert parts(0.1, False, True) == pytest.approx({"answer": 0, "searching": 0, "format": 0.1})
     assert parts(1.09, True, True) == pytest.approx({"answer": 0.9, "searching": 0.09, "format": 0.1})  # a bonus
@@ -153,14 +164,14 @@ def test_pictures_have_a_limit(monkeypatch):
     assert pictures.left_out == 1 and len(pictures.urls) == 1
 
 
-def test_what_is_gone_is_named_and_the_rest_is_shown(hostile, tmp_path):
+def test_missing_files_are_named_and_the_rest_is_shown(hostile, tmp_path):
     shutil.copytree(hostile, tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     moved = {"train_files": ["gone.parquet"], "val_files": ["left.parquet"], "search_index": "gone.sqlite"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(settings | moved))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "phase"')  # is being written
-    data = page_data(report.render([tmp_path / "run"]))
+    data = page_data(report.render([tmp_path / "run"], ReportOptions()))
     for note, missing in zip(data["notes"], ("gone.parquet", "left.parquet", "gone.sqlite"), strict=True):
         assert f"{missing}: no such" in note
     assert (len(data["conversations"]), len(data["runs"][0]["train"]), data["pictures"]) == (32, 2, {})
@@ -168,15 +179,28 @@ def test_what_is_gone_is_named_and_the_rest_is_shown(hostile, tmp_path):
 
 def test_bad_runs(hostile, tmp_path):
     with pytest.raises(InputError, match="nowhere: holds no run"):
-        report.render([tmp_path / "nowhere"])
+        report.render([tmp_path / "nowhere"], ReportOptions())
     (tmp_path / "config.json").write_text('{"run_dir": "x"}')
     with pytest.raises(InputError, match="has no metrics.jsonl"):
-        report.render([tmp_path])
+        report.render([tmp_path], ReportOptions())
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nno json\n')
     with pytest.raises(InputError, match="metrics.jsonl: line 2 is not JSON"):
-        report.render([tmp_path])
+        report.render([tmp_path], ReportOptions())
     with pytest.raises(InputError, match="cannot write"):
-        report.render([hostile], tmp_path / "no" / "folder.html")
+        report.render([hostile], ReportOptions(out=str(tmp_path / "no" / "folder.html")))
+
+
+def test_the_report_command(hostile, tmp_path, capsys):
+    main(["report", str(hostile), "--out", str(tmp_path / "page.html"), "--limit=12"])
+    data = page_data(tmp_path / "page.html")
+    assert re.fullmatch(r".*page.html \([\d.]+ MiB\)\n", capsys.readouterr().out)
+    assert 6 <= len(data["conversations"]) <= 12 and "of 32 conversations" in data["notes"][0]
+    settings = json.loads((hostile / "config.json").read_text())
+    shutil.copytree(hostile, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings | {"max_turns": "many"}))
+    main(["report", str(tmp_path / "run")])
+    (note,) = page_data(tmp_path / "run" / "report.html")["notes"]
+    assert "the settings are of another version (max_turns='many'" in note
 
 
 # --------------------------------------------------------------------------------------------------- the browser
@@ -276,7 +300,7 @@ def large(hostile, tmp_path_factory):
     many = [{**r, "question_id": f"{r['question_id']}{i:03d}"} for i in range(164) for r in records]
     many[3]["turns"] = [*many[3]["turns"][:-1], {"role": "model", "text": MEGABYTE + ATTACK}]
     write_jsonl(folder / "rollouts" / "step-000000.jsonl", many)
-    return report.render([folder, hostile], folder.parent / "page.html", limit=4000)
+    return report.render([folder, hostile], ReportOptions(out=str(folder.parent / "page.html"), limit=4000))
 
 
 POSITION = "document.getElementById('position')?.textContent"
@@ -311,6 +335,16 @@ def test_the_page_is_drawn(page):
     assert count(page, "#settings tr") > 80 and count(page, "#curves svg") >= 3
     assert count(page, "#evaluation .figures") == 2 and count(page, "#curves svg[aria-label=reward] polyline") == 6
     assert 5 < count(page, ".row") < 40
+    titles = page.run("return [...document.querySelectorAll('#curves b')].map(e => e.textContent)")
+    assert titles[:5] == ["reward", "accuracy", "search_ratio", "image_search", "text_search"]
+    columns = page.run("return [...document.querySelectorAll('.figures tr:first-child th')].map(e => e.textContent)")
+    columns = columns[: len(columns) // 2]
+    assert {"n", "accuracy (95 %)", "image search", "text search", "combined", "cost", "stops"} <= set(columns)
+    rows = page.run(
+        "return [...document.querySelectorAll('.figures tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    for row in (dict(zip(columns, row, strict=True)) for row in rows[1:3]):
+        assert row["n"] == "1" and re.match(r"[01](\.000)?$", row["image search"]), row
     assert page.run("return [...document.images].every(image => image.src.startsWith('data:'))")
 
 
@@ -319,9 +353,10 @@ def test_keys_filters_and_search_narrow_the_list(page, large):
     page.until(POSITION, f"4 of {TOTAL:,}")
     page.press("k", "\ue012")
     page.until(POSITION, f"2 of {TOTAL:,}")
-    expected = [c for c in page_data(large)["conversations"] if c["correct"] and c["calls"]]
+    conversations = page_data(large)["conversations"]
+    expected = [c for c in conversations if c["correct"] and {"image_search"} == {x["tool"] for x in c["calls"]}]
     choose(page, "outcome", "right")
-    choose(page, "searched", "searched")
+    choose(page, "tools", "image search")
     page.until(POSITION, f"1 of {len(expected):,}")
     choose(page, "source", "unknown")
     choose(page, "stop", "answered")
@@ -333,6 +368,18 @@ def test_keys_filters_and_search_narrow_the_list(page, large):
     page.until(POSITION, f"1 of {len(same)}")
     page.press("x")
     page.until("document.getElementById('one').textContent", "No conversation.")
+
+
+def test_a_tool_that_nobody_named_is_shown(page):
+    look_for(page, "a part")
+    page.until(
+        POSITION, "1 of 167"
+    )  # at step 0 of the large run 164 times, at its step 1, and in both steps of the other run
+    (call,) = page.run(
+        "return [...document.querySelectorAll('.call')].map(e => e.innerText).filter(t => t.includes('crop'))"
+    )
+    assert call.startswith("crop <b> (img_2, box 0, 250.5, 500, 1000) ok") and "a part </script>" in call
+    assert page.run("return document.querySelector('.row.chosen').innerText.includes('crop <b> + image search')")
 
 
 def test_a_long_conversation_beside_its_group(page):

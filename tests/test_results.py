@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import math
 import random
 import statistics
 
 import pytest
-from conftest import ROOT
 
 import data
 import eval as evaluation
 import reward
-from analysis import labels, results
+from analysis import results
 from analysis.results import ResultFile
 from config import InputError
 
@@ -23,7 +21,7 @@ def conversation(question, correct, sample=0, source="x", calls=0, stop="answere
     return {
         "question_id": f"q{question}", "sample": sample, "data_source": source, "question": f"what is {question}?",
         "answers": ["a"], "answer": "a", "correct": correct, "stop": stop, "turns": [], "reward": float(correct),
-        "calls": [{"kind": "image", "status": "ok"}] * calls, "format_ok": True, **more,
+        "calls": [{"tool": "image_search", "status": "ok"}] * calls, "format_ok": True, **more,
     }  # fmt: skip
 
 
@@ -39,7 +37,7 @@ def some(seed, questions=40, samples=1, share=0.5):
 # ------------------------------------------------------------------------------------------------ the file
 
 
-def test_an_interrupted_file_goes_on_and_ends_as_the_undisturbed_one(tmp_path):
+def test_an_interrupted_file_resumes_and_ends_as_the_undisturbed_one(tmp_path):
     records = some(0, 6)
     whole = ResultFile(tmp_path / "whole.jsonl", HEADER)
     whole.finish(records)
@@ -83,10 +81,9 @@ def test_killed_before_the_first_line(tmp_path, content):
         ({**HEADER, "model_id": "n"}, "model_id='m'"),
         ({**HEADER, "config": {"mode": "direct", "out": "a"}}, "mode='agent'"),
         ({**HEADER, "config": {"mode": "agent", "out": "b"}}, None),
-        ({**HEADER, "code": "d"}, "code='c'"),
     ],
 )
-def test_another_evaluation_is_not_gone_on_with(tmp_path, now, named):
+def test_another_evaluation_is_not_resumed(tmp_path, now, named):
     file = ResultFile(tmp_path / "r.jsonl", HEADER)
     file.add(conversation(0, True))
     file.close()
@@ -100,6 +97,38 @@ def test_another_evaluation_is_not_gone_on_with(tmp_path, now, named):
     assert other.done() == {} and not list(tmp_path.iterdir())
 
 
+def test_another_version_of_the_code_is_a_warning(tmp_path, capsys):
+    """The evaluation resumes, and its header names both versions; only rank 0 warns, and a third time, too."""
+    path, newer = tmp_path / "r.jsonl", {**HEADER, "code": "d"}
+    file = ResultFile(path, HEADER)
+    file.add(conversation(0, True))
+    file.close()
+    assert ResultFile(path, HEADER).done() and capsys.readouterr().err == ""
+    resumed = ResultFile(path, newer)
+    assert list(resumed.done()) == [("q0", 0)]
+    assert capsys.readouterr().err == f"warning: {path}: resumed with code d, begun with c\n"
+    assert ResultFile(path, newer, rank=1).done() and capsys.readouterr().err == ""
+    resumed.add(conversation(1, True))
+    resumed.finish([conversation(0, True), conversation(1, True)])
+    assert results.read_results(path)[0] == {**HEADER, "code": "c + d"}
+    third = ResultFile(path, {**HEADER, "code": "e"})
+    assert len(third.done()) == 2 and "resumed with code e, begun with c, d" in capsys.readouterr().err
+    third.finish([])
+    assert results.read_results(path)[0]["code"] == "c + d + e"
+
+
+def test_the_code_version_changes_with_any_file_that_evaluates(tmp_path, monkeypatch):
+    for name in ("analysis/results.py", "eval.py", "search/web.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "analysis" / "results.py"))
+    versions = [results.code_version()]
+    for name in ("eval.py", "search/web.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        versions.append(results.code_version())
+    assert len(set(versions)) == 3 and versions[-1] == results.code_version()
+
+
 def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     (tmp_path / "notes.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match="line 1: not a conversation"):
@@ -108,12 +137,15 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="without the header"):
         ResultFile(tmp_path / "old.jsonl", HEADER).done()
     data.write_jsonl(tmp_path / "twice.jsonl", [conversation(0, True)] * 2)
-    with pytest.raises(InputError, match="two conversations"):
+    with pytest.raises(InputError, match="the same sample number"):
         results.read_results(tmp_path / "twice.jsonl")
     (tmp_path / "foreign.jsonl").write_text(json.dumps(conversation("\u2028\x85", True), ensure_ascii=False) + "\n\n")
     assert len(results.read_results(tmp_path / "foreign.jsonl")[1]) == 1
     with pytest.raises(InputError, match="cannot read"):
         results.read_results(tmp_path / "nowhere.jsonl")
+    data.write_jsonl(tmp_path / "kinds.jsonl", [conversation(0, True) | {"calls": [{"kind": "image"}]}])
+    with pytest.raises(InputError, match="line 1: not a conversation"):
+        results.read_results(tmp_path / "kinds.jsonl")
 
 
 def test_of_a_validation_the_greedy_half_is_read(tmp_path):
@@ -193,94 +225,3 @@ def test_all_right_is_not_certainty():
     assert figures["accuracy"] == figures["accuracy_high"] == 1.0
     assert figures["accuracy_low"] == pytest.approx(1 / (1 + 1.96**2 / 10))  # Wilson's, of ten
     assert reward.accuracy({}) == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0}
-
-
-# ------------------------------------------------------------------------------------------- comparison
-
-
-def test_compare_against_a_recount():
-    a, b = some(2, 50, share=0.4)[:45], some(3, 50, share=0.7)[5:]
-    random.Random(0).shuffle(b)
-    found = results.compare(a, b)
-    for source in "xyz":
-        pairs = [(r["correct"], s["correct"]) for r in a for s in b
-                 if r["question_id"] == s["question_id"] and r["data_source"] == source]  # fmt: skip
-        f = found[source]
-        assert f["n"] == len(pairs) and f["a"] == pytest.approx(statistics.mean(p[0] for p in pairs))
-        assert f["b"] == pytest.approx(statistics.mean(p[1] for p in pairs))
-        assert (len(f["gained"]), len(f["lost"])) == (pairs.count((False, True)), pairs.count((True, False)))
-        assert f["difference"] == pytest.approx((len(f["gained"]) - len(f["lost"])) / f["n"])
-        assert f["low"] < f["difference"] < f["high"]
-    assert found["all"]["n"] == 40 and list(found) == ["x", "y", "z", "all"]
-    # the paired interval is near the normal one, and B against itself has no width
-    changes = [(q in found["all"]["gained"]) - (q in found["all"]["lost"]) for q in {r["question_id"] for r in a[5:]}]
-    half = 1.96 * statistics.pstdev(changes) / math.sqrt(40)
-    assert found["all"]["high"] - found["all"]["low"] == pytest.approx(2 * half, rel=0.15)
-    same = results.compare(b, b)["all"]
-    assert (same["difference"], same["low"], same["high"], same["gained"], same["lost"]) == (0, 0, 0, [], [])
-
-
-def test_several_samples_are_compared_by_their_mean_and_aborted_ones_left_out():
-    a = [conversation(0, s == 0, s) for s in range(4)] + [conversation(1, True)]
-    b = [conversation(0, s < 2, s) for s in range(4)] + [conversation(1, False, stop="aborted")]
-    found = results.compare(a, b)["all"]
-    assert (found["n"], found["a"], found["b"], found["gained"]) == (1, 0.25, 0.5, ["q0"])
-
-
-def test_what_cannot_be_compared():
-    with pytest.raises(InputError, match="no question in common"):
-        results.compare(some(0, 2), [conversation(7, True)])
-    with pytest.raises(InputError, match="different questions: q0"):
-        results.compare([conversation(0, True)], [conversation(0, True) | {"question": "who?"}])
-    with pytest.raises(InputError, match="that llm has judged"):
-        results.compare(some(0, 2), some(0, 2), "llm")
-
-
-def test_searching_against_need():
-    direct = [conversation(q, q < 3) for q in range(5)]  # 0 1 2 need no search, 3 4 do
-    calls = [0, 1, 2, 0, 1]
-    records = [conversation(q, True, calls=calls[q]) for q in range(5)] + [conversation(9, True, calls=1)]
-    assert results.search_need(direct, records) == {"over": 2 / 3, "over_n": 3, "under": 1 / 2, "under_n": 2}
-
-
-def test_compare_as_the_command_prints_it(tmp_path, capsys):
-    direct, agent = ({**HEADER, "config": {"mode": mode}} for mode in ("direct", "agent"))
-    a, b = [conversation(q, q < 3) for q in range(5)], [conversation(q, q > 0, calls=q % 2) for q in range(5)]
-    ResultFile(tmp_path / "a.jsonl", direct).finish(a)
-    ResultFile(tmp_path / "b.jsonl", agent).finish(b)
-    evaluation.compare_main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
-    printed = capsys.readouterr().out
-    assert "mode: 'direct' | 'agent'" in printed and "5  0.600  0.800  +0.200" in printed
-    assert "gained: 2\n  q3  what is 3?\n  q4" in printed and "lost: 1\n  q0" in printed
-    assert "over-search   0.333 of 3" in printed and "under-search  0.500 of 2" in printed
-    assert str(ROOT) not in printed
-
-
-# ---------------------------------------------------------------------------------------------- labels
-
-
-@pytest.mark.parametrize(
-    ("did", "need", "share"),
-    [
-        ([("image", True), ("", True), ("text", False)], "search-free", 2 / 3),
-        ([("", False), ("image", True), ("image text", True)], "image", 2 / 3),
-        ([("", False), ("text text", True)], "text", 1 / 2),
-        ([("image text", True), ("text", True)], "text", 1),
-        ([("image text", True), ("", False)], "both", 1 / 2),
-        ([("", False), ("image", False)], None, 0),
-    ],
-)
-def test_labels(did, need, share):
-    records = [{"correct": right, "calls": [{"kind": kind} for kind in kinds.split()]} for kinds, right in did]
-    assert labels.need_of(records) == (need, pytest.approx(share))
-
-
-@pytest.mark.parametrize(("free", "needed", "share"), [(30, 30, 2 / 3), (5, 90, 2 / 3), (90, 5, 0.5), (4, 4, 1.0)])
-def test_balance(free, needed, share):
-    labels = ["search-free"] * free + ["image", "text", "both"] * (needed // 3) + ["image"] * (needed % 3)
-    random.Random(1).shuffle(labels)
-    chosen = labels.balanced(labels, share, seed=0)
-    assert chosen == sorted(set(chosen)) == labels.balanced(labels, share, seed=0)
-    n = sum(labels[i] != "search-free" for i in chosen)
-    assert n / len(chosen) == pytest.approx(share, abs=0.5 / len(chosen))
-    assert n == needed or len(chosen) - n == free  # as large as can be: one kind is used up

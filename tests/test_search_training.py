@@ -18,10 +18,9 @@ import policy
 import reward
 import rollout
 import train
-from chat import Codec
-from data import Call, Episode, Hit, Result, Usage
-from engines import ScriptedEngine
-from rollout import run
+from chat import Chat, Episode
+from data import Call, Hit, Result, Usage
+from rollout import ScriptedEngine, run
 
 FAULTS = {"hang": "timeout", "429": "rate_limit", "500": "server", "truncated": "bad_response", "cut": "connection"}
 
@@ -34,9 +33,9 @@ def one_in_five(path, number):
 class Talker(ScriptedEngine):
     """Searches by picture, then by words, then answers, rightly half of the time; one turn in ten is aborted."""
 
-    def __init__(self, codec, questions):
-        super().__init__(codec, self.say)
-        self.answers = {codec.picture(q.images[0]).key: q.answers[0] for q in questions}
+    def __init__(self, chat, questions):
+        super().__init__(chat, self.say)
+        self.answers = {chat.picture(q.images[0]).key: q.answers[0] for q in questions}
 
     def say(self, prompt, images, sampling):
         turn, draw = prompt.count("<|im_start|>assistant"), random.Random(sampling.seed)
@@ -70,7 +69,7 @@ def live_run(world, server, tmp_path, monkeypatch, *more):
         "--text_results=1", "--max_mismatch=1e9", *(f"--{name}={value}" for name, value in values.items()), *more,
     ]  # fmt: skip
     whole = train.Run(config.parse(arguments))
-    whole.engine = Talker(whole.codec, [*whole.train, *whole.val])
+    whole.engine = Talker(whole.chat, [*whole.train, *whole.val])
     return whole
 
 
@@ -150,8 +149,8 @@ def failed(kind, count, ok):
         ([], {}, False),
     ],
 )
-def test_when_a_step_s_searches_stop_the_run(folder, codec, cfg, device, calls, changes, stops):
-    episode = Episode(question(), codec, calls=calls)
+def test_when_a_step_s_searches_stop_the_run(folder, chat, cfg, device, calls, changes, stops):
+    episode = Episode(question(), chat, calls=calls)
     try:
         rollout.check_searches([episode], replace(cfg, **changes), device)
         assert not stops
@@ -172,10 +171,10 @@ class Priced:
 
 
 def test_accounts_in_records_and_in_the_table(folder, cfg):
-    codec = Codec(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
-    engine = Talker(codec, [question(n) for n in range(6)])
+    chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
+    engine = Talker(chat, [question(n) for n in range(6)])
     engine.step = lambda: ScriptedEngine.step(engine)
-    episodes = run([question(n) for n in range(6)], engine, Priced(), codec, codec.cfg, ordered=True)
+    episodes = run([question(n) for n in range(6)], engine, Priced(), chat, chat.cfg, ordered=True)
     records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     usage = [call["usage"] for r in records for call in r["calls"]]
     assert len(usage) == 12 and sum(u["cached"] for u in usage) == 6
@@ -194,7 +193,7 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "photo.png").write_bytes(question(1).images[0])
     here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--model={place.model}", "--max_tokens=900"]
     asked = [*here, f"--image={tmp_path / 'photo.png'}", "--question=who founded it?"]
-    talker = lambda folder, codec, cfg, device, questions: Talker(codec, [question(1)])  # noqa: E731
+    talker = lambda folder, chat, cfg, device, questions: Talker(chat, [question(1)])  # noqa: E731
     monkeypatch.setattr(evaluation, "load_engine", talker)
     monkeypatch.setattr(Talker, "step", ScriptedEngine.step)
 

@@ -1,37 +1,51 @@
 """The toy world is honest, its search really searches, and its builder can be interrupted."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
 
 import pytest
+import torch
 from conftest import ROOT, SHORT_WORLD
 
-from chat import Codec
+import toy
+from chat import Chat
+from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
-from engines import ScriptedEngine
-from eval import open_search
 from reward import score_episode
-from rollout import run
+from rollout import ScriptedEngine, run
+from search.index import OfflineSearch, SearchDB
+from tools import results
+from toy import Recipe
+from toy import build as toy_build
 from toy import lessons as toy_lessons
 from toy import world as toy_world
 
 
 @pytest.fixture(scope="module")
 def questions(world):
-    place, _ = world
+    place, _, _ = world
     return load_questions([str(place.train)]), load_questions([str(place.val)])
 
 
 @pytest.fixture(scope="module")
 def things():
     return toy_world.make_things(random.Random("world 0"))
+
+
+@pytest.fixture(scope="module")
+def search(world):
+    place, cfg, _ = world
+    return OfflineSearch(SearchDB(place.index), results(cfg))
 
 
 def needs_search(question):
@@ -80,46 +94,45 @@ def test_validation_s_unknown_things_occur_nowhere_in_training(questions, things
     assert not {q.images[0] for q in val} & {q.images[0] for q in train}
     words = [word for t in things for word in (t.name, t.founder, t.city, t.river)]
     assert len(words) == len(set(words))  # a fact never betrays whose it is
-    place, cfg = world
-    lessons = toy_lessons.Lessons(things, Codec(place.base, cfg), 0)
-    assert not {toy_world.look_of(t) for t in hidden} & set(lessons.looks)
+    place, cfg, _ = world
+    lessons = toy_lessons.Lessons(things, Chat(place.base, cfg), 0)
+    assert not {t.look for t in hidden} & set(lessons.looks)
     assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
-    assert len({toy_world.look_of(t) for t in things}) == len(things)
-    known = [toy_world.look_of(t) for t in things[: toy_world.KNOWN]]
-    assert all(
-        toy_world.alike(toy_world.look_of(t), look) < 3 for t in hidden for look in known
-    )  # no eye should mistake them
-    assert any(toy_world.alike(toy_world.look_of(t), look) == 3 for t in lessons.similar for look in known)
+    assert len({t.look for t in things}) == len(things)
+    known = [t.look for t in things[: toy_world.KNOWN]]
+    assert all(toy_world.alike(t.look, look) < 3 for t in hidden for look in known)  # no eye should mistake them
+    assert any(toy_world.alike(t.look, look) == 3 for t in lessons.similar for look in known)
 
 
 @pytest.mark.parametrize(("named", "beliefs"), [(0, True), (24, True), (0, False)])
-def test_the_scripted_policy_is_blind_to_need(world, named, beliefs):
+def test_the_scripted_policy_is_blind_to_need(world, search, named, beliefs):
     """Which searches it makes does not depend on what it knows; what it says is well-formed."""
-    place, cfg = world
-    cfg = dataclasses.replace(cfg, toy_named=named, toy_beliefs=beliefs)
+    place, cfg, recipe = world
     things = toy_world.make_things(random.Random("world 0"), named)
-    codec = Codec(place.base, cfg)
-    policy, rng = toy_lessons.SloppyPolicy(codec, cfg), random.Random(0)
+    chat = Chat(place.base, cfg)
+    policy = toy_lessons.SloppyPolicy(chat, dataclasses.replace(recipe, toy_named=named, toy_beliefs=beliefs))
+    rng = random.Random(0)
     asked = [policy.question(things[i % 96], rng.choice(["name", *toy_world.FACTS]), rng) for i in range(800)]
-    episodes = run(asked, ScriptedEngine(codec, policy), open_search_of(world), codec, cfg)
+    episodes = run(asked, ScriptedEngine(chat, policy), search, chat, cfg)
     searched = defaultdict(list)
     for question, episode in zip(asked, episodes, strict=True):
         thing, what = policy.asked[episode.images[0].key]
-        searched[thing.belief(what) == "unknown"].append(" ".join(call.kind for call, _ in episode.calls))
+        searched[thing.belief(what) == "unknown"].append(" ".join(call.tool for call, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and len(episode.tokens) <= 250
         assert score_episode(episode, cfg).format_ok, question
-        first = codec.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
+        first = chat.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
         assert f"<reason> {thing.belief(what) if beliefs else 'think'}.</reason>" in first
-    assert set(searched[True]) == {"", "image", "image text", *(["text"] if named else [])}
-    for searches in set(searched[True]):
+    plans = {"", "image_search", "image_search text_search", *(["text_search"] if named else [])}
+    assert set(searched[True]) == plans
+    for searches in plans:
         shares = [counts.count(searches) / len(counts) for counts in searched.values()]
         assert abs(shares[0] - shares[1]) < 0.1
 
 
 def test_a_fifth_kind_knows_the_name_alone(world, tmp_path):
-    _, cfg = world
+    _, _, recipe = world
     things = toy_world.make_things(random.Random("world 0"), 12)
-    toy_world.write_world(tmp_path, things, dataclasses.replace(cfg, toy_named=12))
+    toy_world.write_world(tmp_path, things, dataclasses.replace(recipe, toy_named=12))
     questions = load_questions([str(tmp_path / "val.parquet")])
     assert Counter(q.data_source for q in questions) == dict.fromkeys(toy_world.KINDS, 60)
     by_name = {t.name: t for t in things}
@@ -129,60 +142,141 @@ def test_a_fifth_kind_knows_the_name_alone(world, tmp_path):
         assert by_name[name].named == (not needs_search(q))
 
 
-def open_search_of(world):
-    place, cfg = world
-    return open_search(cfg)
-
-
 # ------------------------------------------------------------------------------------------------- search
 
 
-def test_image_search_has_to_retrieve_and_mostly_does(world, questions):
-    place, cfg = world
-    search, val = open_search(cfg), questions[1]
-    first = 0
+def test_image_search_has_to_retrieve_and_mostly_does(world, search, questions):
+    _, cfg, _ = world
+    val, first = questions[1], 0
     for q in val:
-        result = search.search(Call("image"), q)
-        assert result.status == "ok" and len(result.hits) == cfg.image_results
+        result = search.search(Call("image_search"), q)
+        assert result.status == "ok" and len(result.hits) == results(cfg)["image_search"]
         assert all(hit.image and hit.image != q.images[0] for hit in result.hits)  # another picture of the same thing
         first += result.hits[0].title == q.data_id.split("-")[0]
     assert 0.93 < first / len(val) <= 1.0
 
 
-def test_text_search_needs_the_name_and_the_fact(world, things):
-    _, cfg = world
-    search, rng = open_search(cfg), random.Random(1)
-    by_name_only = 0
+def test_text_search_needs_the_name_and_the_fact(world, search, things):
+    _, cfg, _ = world
+    rng, by_name_only = random.Random(1), 0
     for thing in rng.sample(things, 60):
         fact = rng.choice(toy_world.FACTS)
-        hits = search.search(Call("text", f"{thing.name} {fact}"), None).hits
+        hits = search.search(Call("text_search", f"{thing.name} {fact}"), None).hits
         assert hits[0].title == f"{thing.name} {fact}" and hits[0].text == getattr(thing, fact)
-        assert len(hits) == cfg.text_results  # the others are distractors
-        by_name_only += search.search(Call("text", thing.name), None).hits[0].title == f"{thing.name} {fact}"
+        assert len(hits) == results(cfg)["text_search"]  # the others are distractors
+        by_name_only += search.search(Call("text_search", thing.name), None).hits[0].title == f"{thing.name} {fact}"
     assert by_name_only < 40
+
+
+# ------------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("toy_seed", -1), ("toy_seed", 2**63), ("toy_pretrain_steps", 0), ("toy_teach_steps", 0),
+        ("toy_warmup_steps", 0), ("toy_named", -1), ("toy_named", 49), ("toy_beliefs", "perhaps"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(InputError, match=name):
+        Recipe(**{name: value})
+    with pytest.raises(InputError, match=name):
+        parse([f"--{name}={value}"], Config, Recipe)
+
+
+def test_options_stand_beside_those_of_a_run():
+    cfg, recipe = parse(["--toy_seed", str(2**63 - 1), "--steps", "3", "--toy_named=48"], Config, Recipe)
+    assert cfg == Config(steps=3) and recipe == Recipe(toy_seed=2**63 - 1, toy_named=48)
+    assert marked("may_change", Recipe) == marked("neutral", Recipe) == {"toy_dir"}
+    assert not {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(Recipe)}
+
+
+def test_every_option_but_the_folder_makes_another_world():
+    changed = dict(
+        toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False
+    )
+    assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
+    names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
+    assert len(names - {toy.locate(Recipe()).folder.name}) == len(changed)
+    assert toy.locate(Recipe(toy_dir="elsewhere")).folder.name == toy.locate(Recipe()).folder.name
+
+
+def test_editing_a_comment_does_not_rebuild_the_world(tmp_path):
+    """The folder's name, asked of a copy of the code whose files are edited one after the other."""
+    shutil.copytree(ROOT / "toy", tmp_path / "toy")
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    shutil.copy(ROOT / "config.py", tmp_path)
+
+    def name():
+        script = "import toy; print(toy.locate(toy.Recipe()).folder.name)"
+        return subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, text=True).strip()
+
+    def edit(file, old, new):
+        text = (tmp_path / file).read_text()
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new, 1))
+
+    before = name()
+    assert before == toy.locate(Recipe()).folder.name
+    for file in (tmp_path / "toy").glob("*.py"):
+        edit(file, '"""', '"""Edited. ')
+        file.write_text(file.read_text() + "# a comment\n")
+    edit("prompts/toy/direct.txt", "think", "guess")
+    edit("prompts/toy/pipeline_question.txt", "think", "guess")
+    assert name() == before
+    edit("prompts/toy/question.txt", "think", "guess")
+    other_prompt = name()
+    edit("toy/__init__.py", "VERSION = ", "VERSION = 1")
+    assert len({before, other_prompt, name()}) == 3
+
+
+def test_a_version_names_one_world():
+    """Things and questions of seed 0. If this fails, the code makes another world: raise toy.VERSION."""
+    things = toy_world.make_things(random.Random("world 0"))
+    questions = toy_world.make_questions(things[:300], 20, random.Random(0))
+    content = [[t.look, t.name, t.founder, t.city, t.river] for t in things]
+    content += [[q.text, q.answers, q.data_source, q.data_id] for q in questions]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    assert (toy.VERSION, digest) == (1, "e9639dc13d081e71")
+
+
+def test_question_files_are_the_user_s_or_the_world_s():
+    world, files = toy.locate(Recipe()), {"train_files": ("a.pq",), "val_files": ("b.pq",)}
+    assert toy.question_files(Config(), Recipe()) == ((str(world.train),), (str(world.val),))
+    assert toy.question_files(Config(val_files=("b.pq",)), Recipe()) == ((str(world.train),), ("b.pq",))
+    assert toy.question_files(Config(train_files=("a.pq",)), Recipe()) == (("a.pq",), ())
+    assert toy.question_files(Config(**files), Recipe()) == (("a.pq",), ("b.pq",))
+
+
+def test_the_world_answers_searches_where_nothing_else_does():
+    assert toy.answers_searches(Config())
+    assert not toy.answers_searches(Config(search_index="a.sqlite"))
+    assert not toy.answers_searches(Config(search_url="http://host:8000"))
+    assert not toy.answers_searches(Config(search="live"))
 
 
 # ------------------------------------------------------------------------------------------------- building
 
 
 def test_the_tokenizer_spells_names_in_syllables(world, things):
-    place, cfg = world
-    codec = Codec(place.model, cfg)
+    place, cfg, _ = world
+    chat = Chat(place.model, cfg)
     for thing in things[::50]:
-        assert len(codec.encode(f" {thing.name}")) == 2
-        assert codec.encode(f" {thing.name}") == codec.encode(f"x {thing.name}")[1:]
+        assert len(chat.encode(f" {thing.name}")) == 2
+        assert chat.encode(f" {thing.name}") == chat.encode(f"x {thing.name}")[1:]
     for text in ("Größe: 1.234 €", "日本語", "<answer> bako</answer>"):
-        assert codec.tokenizer.decode(codec.encode(text)) == text
-    assert len(codec.encode("<reason></reason><answer></answer><search><img></search>")) == 7
+        assert chat.tokenizer.decode(chat.encode(text)) == text
+    assert len(chat.encode("<reason></reason><answer></answer><search><img></search>")) == 7
 
 
 def test_building_goes_on_where_it_was_killed(world, tmp_path):
     """Killed while the base is trained: the world is kept, the base made again, and nothing is left over."""
     script = (
-        "import os, sys, toy, config\n"
-        "make = toy.export_hf\n"
-        "toy.export_hf = lambda *a: os.kill(os.getpid(), 9)\n"
-        "config.run_main(toy.main)\n"
+        "import os, config, toy.lessons\n"
+        "from toy.__main__ import main\n"
+        "toy.lessons.export_hf = lambda *a: os.kill(os.getpid(), 9)\n"
+        "config.run_main(main)\n"
     )
     args = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path}"]
     killed = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True)
@@ -194,7 +288,7 @@ def test_building_goes_on_where_it_was_killed(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (folder / "world" / "train.parquet").stat().st_mtime_ns == made
     assert {p.name for p in folder.iterdir()} == {"world", "base", "model"}
-    place, _ = world
+    place, _, _ = world
     assert (folder / "model" / "model.safetensors").read_bytes() == (place.model / "model.safetensors").read_bytes()
 
 
@@ -204,7 +298,77 @@ def test_another_seed_is_another_world(things):
 
 
 def test_the_exported_model_is_an_ordinary_one(world):
-    place, _ = world
+    place, _, _ = world
     saved = json.loads((place.model / "config.json").read_text())
     assert saved["architectures"] == ["Qwen2_5_VLForConditionalGeneration"] and saved["tie_word_embeddings"]
     assert not re.search("packed|attn", json.dumps(saved))
+
+
+def test_a_world_depends_on_its_recipe_alone(tmp_path, monkeypatch):
+    """Of the options of a run, building takes those that do not change the result."""
+    used = []
+    monkeypatch.setattr(toy_build, "write_world", lambda path, things, recipe: None)
+    monkeypatch.setattr(toy_build, "make_base", lambda path, things, recipe, cfg, device: used.append(cfg))
+    monkeypatch.setattr(toy_build, "warm_up", lambda path, toy, things, recipe, cfg, device: used.append(cfg))
+    toy_build.build(tmp_path / "w", Config(threads=1, device="cpu", max_pixels=112 * 112, lr=1.0, seed=7), Recipe())
+    assert used == [Config(threads=1, device="cpu")] * 2
+    toy_build.build(tmp_path / "w", Config(threads=1), Recipe())
+    assert len(used) == 2  # all stages are there
+
+
+def test_a_missing_world_is_built_in_a_process_of_its_own(device, tmp_path, monkeypatch):
+    recipe = Recipe(toy_dir=str(tmp_path), toy_seed=3, toy_beliefs=False, toy_warmup_steps=7)
+    called = []
+
+    def start(command, env, **_):
+        called.append((command, env))
+        return subprocess.CompletedProcess(command, returncode=len(called) - 1)
+
+    monkeypatch.setattr(toy.subprocess, "run", start)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert toy.ensure(recipe, Config(threads=2, device="cpu")) == toy.locate(recipe)
+    command, env = called[0]
+    assert (
+        command[:3] == [sys.executable, "-m", "toy"] and "WORLD_SIZE" not in env and env["PATH"] == os.environ["PATH"]
+    )
+    assert parse(command[3:], Config, Recipe) == (Config(threads=2, device="cpu"), recipe)
+    with pytest.raises(SystemExit, match="1"):  # the builder's exit code; it has said why
+        toy.ensure(recipe, Config())
+    toy.locate(recipe).model.mkdir(parents=True)
+    toy.ensure(recipe, Config())
+    assert len(called) == 2
+
+
+def test_the_command_explains_its_options(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "toy", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.search(r"--toy_pretrain_steps INT .*\[320\]", done.stdout) and "--threads" in done.stdout
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "toy", f"--toy_dir={tmp_path / 'file'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_muon_moves_matrices_in_blocks_and_adamw_the_rest():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"layers": torch.nn.Linear(6, 4), "head": torch.nn.Linear(6, 4)})
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    adamw = {name: torch.nn.Parameter(p.clone()) for name, p in start.items()}
+    for name, p in model.named_parameters():
+        adamw[name].grad = p.grad.clone()
+    torch.optim.AdamW(adamw.values(), 0.1, (0.9, 0.98)).step()
+    toy_lessons.Muon(model, 0.1, 0.5).step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, adamw[name]) == (name != "layers.weight")
+    singular = torch.linalg.svdvals(model["layers"].weight.detach() - start["layers.weight"]) / 0.5
+    assert singular.min() > 0.6 and singular.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4)])
+def test_orthogonal_matrices_have_singular_values_about_one(shape):
+    values = torch.linalg.svdvals(
+        toy_lessons.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    )
+    assert values.min() > 0.6 and values.max() < 1.25

@@ -27,11 +27,11 @@ import policy
 import reward
 import train
 from analysis import curves, results
-from chat import Codec
+from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions
-from engines import EngineDied, ScriptedEngine, TorchEngine
-from rollout import run
+from engines import EngineDied, TorchEngine
+from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -242,38 +242,38 @@ def test_questions_of_steps_are_permutations(cfg):
 
 
 @pytest.fixture
-def batch(model, codec):
+def batch(model, chat):
     """Eight conversations, four questions of two samples, with the model's own log-probs as the sampler's."""
-    engine = TorchEngine(backbone.plain_config(model), codec, codec.cfg, torch.device("cpu"))
+    engine = TorchEngine(backbone.plain_config(model), chat, chat.cfg, torch.device("cpu"))
     engine.load_weights(policy.full_weights(model), version=0)
     questions = [question(i) for i in range(4)]
-    return run(questions, engine, None, codec, replace(codec.cfg, max_turns=1, max_tokens_per_turn=6), samples=2)
+    return run(questions, engine, None, chat, replace(chat.cfg, max_turns=1, max_tokens_per_turn=6), samples=2)
 
 
-def after_step(folder, codec, cfg, episodes, advantages, parts, device, reference=None):
+def after_step(folder, chat, cfg, episodes, advantages, parts, device, reference=None):
     """The weights after one train_step from the same beginning, and the metrics."""
-    policy_model = policy.load_policy(folder, codec, cfg, device)
+    policy_model = policy.load_policy(folder, chat, cfg, device)
     optimizer = torch.optim.SGD(policy_model.parameters(), lr=1.0)
     advantages = torch.tensor(advantages)
-    metrics = train.train_step(policy_model, reference, optimizer, episodes, advantages, parts, codec, cfg, device)
+    metrics = train.train_step(policy_model, reference, optimizer, episodes, advantages, parts, chat, cfg, device)
     return {n: p.detach().clone() for n, p in policy_model.named_parameters()}, metrics
 
 
-def test_each_conversation_s_gap_between_sampler_and_trainer(folder, codec, cfg, device, batch):
+def test_each_conversation_s_gap_between_sampler_and_trainer(folder, chat, cfg, device, batch):
     """Against a forward of each conversation alone; what is not run has none."""
     for episode in batch:
         episode.logprobs = [logp - 0.01 * (1 + episode.sample) for logp in episode.logprobs]
-    plain, gaps = policy.load_policy(folder, codec, cfg, device), {}
+    plain, gaps = policy.load_policy(folder, chat, cfg, device), {}
     expected = {}
     for episode in batch[:2] + batch[4:6]:
-        (row,) = policy.pack([episode], codec, plain, 250)
+        (row,) = policy.pack([episode], chat, plain, 250)
         with torch.no_grad():
-            gap = plain.row_logprobs(row, 1.0)[0] - row.sampler_logp
+            gap = plain.packed_logprobs(row, 1.0)[0] - row.sampler_logp
         expected[train.episode_name(episode)] = pytest.approx(gap.tolist(), abs=1e-5)
     optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
     parts = [0] * 4 + [1] * 4
     cfg = replace(cfg, updates_per_step=2, epochs_per_step=2)  # later ones do not count
-    train.train_step(plain, None, optimizer, batch, torch.tensor(ADVANTAGES), parts, codec, cfg, device, gaps)
+    train.train_step(plain, None, optimizer, batch, torch.tensor(ADVANTAGES), parts, chat, cfg, device, gaps)
     assert {name: gap.tolist() for name, gap in gaps.items()} == expected
 
 
@@ -285,32 +285,32 @@ ADVANTAGES = [0.7, -0.7, 0.0, 0.0, 0.7, -0.7, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("norm", ["tokens", "sequence"])
-def test_conversations_without_a_signal_count_without_being_run(folder, codec, cfg, device, batch, norm):
+def test_conversations_without_a_signal_count_without_being_run(folder, chat, cfg, device, batch, norm):
     cfg = replace(cfg, loss_norm=norm, max_grad_norm=1e9)
-    skipped, _ = after_step(folder, codec, cfg, batch, ADVANTAGES, [0] * 8, device)
+    skipped, _ = after_step(folder, chat, cfg, batch, ADVANTAGES, [0] * 8, device)
     run_all = replace(cfg, entropy_coef=1e-30)  # an entropy bonus, however small, needs all of them
-    everything, _ = after_step(folder, codec, run_all, batch, ADVANTAGES, [0] * 8, device)
-    left_out, _ = after_step(folder, codec, cfg, batch[:2] + batch[4:6], [0.7, -0.7] * 2, [0] * 4, device)
+    everything, _ = after_step(folder, chat, run_all, batch, ADVANTAGES, [0] * 8, device)
+    left_out, _ = after_step(folder, chat, cfg, batch[:2] + batch[4:6], [0.7, -0.7] * 2, [0] * 4, device)
     assert difference(skipped, everything) < 1e-6 < 1e-4 < difference(skipped, left_out)
 
 
 @pytest.mark.parametrize("norm", ["tokens", "sequence"])
-def test_a_step_against_a_plain_loop(folder, codec, cfg, device, batch, norm):
+def test_a_step_against_a_plain_loop(folder, chat, cfg, device, batch, norm):
     """REINFORCE with a KL (k2) and an entropy bonus, one conversation at a time, no packing, no shared denominator."""
     cfg = replace(cfg, loss_norm=norm, kl_coef=0.1, kl_kind="k2", entropy_coef=0.05, max_grad_norm=1e9)
-    reference = policy.load_policy(folder, codec, cfg, device, trainable=False)
+    reference = policy.load_policy(folder, chat, cfg, device, trainable=False)
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.01)
-    stepped, metrics = after_step(folder, codec, cfg, batch, ADVANTAGES, [0] * 8, device, reference)
-    plain = policy.load_policy(folder, codec, cfg, device)
+    stepped, metrics = after_step(folder, chat, cfg, batch, ADVANTAGES, [0] * 8, device, reference)
+    plain = policy.load_policy(folder, chat, cfg, device)
     before = {n: p.detach().clone() for n, p in plain.named_parameters()}
     tokens = sum(sum(e.sampled) for e in batch)
     for episode, advantage in zip(batch, ADVANTAGES, strict=True):
-        (row,) = policy.pack([episode], codec, plain, 250)
-        logp, entropy, _ = plain.row_logprobs(row, 1.0, True)
+        (row,) = policy.pack([episode], chat, plain, 250)
+        logp, entropy, _ = plain.packed_logprobs(row, 1.0, True)
         with torch.no_grad():
-            ref = reference.row_logprobs(row, 1.0)[0]
+            ref = reference.packed_logprobs(row, 1.0)[0]
         per_token = -advantage * torch.exp(logp - logp.detach()) + 0.1 * (logp - ref) ** 2 / 2 - 0.05 * entropy
         (per_token.sum() / tokens if norm == "tokens" else per_token.mean() / len(batch)).backward()
     expected = {n: before[n] - p.grad for n, p in plain.named_parameters()}
@@ -318,17 +318,17 @@ def test_a_step_against_a_plain_loop(folder, codec, cfg, device, batch, norm):
     assert metrics["kl"] > 0 and metrics["ratio"] == pytest.approx(1.0)
 
 
-def test_several_updates_use_the_log_probs_from_before_the_first(folder, codec, cfg, device, batch):
+def test_several_updates_use_the_log_probs_from_before_the_first(folder, chat, cfg, device, batch):
     """Two mini-batches are two SGD steps; in the second the ratio is no longer 1 and the clip can bite."""
     cfg = replace(cfg, updates_per_step=2, max_grad_norm=1e9, clip_low=0.01, clip_high=0.01)
     advantages = [1.0, -1.0] * 4
-    twice, metrics = after_step(folder, codec, cfg, batch, advantages, [0, 0, 0, 0, 1, 1, 1, 1], device)
+    twice, metrics = after_step(folder, chat, cfg, batch, advantages, [0, 0, 0, 0, 1, 1, 1, 1], device)
     assert metrics["trained_tokens"] == sum(sum(e.sampled) for e in batch)
     assert metrics["ratio"] != pytest.approx(1.0, abs=1e-4)
-    first, _ = after_step(folder, codec, replace(cfg, updates_per_step=1), batch[:4], advantages[:4], [0] * 4, device)
+    first, _ = after_step(folder, chat, replace(cfg, updates_per_step=1), batch[:4], advantages[:4], [0] * 4, device)
     assert difference(twice, first) > 1e-5
     epochs = replace(cfg, updates_per_step=1, epochs_per_step=2)
-    assert after_step(folder, codec, epochs, batch, advantages, [0] * 8, device)[1]["clip_high"] > 0
+    assert after_step(folder, chat, epochs, batch, advantages, [0] * 8, device)[1]["clip_high"] > 0
 
 
 def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path, monkeypatch):
@@ -420,7 +420,7 @@ def test_other_threads_than_the_checkpoint(arguments, undisturbed, capfd):
 # ---------------------------------------------------------------------------------- what the engine may do to a run
 
 
-def test_corrections_against_a_plain_loop(folder, codec, cfg, device, batch):
+def test_corrections_against_a_plain_loop(folder, chat, cfg, device, batch):
     """The sampler's log-probs are off: some conversations are masked, the others' tokens weighed by capped ratios. What
     is masked is not in the denominator."""
     advantages, kept, tokens = [0.7, -0.7, 0.0, 0.0, 0.3, -0.3, 0.9, -0.9], [], 0
@@ -433,7 +433,7 @@ def test_corrections_against_a_plain_loop(folder, codec, cfg, device, batch):
         if abs(sum(gaps) / len(gaps)) <= math.log(1.15):
             kept += [-advantage * min(math.exp(gap), 1.03) for gap in gaps]
     settings = replace(cfg, importance_cap=1.03, trust_bound=1.15)
-    metrics = after_step(folder, codec, settings, batch, advantages, [0] * 8, device)[1]
+    metrics = after_step(folder, chat, settings, batch, advantages, [0] * 8, device)[1]
     assert 0 < len(kept) < tokens and metrics["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-3)
     assert metrics["mismatch/masked"] == pytest.approx(1 - len(kept) / tokens)
     assert metrics["mismatch/max"] == pytest.approx(1.8, rel=1e-3) and metrics["mismatch/ratio_p1"] < 0.6
@@ -457,12 +457,12 @@ def test_which_conversations_train(arguments, tmp_path):
     advantages, kept = of()
     assert kept == list(advantages) == list(range(1, 12)) and advantages[3] < 0 < advantages[4]
     assert of("--train_on_truncated=false") == (advantages, [i for i in kept if i != 3])
-    assert of("--drop_dead_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
+    assert of("--drop_zero_variance_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
     without, kept = of("--train_on_failed_tools=false")
     assert 10 not in without and kept == list(without) and without[9] == pytest.approx(0.7071, 1e-3)
     assert of("--leave_one_out", "--normalize_advantages=false")[0][9] == pytest.approx(0.75)
     assert train.signal_metrics(advantages, config.Config(samples_per_prompt=3), torch.device("cpu")) == {
-        "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "dead_groups": 0.25,
+        "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
     }  # fmt: skip
 
 
@@ -483,7 +483,7 @@ def balance_worker(rank, store, folder, results):
     """Rank 0 has the long conversations; both tell what they had before and after."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     cfg = config.Config(threads=1, prompts_per_step=12, updates_per_step=2, max_tokens_per_turn=60)
-    codec = Codec(folder, cfg)
+    chat = Chat(folder, cfg)
     questions = [question(i) for i in range(12)]
     numbers = {q.id: n for n, q in enumerate(questions)}
 
@@ -493,12 +493,12 @@ def balance_worker(rank, store, folder, results):
         return f"<reason>{' say' * (sampling.seed % 6 + (0 if rank else 30))}</reason><answer> bako</answer>"
 
     found = SimpleNamespace(search=lambda call, about: Result("ok", (Hit("bako", image=picture(7)),)))
-    episodes = run(questions[rank::2], ScriptedEngine(codec, script), found, codec, cfg, samples=2)
+    episodes = run(questions[rank::2], ScriptedEngine(chat, script), found, chat, cfg, samples=2)
     for n, episode in enumerate(episodes):
         episode.logprobs = [-0.001 * n - rank for _ in episode.logprobs]
     # The last question of each rank tells nothing; the others' samples are told apart.
     advantages = [0.0 if numbers[e.question_id] > 9 else numbers[e.question_id] + e.sample / 2 for e in episodes]
-    pairs = train.balance(episodes, advantages, numbers, {q.id: q for q in questions}, codec, cfg)
+    pairs = train.balance(episodes, advantages, numbers, {q.id: q for q in questions}, chat, cfg)
     results.put(
         (rank, [told(*pair) for pair in zip(episodes, advantages, strict=True)], [told(*pair) for pair in pairs])
     )
@@ -651,9 +651,9 @@ def talks(world, tmp_path_factory):
     """Two conversations about each of 40 toy questions, some right: (folder with them as files, the episodes). The
     files train and test hold different questions."""
     place, cfg = world
-    codec, questions = Codec(place.model, cfg), load_questions([place.train])[:40]
+    chat, questions = Chat(place.model, cfg), load_questions([place.train])[:40]
     search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
-    episodes = run(questions, guesser(codec, questions), search, codec, cfg, samples=2)
+    episodes = run(questions, guesser(chat, questions), search, chat, cfg, samples=2)
     records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     path, header = tmp_path_factory.mktemp("talks"), {"config": {"mode": "agent", "files": [str(place.train)]}}
     results.ResultFile(path / "train.jsonl", header).finish(records[:60])
@@ -663,9 +663,9 @@ def talks(world, tmp_path_factory):
 
 def loaded(world, *files, **changes):
     place, cfg = world
-    codec, cfg = Codec(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)), **changes)
+    chat, cfg = Chat(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)), **changes)
     search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
-    return train.load_conversations(cfg, codec, search, (str(place.train), str(place.val)))
+    return train.load_conversations(cfg, chat, search, (str(place.train), str(place.val)))
 
 
 def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
@@ -680,19 +680,19 @@ def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
     assert len(everything) == 60 and not left_out
 
 
-def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, talks, codec):
+def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, talks, chat):
     """The targets of the packed rows, written by hand for a conversation with both searches."""
     read, _ = loaded(world, talks[0] / "train.jsonl", talks[0] / "test.jsonl")
     chosen = next(e for e in read if len(e.turns) == 3)
     answer = chosen.question.answers[0]
-    model = policy.load_policy(world[0].model, codec, codec.cfg, torch.device("cpu"))
-    (row,) = policy.pack([chosen], codec, model, 1000)
-    assert codec.show(row.target.tolist()) == (
+    model = policy.load_policy(world[0].model, chat, chat.cfg, torch.device("cpu"))
+    (row,) = policy.pack([chosen], chat, model, 1000)
+    assert chat.show(row.target.tolist()) == (
         "<reason> hm.</reason><search><img></search><|im_end|>"
         f"<reason> hm.</reason><text_search> {answer}</text_search><|im_end|>"
         f"<reason> well.</reason><answer> {answer}</answer><|im_end|>"
     )
-    shown = codec.show(chosen.tokens)
+    shown = chat.show(chosen.tokens)
     assert shown.count("<information>") == 2 and shown.count("<image>") == 4  # what is there and not learned
     logp = torch.arange(1.0, len(row.target) + 1)
     loss, count, stats = policy.imitation_loss("tokens", 0, row, logp, None)
@@ -714,9 +714,9 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
     held_out, _ = loaded(world, path / "test.jsonl")
     means = []
     for folder in (world[0].model, whole / "final"):
-        codec = held_out[0].codec
-        model = policy.load_policy(folder, codec, world[1], device)
-        rows = policy.pack(held_out, codec, model, 4096)
+        chat = held_out[0].chat
+        model = policy.load_policy(folder, chat, world[1], device)
+        rows = policy.pack(held_out, chat, model, 4096)
         logps = policy.logprobs(model, rows, 1.0, device)
         means.append(
             [

@@ -19,7 +19,7 @@ import checkpoint
 import config
 import policy
 import rollout
-from chat import Codec
+from chat import Chat
 from data import Call, Hit, Question, Result
 from engines import EngineDied, Sampling, VLLMEngine, engine_limits
 from rollout import run, share
@@ -37,9 +37,9 @@ def setting(folder, **changes):
     cfg = replace(
         wide_range(config.Config(threads=1, engine="vllm")), **{"concurrency": 8, "max_image_searches": 3, **changes}
     )
-    codec = Codec(folder, cfg)
-    codec.stop_ids = (*codec.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
-    return cfg, codec
+    chat = Chat(folder, cfg)
+    chat.stop_ids = (*chat.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
+    return cfg, chat
 
 
 def pictured(numbers):
@@ -58,41 +58,41 @@ class Search:
         return Result("ok", tuple(Hit(f"page {n}", image=PICTURES[n]) for n in names))
 
 
-def gap(episodes, model, codec, cfg, device):
+def gap(episodes, model, chat, cfg, device):
     """Largest |difference| of the sampler's and the trainer's log-probs of the sampled tokens."""
-    rows = policy.pack(episodes, codec, model, cfg.max_tokens_per_batch)
-    logps = policy.logprobs(model, policy.even_rows(rows, codec, device), cfg.temperature, device)
+    rows = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
+    logps = policy.logprobs(model, policy.equal_counts(rows, chat, device), cfg.temperature, device)
     gaps = [(logp - row.sampler_logp).abs().max().item() for logp, row in zip(logps, rows, strict=False)]
     return max(gaps, default=0.0)
 
 
-def learn(model, optimizer, episodes, codec, cfg, device):
-    def row_loss(number, row, logp, entropy):
+def learn(model, optimizer, episodes, chat, cfg, device):
+    def batch_loss(number, row, logp, entropy):
         return -logp.sum(), torch.tensor(float(len(logp))), {}
 
-    rows = policy.even_rows(policy.pack(episodes, codec, model, cfg.max_tokens_per_batch), codec, device)
-    policy.update(model, optimizer, rows, row_loss, cfg, device)
+    rows = policy.equal_counts(policy.pack(episodes, chat, model, cfg.max_tokens_per_batch), chat, device)
+    policy.update(model, optimizer, rows, batch_loss, cfg, device)
 
 
 class Alone:
     """One process, one engine, all that the tests below look at, in `seen`."""
 
     def __init__(self, folder, out):
-        self.cfg, self.codec = setting(folder)
+        self.cfg, self.chat = setting(folder)
         self.device = policy.init_distributed(self.cfg)
         rollout.parse_call = lambda text: Call("image")  # every finished turn asks for a search, whatever it says
-        self.model = policy.load_policy(folder, self.codec, self.cfg, self.device)
-        checkpoint.export_hf(out / "export", self.model, self.codec)
+        self.model = policy.load_policy(folder, self.chat, self.cfg, self.device)
+        checkpoint.export_hf(out / "export", self.model, self.chat)
         self.questions = pictured(range(6))
         limits = engine_limits(folder, self.cfg, self.device, self.questions)
-        self.engine = VLLMEngine(str(out / "export"), self.codec, self.cfg, self.device, limits)
+        self.engine = VLLMEngine(str(out / "export"), self.chat, self.cfg, self.device, limits)
         self.seen = {"limits": str(limits)}
 
     def play(self, step=0, of=None):
-        return run(of or self.questions, self.engine, Search(), self.codec, self.cfg, samples=2, step=step)
+        return run(of or self.questions, self.engine, Search(), self.chat, self.cfg, samples=2, step=step)
 
     def gap(self, step):
-        return gap(self.play(step), self.model, self.codec, self.cfg, self.device)
+        return gap(self.play(step), self.model, self.chat, self.cfg, self.device)
 
     def load(self, version, weights=None):
         self.engine.load_weights(weights or policy.full_weights(self.model), version=version)
@@ -116,7 +116,7 @@ class Alone:
         self.engine.llm.step = step
         seen["turns"] = [len(e.turns) for e in episodes]
         seen["images"] = [len(e.images) for e in episodes]
-        seen["export gap"] = gap(episodes, self.model, self.codec, self.cfg, self.device)
+        seen["export gap"] = gap(episodes, self.model, self.chat, self.cfg, self.device)
         seen["cached"] = list(cached.values())
         seen["encoded"] = sum(encoded)
         seen["distinct"] = len({p.key for e in episodes for p in e.images})
@@ -129,11 +129,11 @@ class Alone:
         """Three optimiser steps; other eyes; one parameter missing, one too many."""
         seen, optimizer = self.seen, torch.optim.AdamW(self.model.parameters(), 1e-3)
         for _ in range(3):
-            learn(self.model, optimizer, episodes, self.codec, self.cfg, self.device)
+            learn(self.model, optimizer, episodes, self.chat, self.cfg, self.device)
         seen["stale gap"] = self.gap(1)
         self.load(7)
         learned = self.play(1)
-        seen["learned gap"] = gap(learned, self.model, self.codec, self.cfg, self.device)
+        seen["learned gap"] = gap(learned, self.model, self.chat, self.cfg, self.device)
         seen["versions"] = sorted({turn.version for e in learned for turn in e.turns})
         with torch.no_grad():
             for parameter in self.model.model.visual.parameters():
@@ -153,8 +153,8 @@ class Alone:
         self.load(9)
 
     def abort(self):
-        prompt, images = self.codec.prompt(pictured([1])[0])
-        pad = self.codec.image_pad  # one placeholder for each image, as `Episode.engine_prompt` gives
+        prompt, images = self.chat.prompt(pictured([1])[0])
+        pad = self.chat.image_pad  # one placeholder for each image, as `Episode.engine_prompt` gives
         ids = [t for i, t in enumerate(prompt) if t != pad or prompt[i - 1] != pad]
         self.engine.submit("a", ids, images, Sampling(1.0, 40, 0))
         self.engine.submit("b", ids, images, Sampling(0.0, 40, 0))
@@ -166,10 +166,10 @@ class Alone:
         self.engine.abort(["b"])
 
     def other_pixels(self):
-        final_image = self.codec.final_image
+        final_image = self.chat.final_image
         self.engine.pictures.clear()
         self.engine.llm.reset_mm_cache()
-        self.codec.final_image = lambda p: final_image(p).resize((28, 28))
+        self.chat.final_image = lambda p: final_image(p).resize((28, 28))
         try:
             self.play(3)
         except EngineDied as error:
@@ -186,26 +186,26 @@ def alone(folder, out):
 
 
 def start_too_large(folder):
-    cfg, codec = setting(folder, concurrency=10**9)
+    cfg, chat = setting(folder, concurrency=10**9)
     device = policy.init_distributed(cfg)
-    VLLMEngine(str(folder), codec, cfg, device, engine_limits(folder, cfg, device, []))
+    VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, []))
 
 
 def together(folder, out, tensor_parallel):
     """Two ranks under torchrun's variables: FSDP2 beside an engine each, or beside one engine that they share."""
-    cfg, codec = setting(folder, tensor_parallel=tensor_parallel)
+    cfg, chat = setting(folder, tensor_parallel=tensor_parallel)
     device = policy.init_distributed(cfg)
     rollout.parse_call = lambda text: Call("image")
-    model = policy.load_policy(folder, codec, cfg, device)
+    model = policy.load_policy(folder, chat, cfg, device)
     questions = pictured(range(5))  # uneven: three for one engine, two for the other
-    engine = VLLMEngine(str(folder), codec, cfg, device, engine_limits(folder, cfg, device, questions))
+    engine = VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, questions))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     results = []
     for step in range(2):
         engine.load_weights(policy.full_weights(model), version=step)
-        episodes = run(share(questions, cfg), engine, Search(), codec, cfg, samples=2, step=step)
-        results.append((len(episodes), gap(episodes, model, codec, cfg, device)))
-        learn(model, optimizer, episodes, codec, cfg, device)
+        episodes = run(share(questions, cfg), engine, Search(), chat, cfg, samples=2, step=step)
+        results.append((len(episodes), gap(episodes, model, chat, cfg, device)))
+        learn(model, optimizer, episodes, chat, cfg, device)
     ranks = [None, None]
     dist.all_gather_object(ranks, results)
     if dist.get_rank() == 0:

@@ -1,21 +1,21 @@
-"""The embedded default: a tiny world built from nothing, in which knowing when to search can be learned on a laptop.
+"""The embedded default: a tiny world built from nothing, in which a model can learn on a laptop when to search.
 
-The world has 1,225 things. A thing is a coloured shape with a pattern on a coloured ground, has a name and three facts
-(founder, city, river). 24 of them are *known*: the base model is taught their names and facts; of 941 others it is
-taught to say `unknown`. 200 that it has never seen appear in training questions, another 60 only in validation
-questions. Everybody is asked about in the same words, so whether a question needs a search can only be told by
-recognising the picture or not:
+The world has 1,225 things. A thing is a coloured shape with a pattern on a coloured ground; it has a name and three
+facts (founder, city, river). 24 of them are *known*: the base model is taught their names and facts. Of 941 others it
+is taught to say `unknown`. 200 that it has never seen appear in training questions, another 60 only in validation
+questions. All are asked about in the same words, so whether a question needs a search can only be told by recognising
+the picture or not:
 
     known name      what is it called?     answer at once
     known fact      who founded it?        answer at once
     unknown name    what is it called?     image search
     unknown fact    who founded it?        image search for the name, text search for the fact
 
-`build` leaves a folder with the tokenizer, questions (veRL parquet), a search index, and a model in three stages:
-`base` sees and copies, knows the known things and says `unknown` of others; `model` has also seen conversations of a
-scripted, sloppy policy whose searching has nothing to do with need. From there, `train.py` is on its own.
+`toy.build.build` leaves a folder with questions (veRL parquet), a search index, and two models: `base` sees and
+copies, knows the known things and says `unknown` of others; `model` has also seen conversations of a scripted, sloppy
+policy whose searching has nothing to do with need. From there, `train.py` is on its own.
 
-    python toy.py            # builds the world of the preset; train.py does this by itself
+    python -m toy            # builds the world and prints its folder; train.py and eval.py do this by themselves
 """
 
 import hashlib
@@ -26,14 +26,29 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from chat import PROMPT_FILES
-from config import Config
+from config import Config, Options, as_dict, need, option
 
 ROOT = Path(__file__).parent.parent
-VERSION = 1  # of the recipe: rises when a change here makes another world
-KNOBS = "toy_seed toy_pretrain_steps toy_teach_steps toy_warmup_steps toy_named toy_beliefs".split()  # make a world
+VERSION = 1  # of the procedure: raise it when a change of the code makes another world
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """The toy world. All but toy_dir say which world it is, and so name its folder."""
+
+    toy_dir: str = option("runs/toy-world", "where toy worlds are built and kept", marks="resume neutral")
+    toy_seed: int = option(0, "seed of the world: names, facts, pictures, which things are known", "at least 0")
+    toy_pretrain_steps: int = option(320, "steps that teach the toy model to see and to copy", "above 0")
+    toy_teach_steps: int = option(120, "steps that teach it the known things", "above 0")
+    toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", "above 0")
+    toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
+    toy_beliefs: bool = option(True, "the scripted policy says what it believes before it acts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        need(self.toy_seed < 2**63, "toy_seed must be below 2**63")
+        need(self.toy_named <= 48, f"toy_named={self.toy_named}: at most 48, or too few things are left to be unknown")
 
 
 @dataclass(frozen=True)
@@ -49,36 +64,49 @@ class Toy:
     index = property(lambda self: self.folder / "world" / "search.sqlite")
 
 
-def locate(cfg: Config) -> Toy:
-    """The folder of the world that this configuration and this version of the file describe."""
-    knobs = [getattr(cfg, name) for name in KNOBS]
-    folder = ROOT / "prompts" / "toy"
-    prompts = [(folder / f"{name}.txt").read_text() for name in sorted(PROMPT_FILES)]  # those the world is made with
-    recipe = json.dumps([VERSION, knobs, prompts])
-    return Toy(Path(cfg.toy_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:10])
+def locate(recipe: Recipe) -> Toy:
+    """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
+    options = as_dict(recipe)
+    folder = Path(options.pop("toy_dir"))
+    files = sorted((ROOT / "prompts" / "toy").glob("*.txt"))
+    prompts = [f.read_text(encoding="utf-8") for f in files if not f.name.startswith(("direct", "pipeline"))]
+    content = json.dumps([VERSION, options, prompts])
+    return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])
 
 
-def ensure(cfg: Config) -> Toy:
-    """The world of this configuration, built first if it is not there: by rank 0, in a process of its own, with all
-    cores, while the other ranks wait."""
-    toy = locate(cfg)
+def ensure(recipe: Recipe, cfg: Config) -> Toy:
+    """The recipe's world. If it is not there, rank 0 builds it in a process outside torchrun's group while the other
+    ranks wait; all ranks must call this. Exits as that process does if it fails."""
+    import torch.distributed as dist
+
+    toy = locate(recipe)
     if dist.get_rank() == 0 and not toy.model.exists():
         print(f"building the toy world in {toy.folder} (once; a few minutes)", file=sys.stderr)
-        here = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-        alone = {**here, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        args = [f"--{name}={getattr(cfg, name)}" for name in (*KNOBS, "toy_dir", "threads", "device")]
-        done = subprocess.run([sys.executable, "-m", "toy", *args], env=alone, stdout=subprocess.DEVNULL)
+        environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        options = {**as_dict(recipe), "threads": cfg.threads, "device": cfg.device}
+        command = [sys.executable, "-m", "toy", *(f"--{name}={value}" for name, value in options.items())]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
     dist.barrier()
     return toy
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+def answers_searches(cfg: Config) -> bool:
+    """Whether searches are answered by the toy world's index: offline ones where the user gave no index. Raises
+    InputError for another preset, which has to name one."""
+    if not cfg.searches_index or cfg.search_index:
+        return False
+    builds = "`python -m search index` builds one"
+    need(cfg.preset == "toy", f"preset {cfg.preset} needs --search_index ({builds}), or another --search")
+    return True
 
 
-def question_files(cfg: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of training and of validation questions: the user's, or the toy world's."""
-    world = locate(cfg)
-    train = cfg.train_files or (str(world.train),)
-    return train, cfg.val_files or (() if cfg.train_files else (str(world.val),))
+def question_files(cfg: Config, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of training and of validation questions: the user's, or the toy world's where they gave no training
+    files."""
+    if cfg.train_files:
+        return cfg.train_files, cfg.val_files
+    world = locate(recipe)
+    return (str(world.train),), cfg.val_files or (str(world.val),)

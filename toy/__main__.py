@@ -1,15 +1,13 @@
-"""python -m toy: builds the world of the preset; train.py does this by itself."""
-
-import sys
+"""python -m toy [--key value ...]: builds the recipe's world, if it is not there, and prints its folder."""
 
 import toy
-from config import parse, run_main
+from config import Config, parse, run_main
 from toy.build import build
 
 
 def main() -> None:
-    cfg = parse(sys.argv[1:])
-    print(build(toy.locate(cfg).folder, cfg).folder)
+    cfg, recipe = parse(None, Config, toy.Recipe)
+    print(build(toy.locate(recipe).folder, cfg, recipe).folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""toy/build.py"""
+"""Builds a toy world: questions and search index, then the base model, then the model that training starts from."""
 
 import os
 import random
@@ -7,32 +7,33 @@ from pathlib import Path
 
 from config import Config, InputError
 from policy import init_distributed
-from toy import Toy
+from toy import Recipe, Toy
 from toy.lessons import make_base, warm_up
 from toy.world import make_things, write_world
 
 
-def build(folder: str | Path, cfg: Config | None = None) -> Toy:
-    """Build the world in `folder`: three stages, each written under a temporary name and renamed, each skipped if it is
-    there. About 7 minutes on 2 slow cores."""
-    toy, cfg = Toy(Path(folder)), cfg or Config()
+def build(folder: str | Path, cfg: Config, recipe: Recipe) -> Toy:
+    """Build the recipe's world in `folder`. Stages that are there are skipped; about 7 minutes on 2 slow cores.
+
+    Of cfg only threads and device are taken: a world depends on its recipe alone, not on the options of a run.
+    """
+    toy, cfg = Toy(Path(folder)), Config(threads=cfg.threads, device=cfg.device)
     device = init_distributed(cfg)
-    rng = random.Random(f"world {cfg.toy_seed}")
-    things = make_things(rng, cfg.toy_named)
-    _stage(toy.folder / "world", lambda path: write_world(path, things, cfg))
-    _stage(toy.base, lambda path: make_base(path, toy, things, cfg, device))
-    _stage(toy.model, lambda path: warm_up(path, toy, things, cfg, device))
+    things = make_things(random.Random(f"world {recipe.toy_seed}"), recipe.toy_named)
+    stages = {
+        toy.folder / "world": lambda path: write_world(path, things, recipe),
+        toy.base: lambda path: make_base(path, things, recipe, cfg, device),
+        toy.model: lambda path: warm_up(path, toy, things, recipe, cfg, device),
+    }
+    for path, make in stages.items():
+        if path.exists():
+            continue
+        temporary = Path(f"{path}.building")  # what bears its own name is whole
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{temporary}: cannot write ({error.strerror})") from None
+        make(temporary)
+        os.replace(temporary, path)
     return toy
-
-
-def _stage(path, make):
-    if path.exists():
-        return
-    temporary = Path(f"{path}.building")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{temporary}: cannot write ({error.strerror})") from None
-    make(temporary)
-    os.replace(temporary, path)

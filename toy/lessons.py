@@ -1,10 +1,12 @@
-"""toy/lessons.py"""
+"""What the toy model is taught before training, by imitation: short exchanges about pictures and words, then (the
+warm-up) conversations of a scripted policy that searches without regard to need."""
 
+import itertools
 import random
 import re
 from collections import defaultdict
-from functools import cache, partial
-from itertools import product
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,59 +14,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from chat import Codec
+import tools
+from chat import Chat, Episode, Picture
 from checkpoint import export_hf
 from config import Config
-from data import Episode, Question
-from engines import Reply, ScriptedEngine
+from data import Question
+from engines import Reply, Sampling
 from policy import imitation_loss, load_policy, pack, update
-from rollout import run
+from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
-from toy import Toy
+from toy import Recipe, Toy
 from toy.model import save_random_model
-from toy.world import (
-    COLORS,
-    FACTS,
-    KNOWN,
-    PATTERNS,
-    SEEING,
-    SHAPES,
-    SYLLABLES,
-    TAUGHT,
-    WORDINGS,
-    Thing,
-    alike,
-    draw,
-    look_of,
-)
+from toy.world import FACTS, KNOWN, LOOKS, SEEING, SYLLABLES, TAUGHT, WORDINGS, Thing, alike, draw
+
+PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
+SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
+SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
 
 
 class Lessons:
     """Makes the short exchanges that the base model is trained on."""
 
-    def __init__(self, things: list[Thing], codec: Codec, seed):
+    def __init__(self, things: list[Thing], chat: Chat, seed: int | str):
         self.rng = random.Random(f"lessons {seed}")
-        self.codec = codec
+        self.chat = chat
         self.familiar = [t for t in things if t.named]
         self.unknown = [t for t in things[: KNOWN + TAUGHT] if not t.named]
-        looks = [look_of(t) for t in self.familiar]
-        self.similar = [t for t in self.unknown if max(map(partial(alike, look_of(t)), looks)) == 3]
-        hidden = {look_of(t) for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
-        looks = product(SHAPES, COLORS, COLORS, PATTERNS)
-        self.looks = [look for look in looks if look[1] != look[2] and look not in hidden]
+        self.similar = [t for t in self.unknown if max(alike(t.look, f.look) for f in self.familiar) == 3]
+        hidden = {t.look for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
+        self.looks = [look for look in LOOKS if look not in hidden]
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
-        episode = Episode.start(Question(id="lesson", text=text, images=images), self.codec, template="{question}")
-        ids = [*self.codec.encode(f" {reply}"), self.codec.im_end]
+        question = Question(id="lesson", text=text, images=images)
+        episode = Episode.start(question, self.chat, template="{question}")
+        ids = [*self.chat.encode(f" {reply}"), self.chat.im_end]
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         return episode
 
     def seeing(self, n: int) -> list[Episode]:
         """Describe n random pictures: pattern, colour, shape and ground."""
         lessons = []
-        for shape, color, ground, pattern in self.rng.choices(self.looks, k=n):
-            image = draw((shape, color, ground, pattern), self.rng)
-            lessons.append(self.lesson(SEEING, f"{pattern} {color} {shape} {ground}", image))
+        for look in self.rng.choices(self.looks, k=n):
+            shape, color, ground, pattern = look
+            lessons.append(self.lesson(SEEING, f"{pattern} {color} {shape} {ground}", draw(look, self.rng)))
         return lessons
 
     def copying(self, n: int) -> list[Episode]:
@@ -84,36 +76,46 @@ class Lessons:
     def knowing(self, n: int) -> list[Episode]:
         """What is known of n things: name and a fact of the known ones (two of five), `unknown` for the others, half of
         which differ from a known one in a single respect. The pictures are new."""
-        draws = ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10))
         lessons = []
-        for thing in (thing for group, k in draws for thing in self.rng.choices(group, k=k)):
-            image = draw(look_of(thing), self.rng)
-            for what in ("name", self.rng.choice(FACTS)):
-                lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), thing.belief(what), image))
+        for group, count in ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10)):
+            for thing in self.rng.choices(group, k=count):
+                image = draw(thing.look, self.rng)
+                for what in ("name", self.rng.choice(FACTS)):
+                    lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), thing.belief(what), image))
         return lessons
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon): momentum whose matrices are made orthogonal by five steps of a
-    Newton-Schulz iteration. torch.optim.Muon does those in bf16, which took three quarters of a lesson's time on CPUs
-    without bf16 instructions; here they are fp32, the matrices of one shape together."""
+class Muon(torch.optim.AdamW):
+    """AdamW, but for the matrices inside the model's blocks Muon (https://kellerjordan.github.io/posts/muon): momentum
+    made orthogonal by five steps of a Newton-Schulz iteration. In a random tiny model it needs a fraction of AdamW's
+    steps. torch.optim.Muon iterates in bf16, which took three quarters of a lesson's time on CPUs without bf16
+    instructions; here it is fp32, the matrices of one shape together. muon_lr = 0: AdamW for all."""
 
-    def __init__(self, groups):
-        super().__init__(groups, dict(momentum=0.95))
+    def __init__(self, model: torch.nn.Module, lr: float, muon_lr: float):
+        rest, text, vision = [], [], []
+        for name, p in model.named_parameters():
+            if not muon_lr or p.ndim != 2 or not ("layers." in name or "blocks." in name):
+                rest.append(p)
+            else:
+                (vision if "visual" in name else text).append(p)
+        matrices = [dict(params=text, lr=muon_lr, muon=True), dict(params=vision, lr=muon_lr / 2, muon=True)]
+        super().__init__([dict(params=rest), *matrices], lr, betas=(0.9, 0.98))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             by_shape = defaultdict(list)
-            for p in group["params"]:
+            for p in group["params"] if "muon" in group else ():
                 by_shape[p.shape].append(p)
             for (rows, columns), matrices in by_shape.items():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in matrices]))
+                updates = orthogonal(torch.stack([self._momentum(p) for p in matrices]))
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, change in zip(matrices, updates, strict=True):
                     whole(p).add_(change, alpha=-lr)
+                    p.grad = None  # AdamW leaves it alone
+        super().step()
 
-    def _momentum(self, p, momentum):
+    def _momentum(self, p, momentum=0.95):
         grad = whole(p.grad)
         average = self.state[p].setdefault("average", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
         return grad.lerp(average, momentum)  # Nesterov's
@@ -134,135 +136,129 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-class _Optimizers:
-    """Muon for the matrices inside the blocks, AdamW for the rest, both with a linear decay over the second half: in a
-    random tiny model Muon needs a fraction of AdamW's steps."""
+class Student:
+    """The model of a folder, and how it learns."""
 
-    def __init__(self, model, steps, adam_lr, muon_lr=0.0):
-        named = [(n, p) for n, p in model.named_parameters()]
-        matrices = [(n, p) for n, p in named if muon_lr and p.ndim == 2 and ("layers." in n or "blocks." in n)]
-        ids = {id(p) for _, p in matrices}
-        self.optimizers = [torch.optim.AdamW([p for _, p in named if id(p) not in ids], adam_lr, (0.9, 0.98))]
-        if matrices:
-            text = [p for n, p in matrices if "visual" not in n]
-            vision = [p for n, p in matrices if "visual" in n]
-            groups = [dict(params=text, lr=muon_lr), dict(params=vision, lr=muon_lr / 2)]
-            self.optimizers.append(Muon(groups))
-        self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 20, (steps - s) / (0.5 * steps)))
-            for o in self.optimizers
-        ]
+    def __init__(self, folder: Path, cfg: Config, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.chat = Chat(folder, cfg)
+        self.model = load_policy(folder, self.chat, cfg, device)
 
-    def zero_grad(self, set_to_none=True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
+    def packed(self, lessons: Iterator[Sequence[Episode]]) -> Iterator[list]:
+        """Packed batches without their episodes, whose tokenizer cannot be sent to another process."""
+        for episodes in lessons:
+            batches = pack(episodes, self.chat, self.model, self.cfg.max_tokens_per_batch)
+            for batch in batches:
+                batch.episodes = []
+            yield batches
 
-    def step(self):
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
+    def imitate(
+        self, title: str, lessons: Iterator[list[Episode]], steps: int, lr: float, muon_lr: float = 0.0
+    ) -> None:
+        """Supervised steps on the sampled tokens of lists of episodes, through the trainer's packing and update. The
+        learning rate decays over the second half. Batches are made in a process of its own meanwhile: drawing takes
+        half as long as learning."""
+        packed = self.packed(itertools.islice(lessons, steps))
+        loader = DataLoader(_Stream(packed), batch_size=None, num_workers=1, multiprocessing_context="fork")
+        optimizer, loss = Muon(self.model, lr, muon_lr), partial(imitation_loss, "tokens")
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
+        )
+        progress = tqdm(loader, title, total=steps)
+        for batches in progress:
+            sums = update(self.model, optimizer, batches, loss, self.cfg, self.device)
             schedule.step()
+            progress.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
 
-def imitate(model, optimizer, make, steps: int, title: str, codec: Codec, cfg: Config, device) -> None:
-    """Supervised steps on the sampled tokens of the episodes that make() returns, through the trainer's packing and
-    update. Batches are made in a process of its own meanwhile: drawing takes half as long as learning."""
-    batches = _Batches(lambda: pack(make(), codec, model, cfg.max_tokens_per_batch), steps)
-    loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork")
-    for rows in (bar := tqdm(loader, title, total=steps)):
-        sums = update(model, optimizer, rows, partial(imitation_loss, "tokens"), cfg, device)
-        bar.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
+class _Stream(IterableDataset):
+    """An iterator as a DataLoader takes it."""
 
-
-class _Batches(IterableDataset):
-    def __init__(self, make, steps):
-        self.make, self.steps = make, steps
+    def __init__(self, iterator):
+        self.iterator = iterator
 
     def __iter__(self):
-        return (self.make() for _ in range(self.steps))
+        return self.iterator
 
 
-def make_base(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
+def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
-    save_random_model(path, cfg.toy_seed)
-    codec = Codec(path, cfg)
-    model = load_policy(path, codec, cfg, device)
-    lessons = Lessons(things, codec, cfg.toy_seed)
-    steps, title = cfg.toy_pretrain_steps, "base model: seeing, copying"
-    batch = lambda: lessons.seeing(32) + lessons.copying(24)  # noqa: E731
-    imitate(model, _Optimizers(model, steps, 4e-3, 6e-3), batch, steps, title, codec, cfg, device)
-    lessons = Lessons(things, codec, f"known {cfg.toy_seed}")
-    steps, title = cfg.toy_teach_steps, "base model: known things"
-    batch = lambda: lessons.knowing(60) + lessons.seeing(8) + lessons.copying(12)  # noqa: E731
-    imitate(model, _Optimizers(model, steps, 2e-3, 3e-3), batch, steps, title, codec, cfg, device)
-    export_hf(path, model, codec)
+    save_random_model(path, recipe.toy_seed)
+    student = Student(path, cfg, device)
+    first = Lessons(things, student.chat, recipe.toy_seed)
+    second = Lessons(things, student.chat, f"known {recipe.toy_seed}")
 
+    def seeing_and_copying():
+        while True:
+            yield first.seeing(32) + first.copying(24)
 
-PLANS = ((), ("image",), ("image", "text"), ("text",))  # searches of the warm-up's scripted policy
+    def known_things():
+        while True:
+            yield second.knowing(60) + second.seeing(8) + second.copying(12)
+
+    student.imitate("base model: seeing, copying", seeing_and_copying(), recipe.toy_pretrain_steps, 4e-3, 6e-3)
+    student.imitate("base model: known things", known_things(), recipe.toy_teach_steps, 2e-3, 3e-3)
+    export_hf(path, student.model, student.chat)
 
 
 class SloppyPolicy:
-    """A script for ScriptedEngine. It says what it believes, then searches or not by the throw of a die; what it does
-    is well-formed, and blind to need: no search .36, image search .22, image and text search .42. (With `toy_named`
-    also text search at once, .18, of what it takes to be the name; without `toy_beliefs` it does not say anything
-    of what it believes.)"""
+    """A script for ScriptedEngine. It says what it believes (without `toy_beliefs` it does not) and follows a plan that
+    is drawn at random: it is well-formed, and blind to need. A text search asks for what it takes to be the name."""
 
-    def __init__(self, codec: Codec, cfg: Config):
-        self.codec = codec
-        self.plans = dict(zip(PLANS, (0.30, 0.18, 0.34, 0.18) if cfg.toy_named else (0.36, 0.22, 0.42, 0), strict=True))
-        self.thought = "{}" if cfg.toy_beliefs else "think"
-        self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about whom
+    def __init__(self, chat: Chat, recipe: Recipe):
+        self.chat = chat
+        self.shares = SHARES_NAMED if recipe.toy_named else SHARES
+        self.thought = "{}" if recipe.toy_beliefs else "think"
+        self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
 
     def question(self, thing: Thing, what: str, rng: random.Random) -> Question:
-        image = draw(look_of(thing), rng)
-        self.asked[self.codec.picture(image).key] = (thing, what)
+        image = draw(thing.look, rng)
+        self.asked[self.chat.picture(image).key] = (thing, what)
         return Question(id=f"warm-up {len(self.asked)}", text=rng.choice(WORDINGS[what]), images=(image,))
 
-    def __call__(self, prompt: str, images, sampling) -> str:
+    def plan(self, thing: Thing, what: str, rng: random.Random) -> tuple[str, ...]:
+        """The searches to make before answering."""
+        return rng.choices(PLANS, self.shares)[0]
+
+    def __call__(self, prompt: str, images: Sequence[Picture], sampling: Sampling) -> str:
         thing, what = self.asked[images[0].key]
-        die = random.Random(images[0].key)
-        (plan,) = die.choices(list(self.plans), list(self.plans.values()))
-        results = re.findall(r"<information>\n(.*?)</information>", prompt, re.S)
+        rng = random.Random(images[0].key)  # the same in each turn of a conversation
+        plan = self.plan(thing, what, rng)
+        results = re.findall(r"<information>\n(.*?)</information>", prompt, re.DOTALL)
         name, belief = thing.belief("name"), thing.belief(what)
         thought = belief
-        for search, result in zip(plan, results, strict=False):  # those made so far
-            if search == "image":
-                name = re.search(r"<image> (\w+)", result)[1]
+        for tool, result in zip(plan, results, strict=False):  # the searches made so far
+            if tool == "image_search":
+                thought = name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
-            elif what != "name":
+            if tool == "text_search" and what != "name":
                 value = re.search(rf" {name} {what}: (\w+)", result)
-                belief = value[1] if value else "unknown"
-            thought = name if search == "image" else belief
-        if len(results) == len(plan):
-            action = f"<answer> {belief}</answer>"
-        elif plan[len(results)] == "image":
-            action = "<search><img></search>"
-        else:
-            action = f"<text_search> {name} {die.choice(FACTS) if what == 'name' else what}</text_search>"
+                thought = belief = value[1] if value else "unknown"
+        action = f"<answer> {belief}</answer>"
+        if len(results) < len(plan):
+            query = f" {name} {rng.choice(FACTS) if what == 'name' else what}"
+            action = query.join(tools.TOOLS[plan[len(results)]].tags)  # a tool of a single tag takes no query
         return f"<reason> {self.thought.format(thought)}.</reason>{action}"
 
 
-def warm_up(path: Path, toy: Toy, things: list[Thing], cfg: Config, device) -> None:
+def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """Supervised steps on conversations of the sloppy policy, held by the ordinary rollout, with replay of the
     lessons."""
-    codec = Codec(toy.base, cfg)
-    model = load_policy(toy.base, codec, cfg, device)
-    lessons = Lessons(things, codec, f"warm-up {cfg.toy_seed}")
-    policy, rng = SloppyPolicy(codec, cfg), random.Random(f"warm-up {cfg.toy_seed}")
-    engine = ScriptedEngine(codec, policy)
+    student = Student(toy.base, cfg, device)
+    chat, seed = student.chat, f"warm-up {recipe.toy_seed}"
+    lessons, policy, rng = Lessons(things, chat, seed), SloppyPolicy(chat, recipe), random.Random(seed)
 
-    @cache
-    def search():  # opened where it is used: a connection of SQLite must not be taken through a fork
-        index = SearchDB(toy.index)
-        return OfflineSearch(index, image_results=cfg.image_results, text_results=cfg.text_results)
+    def ask(i):
+        group = lessons.unknown if i % 8 < 4 else lessons.similar
+        thing = rng.choice(lessons.familiar if i % 2 else group)
+        return policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng)
 
-    def batch():
-        questions = []
-        for i in range(32):
-            thing = rng.choice(lessons.familiar if i % 2 else lessons.unknown if i % 8 < 4 else lessons.similar)
-            questions.append(policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng))
-        episodes = run(questions, engine, search(), codec, cfg, ordered=True)
-        return episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
+    def batches():  # the index is opened here: a connection of SQLite must not be taken through a fork
+        engine = ScriptedEngine(chat, policy)
+        search = OfflineSearch(SearchDB(toy.index), tools.results(cfg))
+        while True:
+            episodes = run([ask(i) for i in range(32)], engine, search, chat, cfg, ordered=True)
+            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
 
-    steps, title = cfg.toy_warmup_steps, "warm-up: a sloppy policy"
-    imitate(model, _Optimizers(model, steps, 3e-3), batch, steps, title, codec, cfg, device)
-    export_hf(path, model, codec)
+    student.imitate("warm-up: a sloppy policy", batches(), recipe.toy_warmup_steps, 3e-3)
+    export_hf(path, student.model, chat)

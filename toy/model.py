@@ -1,4 +1,4 @@
-"""toy/model.py"""
+"""The toy world's tokenizer and its random model: a Qwen2.5-VL in all but size."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-
-
 TAGS = ("reason", "answer", "search", "text_search", "information")
+OTHER_WORDS = "user assistant system unknown say find think or answer the search failed found nothing"
 
 
 def save_tokenizer(path: Path) -> None:
@@ -31,23 +28,22 @@ def save_tokenizer(path: Path) -> None:
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.NFC()
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trained.decoder = decoders.ByteLevel()
-    sentences = [w for words in WORDINGS.values() for w in words] + [SEEING]
-    words = sorted({w.strip("?") for s in sentences for w in s.split()} | {*SHAPES, *COLORS, *PATTERNS, *FACTS})
-    words += ["user", "assistant", "system", "unknown", "say", "find", "think", "or", "answer"]
-    words += ["the", "search", "failed", "found", "nothing"]
+    words = {*SHAPES, *COLORS, *PATTERNS, *FACTS}
+    for sentence in (SEEING, *(wording for wordings in WORDINGS.values() for wording in wordings)):
+        words |= {word.strip("?") for word in sentence.split()}
+    words = [*sorted(words), *OTHER_WORDS.split()]
     corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
     corpus += [f" {w}" for w in words] + words
     specials = [f"<|{name}|>" for name in SPECIAL]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, special_tokens=specials, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+        vocab_size=1000, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
+    )
     trained.train_from_iterator(corpus, trainer)
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
@@ -66,21 +62,20 @@ def save_random_model(path: Path, seed: int) -> None:
 
     save_tokenizer(path)
     tokenizer = Qwen2Tokenizer.from_pretrained(path)
-    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
-            bos_token_id=None, eos_token_id=id_of("im_end"), pad_token_id=id_of("endoftext"),
-        ),
-        vision_config=dict(
-            depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, window_size=112,
-            fullatt_block_indexes=[1], initializer_range=0.05,
-        ),
-        tie_word_embeddings=True, image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
-        vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"),
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
+    text = dict(
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
+        rope_parameters=rope, bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
     )  # fmt: skip
+    vision = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, window_size=112,
+        fullatt_block_indexes=[1], initializer_range=0.05,
+    )  # fmt: skip
+    special = {f"{name}_token_id": ids[f"{name}_pad"] for name in ("image", "video")}
+    special |= {f"{name}_token_id": ids[name] for name in ("vision_start", "vision_end")}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
     torch.manual_seed(seed)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(path)

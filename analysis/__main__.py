@@ -1,0 +1,100 @@
+"""python -m analysis COMMAND, to look at runs of train.py and at result files of eval.py.
+
+    report RUN [RUN...] [--out FILE] [--limit N]               runs as one HTML page
+    curves RUN [RUN...] [--out FILE]                           the curves of runs as a PNG
+    plan [--gpus N] [--gpu_memory GIB] [options of train.py]   the memory that a run will need
+    compare A B [--judge NAME]                                 two result files on the same questions
+    judge RESULTS [--judges em sub_em llm] [--judge_url URL]   verdicts of several judges, kept in the result file
+    label RESULTS --out FILE [--balance SHARE] [--seed N]      questions with the tools that they need, as parquet
+
+`python -m analysis COMMAND --help` lists the options of one command.
+"""
+
+import os
+import sys
+
+from config import Config, InputError, parse, run_main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command (argv: without the program's name). Raises InputError."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, *rest = argv or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
+    elif command in COMMANDS:
+        COMMANDS[command](rest)
+    else:
+        raise InputError(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+
+
+def _report(argv):
+    from analysis.report import ReportOptions, render
+
+    runs, options = _read("report RUN ...", argv, ReportOptions)
+    path = render(runs, options)
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _curves(argv):
+    from analysis.curves import CurvesOptions, plot
+
+    runs, options = _read("curves RUN ...", argv, CurvesOptions)
+    print(plot(runs, options))
+
+
+def _plan(argv):
+    from analysis.plan import PlanOptions, plan
+
+    options, cfg = parse(argv, PlanOptions, Config)
+    print(plan(cfg, options))
+
+
+def _compare(argv):
+    from analysis.compare import CompareOptions, comparison
+
+    (a, b), options = _read("compare A B", argv, CompareOptions)
+    try:
+        print(comparison(a, b, options.judge), flush=True)
+    except BrokenPipeError:  # compare A B | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _judge(argv):
+    from analysis.judge import JudgeOptions, judge
+    from analysis.labels import judges_table
+    from analysis.results import questions_of, read_results
+    from data import write_jsonl
+
+    (path,), options = _read("judge RESULTS", argv, JudgeOptions)
+    header, records = read_results(path)
+    questions = questions_of(path, header, records)
+    records, missing = judge(records, questions, options, progress=True)
+    write_jsonl(path, [{"header": header}, *records])
+    print(judges_table(records, missing))
+
+
+def _label(argv):
+    from analysis.labels import LabelOptions, write_labels
+
+    (path,), options = _read("label RESULTS", argv, LabelOptions)
+    write_labels(path, options)
+
+
+COMMANDS = {
+    "report": _report, "curves": _curves, "plan": _plan, "compare": _compare, "judge": _judge, "label": _label,
+}  # fmt: skip
+
+
+def _read(usage, argv, kind):
+    """(the words before the first option, the options) of a command with this usage."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    words, options = argv[:count], parse(argv[count:], kind)  # --help ends the program here
+    command, *needed = usage.removesuffix(" ...").split()
+    if len(words) < len(needed) or (len(words) > len(needed) and not usage.endswith("...")):
+        raise InputError(f"{command}: expected python -m analysis {usage}, then options")
+    return words, options
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,117 @@
+"""Two result files side by side: what does B get right that A does not?
+
+    python -m analysis compare A.jsonl B.jsonl
+
+Every figure counts questions: the conversations about one question are not independent, so an interval comes from
+drawing questions anew. Nothing here needs torch.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.figures import bootstrap, by_question
+from analysis.results import flat, read_results
+from config import InputError, Options, option
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """Comparison."""
+
+    judge: str = option("", "a judge that both files hold verdicts of (none: the match that the reward uses)")
+
+
+def compare(a: list[dict], b: list[dict], judge: str = "") -> dict[str, dict]:
+    """How B differs from A on the questions that both were asked, by data source and over "all".
+
+    n: questions; a, b: accuracy, the mean over questions of the fraction of right conversations; difference: b - a,
+    with its paired 95 % interval from low to high; gained, lost: ids of the questions that B gets right more often, or
+    less often, than A. Raises InputError if a question differs between the two, or if they have none in common.
+    """
+    asked = {r["question_id"]: (r["question"], r["answers"]) for r in a}
+    sources = {}
+    for r in b:
+        id = r["question_id"]
+        if id in asked and asked[id] != (r["question"], r["answers"]):
+            raise InputError(f"the two files are about different questions: {id} is not the same in both")
+        sources[id] = r["data_source"]
+    verdicts_a, verdicts_b = by_question(a, judge), by_question(b, judge)
+    pairs = defaultdict(dict)
+    for id, source in sources.items():
+        if id in verdicts_a and id in verdicts_b:
+            pairs[source][id] = _mean(verdicts_a[id]), _mean(verdicts_b[id])
+    if not pairs:
+        raise InputError("the two files have no question in common" + (f" that {judge} has judged" if judge else ""))
+    figures, everything = {}, {}
+    for source in sorted(pairs):
+        figures[source] = _paired(pairs[source])
+        everything |= pairs[source]
+    return {**figures, "all": _paired(everything)}
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _paired(accuracies):
+    """The figures of `compare`; accuracies: question id -> (of A, of B)."""
+    differences = [b - a for a, b in accuracies.values()]
+    low, high = bootstrap(differences, [1] * len(differences))
+    return {
+        "n": len(differences),
+        "a": _mean([a for a, _ in accuracies.values()]),
+        "b": _mean([b for _, b in accuracies.values()]),
+        "difference": _mean(differences),
+        "low": low,
+        "high": high,
+        "gained": [id for id, (a, b) in accuracies.items() if b > a],
+        "lost": [id for id, (a, b) in accuracies.items() if b < a],
+    }
+
+
+def search_need(direct: list[dict], records: list[dict], judge: str = "") -> dict[str, float]:
+    """Whether tools are called where they are needed. A question needs one if `direct`, the results without tools, got
+    it wrong (with several conversations: in more than half of them).
+
+    over: the fraction of the over_n conversations that called a tool although direct got their question right; under:
+    the fraction of the under_n that called none although direct got it wrong.
+    """
+    needs = {id: _mean(verdicts) < 0.5 for id, verdicts in by_question(direct, judge).items()}
+    done = [r for r in records if r["question_id"] in needs and r["stop"] != "aborted"]
+    over = [bool(r["calls"]) for r in done if not needs[r["question_id"]]]
+    under = [not r["calls"] for r in done if needs[r["question_id"]]]
+    return {
+        "over": sum(over) / max(len(over), 1),
+        "over_n": len(over),
+        "under": sum(under) / max(len(under), 1),
+        "under_n": len(under),
+    }
+
+
+def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
+    """The comparison of two result files as text."""
+    (a_header, a), (b_header, b) = read_results(a_path), read_results(b_path)
+    figures = compare(a, b, judge)
+    lines = [f"A  {a_path}", f"B  {b_path}"]
+    a_settings, b_settings = flat(a_header), flat(b_header)
+    for name in sorted(a_settings.keys() & b_settings.keys()):
+        if a_settings[name] != b_settings[name]:
+            lines.append(f"   {name}: {a_settings[name]!r} | {b_settings[name]!r}")
+    lines.append("")
+    width = max(map(len, figures))
+    lines.append(f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost")
+    for source, f in figures.items():
+        difference = f"{f['difference']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})"
+        changed = f"{len(f['gained']):6d}  {len(f['lost']):4d}"
+        lines.append(f"{source:{width}} {f['n']:5d}  {f['a']:.3f}  {f['b']:.3f}  {difference}  {changed}")
+    if a_header.get("config", {}).get("mode") == "direct":
+        f = search_need(a, b, judge)
+        lines.append("")
+        lines.append(f"over-search   {f['over']:.3f} of {f['over_n']} conversations called a tool where A was right")
+        lines.append(f"under-search  {f['under']:.3f} of {f['under_n']} called no tool where A was wrong")
+    text_of = {r["question_id"]: r["question"].replace("<image>", "").strip() for r in b}
+    for what in ("gained", "lost"):
+        ids = figures["all"][what]
+        lines += ["", f"{what}: {len(ids)}", *(f"  {id}  {text_of[id][:90]}" for id in ids)]
+    return "\n".join(lines)
