@@ -25,8 +25,7 @@ from data import Call, Hit, Question, Result, Usage, decode_image, first_line
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile
-from search.live import PAGE_CHARACTERS, WebSearch, summarizer_prompt
-from search.serpapi import SerpApi
+from search.live import ENGINE, PAGE_CHARACTERS, WebSearch, summarizer_prompt
 from tools import TOOLS, picture_of, results, title
 
 CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # in the file's header, as those of an index
@@ -288,7 +287,7 @@ class CachedSearch:
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self.methods)(call, question)
-        asked |= {"kind": TOOLS[call.tool].key, "engine": SerpApi.names[call.tool], "k": self.results[call.tool]}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": ENGINE.names[call.tool], "k": self.results[call.tool]}
         return {**asked, "language": self.cfg.search_language}
 
     def _image_request(self, call, question):
