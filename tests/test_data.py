@@ -138,9 +138,6 @@ def test_many_rows_stay_in_order(tmp_path):
     assert [q.text for q in load_questions([path])] == texts
 
 
-JPEG = picture(2, format="JPEG")
-
-
 @pytest.mark.parametrize("images, expected", [
     ([], ()), (None, ()), (..., ()),
     ([{"bytes": PNG, "path": None}], (PNG,)),
@@ -836,8 +833,8 @@ def test_the_record_is_readable_json_without_pixels(roomy):
     contexts = [t["text"] for t in record["turns"][::2]]
     assert [c.count("<image>") for c in contexts] == [2, 3, 0] and "Bako, a town" in contexts[1]
     assert "pad|>" not in json.dumps(record) and "vision" not in json.dumps(record)
-    assert [(c["kind"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
-        ("image", "", "ok", ""), ("text", "who?", "error", "timed out")]  # fmt: skip
+    assert [(c["tool"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
+        ("image_search", "", "ok", ""), ("text_search", "who?", "error", "timed out")]  # fmt: skip
     hits = record["calls"][0]["hits"]
     assert hits[1] == {"title": " leading space", "url": "https://e.org", "text": "", "image": None}
     assert [hits[0]["image"], hits[2]["image"]] == [picture_key(picture(5)), picture_key(picture(6, 31, 99))]
@@ -1149,8 +1146,8 @@ def test_questions_written_are_questions_read(tmp_path):
         Question("a.pq:1", "why?", (), ("because",)),
         Question("a.pq:2", "which?", (PNG, JPEG), ("é",), "s"),
     ]
-    data.write_questions(tmp_path / "a.pq", asked, {"label": ["image", "text", "both"], "pass_rate": [0.5, 1.0, 0.125]})
+    data.write_questions(tmp_path / "a.pq", asked, {"label": ["image_search", "text_search", "combined"], "pass_rate": [0.5, 1.0, 0.125]})
     assert load_questions([tmp_path / "a.pq"]) == asked
     rows = pq.read_table(tmp_path / "a.pq").to_pylist()
-    assert [(r["label"], r["pass_rate"]) for r in rows] == [("image", 0.5), ("text", 1.0), ("both", 0.125)]
+    assert [(r["label"], r["pass_rate"]) for r in rows] == [("image_search", 0.5), ("text_search", 1.0), ("combined", 0.125)]
     assert "cannot write" in refused(data.write_questions, tmp_path / "no" / "a.pq", asked, {})
