@@ -65,8 +65,8 @@ def model(folder, chat, cfg, device):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy world whose model has hardly learned anything (for everything but the learning itself), and the options of a
-    run with it."""
+    """A toy world whose model has hardly learned anything (for everything but the learning itself), and the options
+    of a run with it."""
     argv = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"]
     cfg, recipe = config.parse(argv, config.Config, toy.Recipe)
     device = policy.init_distributed(cfg)

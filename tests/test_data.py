@@ -836,7 +836,8 @@ def test_the_record_is_readable_json_without_pixels(roomy):
     assert [(c["tool"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
         ("image_search", "", "ok", ""), ("text_search", "who?", "error", "timed out")]  # fmt: skip
     hits = record["calls"][0]["hits"]
-    assert hits[1] == {"title": " leading space", "url": "https://e.org", "text": "", "image": None}
+    shown = {"title": " leading space", "url": "https://e.org", "text": "", "image": None, "full_size": False}
+    assert hits[1] == shown
     assert [hits[0]["image"], hits[2]["image"]] == [picture_key(picture(5)), picture_key(picture(6, 31, 99))]
     assert (record["question_id"], record["sample"], record["stop"]) == ("q0", 4, "answered")
     assert (record["tokens"], record["sampled_tokens"]) == (len(episode.tokens), sum(episode.sampled))
@@ -1146,8 +1147,9 @@ def test_questions_written_are_questions_read(tmp_path):
         Question("a.pq:1", "why?", (), ("because",)),
         Question("a.pq:2", "which?", (PNG, JPEG), ("é",), "s"),
     ]
-    data.write_questions(tmp_path / "a.pq", asked, {"label": ["image_search", "text_search", "combined"], "pass_rate": [0.5, 1.0, 0.125]})
+    columns = {"label": ["image_search", "text_search", "combined"], "pass_rate": [0.5, 1.0, 0.125]}
+    data.write_questions(tmp_path / "a.pq", asked, columns)
     assert load_questions([tmp_path / "a.pq"]) == asked
     rows = pq.read_table(tmp_path / "a.pq").to_pylist()
-    assert [(r["label"], r["pass_rate"]) for r in rows] == [("image_search", 0.5), ("text_search", 1.0), ("combined", 0.125)]
+    assert {name: [r[name] for r in rows] for name in columns} == columns
     assert "cannot write" in refused(data.write_questions, tmp_path / "no" / "a.pq", asked, {})

@@ -240,7 +240,8 @@ def test_packing_loses_and_pads_nothing(sharp_model, sharp_chat, episodes, budge
             [p for e in mine for p, s in zip(e.logprobs, e.sampled, strict=True) if s]
         )
         assert batch.sequence.tolist() == [n for n, e in enumerate(mine) for _ in range(sum(e.sampled))]
-        assert batch.advantage.tolist() == pytest.approx([advantages[e.name] for e in mine for _ in range(sum(e.sampled))])
+        said = [e.name for e in mine for _ in range(sum(e.sampled))]
+        assert batch.advantage.tolist() == pytest.approx([advantages[name] for name in said])
         sizes = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
         assert sum(sizes) == len(batch.features) == (batch.ids == sharp_chat.image_pad).sum()
         assert batch.vision_positions.tolist() == (batch.ids == sharp_chat.image_pad).nonzero()[:, 0].tolist()
@@ -567,7 +568,7 @@ def test_what_is_not_finite_stops_the_step(sharp_model, sharp_chat, episodes, wi
 
     with pytest.raises(policy.NonFinite, match="gradient norm nan") as caught:
         policy.update(sharp_model, optimizer, batches, broken, wide, device)
-    suspects = [e.name for e in (batches[1].episodes if what == "loss" else episodes)]  # which one is only known of a loss
+    suspects = [e.name for e in (batches[1].episodes if what == "loss" else episodes)]  # a gradient is everybody's
     assert caught.value.names == suspects and str(caught.value).endswith(f" ({', '.join(suspects)})")
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
     assert all(map(torch.equal, [v for s in optimizer.state.values() for v in s.values()], state))
@@ -616,7 +617,8 @@ def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
     monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
     batch = policy.pack_batch([], [], chat, model)
     batches = policy.equal_counts([batch], chat, model, device)
-    assert len(batches) == 3 and batches[0] is batch and all(len(r.target) == 0 and r.episodes == [] for r in batches[1:])
+    assert len(batches) == 3 and batches[0] is batch
+    assert all(len(b.target) == 0 and b.episodes == [] for b in batches[1:])
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

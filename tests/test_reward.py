@@ -215,9 +215,7 @@ def test_format_of_every_conversation_of_up_to_four_turns():
         for kinds in itertools.product(KINDS, repeat=length):
             conversation = [KINDS[kind] for kind in kinds]
             assert reward.format_ok(conversation) == (kinds in ACCEPTED), kinds
-            searches_then_answer = (
-                length > 0 and kinds[-1] == "answer" and all(kind in TOOLS for kind in kinds[:-1])
-            )
+            searches_then_answer = length > 0 and kinds[-1] == "answer" and all(kind in TOOLS for kind in kinds[:-1])
             assert reward.format_ok(conversation, any_order=True) == searches_then_answer, kinds
 
 

@@ -69,7 +69,7 @@ def says(*turns):
 
 
 def layout(episode):
-    """The conversation with special tokens as text, what is trained on in brackets, and an image as <pad*vision tokens>."""
+    """The conversation with special tokens as text, what is trained on in brackets, an image as <pad*vision tokens>."""
     text, inside = "", False
     for token, sampled in zip(episode.tokens, episode.sampled, strict=True):
         if sampled != inside:
@@ -897,7 +897,7 @@ def test_what_does_not_fit_is_refused(engine, excess, fits):
     about = pictured([1])[0]
     ids, images = engine.chat.prompt(about)
     prompt = Episode.start(about, engine.chat).engine_prompt()
-    sampling = Sampling(1.0, engine.cfg.max_tokens - len(ids) + excess, 0)  # its images count with all their vision tokens
+    sampling = Sampling(1.0, engine.cfg.max_tokens - len(ids) + excess, 0)  # all vision tokens of its images count
     if fits:
         return engine.submit("a", prompt, images, sampling)
     for wrong in (sampling, Sampling(1.0, 0, 0), Sampling(1.0, -5, 0)):

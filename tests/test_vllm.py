@@ -34,9 +34,8 @@ needs_vllm = pytest.mark.skipif(
 
 def setting(folder, **changes):
     """Pictures of many grids, three searches of each kind, turns long enough to fill a page of the prefix cache."""
-    cfg = replace(
-        wide_range(config.Config(threads=1, engine="vllm")), **{"concurrency": 8, "tool_limits": ("image_search=3",), **changes}
-    )
+    changes = {"concurrency": 8, "tool_limits": ("image_search=3",), **changes}
+    cfg = replace(wide_range(config.Config(threads=1, engine="vllm")), **changes)
     chat = Chat(folder, cfg)
     chat.stop_ids = (*chat.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
     return cfg, chat
@@ -81,7 +80,7 @@ class Alone:
     def __init__(self, folder, out):
         self.cfg, self.chat = setting(folder)
         self.device = policy.init_distributed(self.cfg)
-        rollout.parse_call = lambda text: Call("image_search")  # every finished turn asks for a search, whatever it says
+        rollout.parse_call = lambda text: Call("image_search")  # every finished turn asks for one, whatever it says
         self.model = policy.load_policy(folder, self.chat, self.cfg, self.device)
         checkpoint.export_hf(out / "export", self.model, self.chat)
         self.questions = pictured(range(6))
