@@ -423,6 +423,14 @@ class Episode:
         if position < len(self.tokens):
             yield False, self.tokens[position:]
 
+    def bracketed(self) -> str:
+        """The conversation as text, what the policy sampled (and is trained on) in brackets."""
+        text = ""
+        for sampled, ids in self.pieces():
+            shown = self.chat.show(ids)
+            text += f"⟦{shown}⟧" if sampled else shown
+        return text
+
     def serialize(self) -> dict:
         """What another rank needs to train on this conversation, without what it has: of the question only the id, of
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""

@@ -12,9 +12,11 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import secrets
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from chat import Chat
 from config import Config, InputError, Options
 from data import first_line, path_of, prompt_path, read_jsonl
 from policy import NonFinite, all_max, full_weights
+from tools import TOOLS, title
 
 # ------------------------------------------------------------------------------------------ checkpoints and exports
 
@@ -324,6 +327,37 @@ def flat(figures: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from flat(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             yield prefix + name, value
+
+
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def before_and_after(log: list[dict]) -> str:
+    """The table at the end: first and last validation, by kind of question."""
+    evals = [entry for entry in log if entry["phase"] == "eval"]
+    if not evals:
+        return "no validation questions"
+    columns, lines = ("accuracy", *TOOLS, "format"), []
+    for mode in ("greedy", "sampled"):
+        first, last = evals[0][mode], evals[-1][mode]
+        width = max(map(len, first))
+        lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
+        for kind in first:
+            cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
+            lines.append(f"{kind:{width}}  " + "    ".join(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all ranks; nothing if it is empty."""
+    if text and dist.get_rank() == 0:
+        print(text, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------- signals

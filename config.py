@@ -27,6 +27,8 @@ class InputError(ValueError):
 
 TRAINED_AS = "trained_as.json"  # in an exported folder: the options that belong to the model
 SEARCHES = ("offline", "live", "record", "replay")
+LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
+OFFLOADS = ("none", "reference", "all")
 RANGES = {
     "above 0": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
@@ -63,67 +65,35 @@ class Config(Options):
 
     # -- run
     preset: str = option("toy", "named set of values, applied before the rest of the command line")
-    run_dir: str = option(
-        "runs/toy", "folder for config, metrics, rollouts, checkpoints and exports", marks="resume neutral"
-    )
+    run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
-    steps: int = option(100, "GRPO steps", "at least 0", marks="resume")
-    resume: str = option(
-        "", "'auto': the newest checkpoint in run_dir, if any; or the path of one", marks="resume neutral"
-    )
-    overwrite: bool = option(
-        False, "delete what is in run_dir (eval.py: in out) and start again", marks="resume neutral"
-    )
+    steps: int = option(100, "optimisation steps", "at least 0", marks="resume")
+    resume: str = option("", "'auto': the newest checkpoint in run_dir; or a checkpoint's path", marks="resume neutral")
+    overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
     device: str = option("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
-    deterministic: bool | None = option(
-        None, "same seed, same bits; calls answered in order (auto: on a CPU without vLLM, web or deadline)"
-    )
-    threads: int = option(
-        1,
-        "CPU threads of a process; more help larger models (0: cores / processes)",
-        "at least 0",
-        marks="resume neutral",
-    )
-    dist_timeout: float = option(
-        30.0, "minutes a rank waits for the others before it gives up", "above 0", marks="resume neutral"
-    )
-    log: str = option(
-        "",
-        "also log to this, beside metrics.jsonl (needs its package)",
-        ("", "tensorboard", "wandb"),
-        marks="resume neutral",
-    )
-    shard_size: int = option(
-        0, "ranks that share one copy of the weights, HSDP across them (0: all ranks)", "at least 0"
-    )
+    deterministic: bool | None = option(None, "same seed, same bits (auto: on a CPU without vLLM, web or deadline)")
+    threads: int = option(1, "CPU threads a process (0: cores / processes)", "at least 0", marks="resume neutral")
+    dist_timeout: float = option(30.0, "minutes a rank waits for the others", "above 0", marks="resume neutral")
+    log: str = option("", "also log to this package", ("", "tensorboard", "wandb"), marks="resume neutral")
+    shard_size: int = option(0, "ranks that share a copy of the weights, HSDP across them (0: all)", "at least 0")
 
     # -- model
     model: str = option("toy", "'toy' (built on first use), a Hugging Face folder, or a hub id")
-    dtype: str = option("auto", "compute type; master weights stay fp32; auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
-    attention: str = option(
-        "auto", "attention kernel; auto: the best available", ("auto", "flash", "varlen", "segments")
-    )
+    dtype: str = option("auto", "compute type (master weights: fp32); auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
+    attention: str = option("auto", "kernel; auto: the best available", ("auto", "flash", "varlen", "segments"))
     freeze_vision: bool = option(False, "do not train the vision tower")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass to save memory")
 
     # -- data
-    train_files: tuple[str, ...] = option(
-        (), "questions: PATH in veRL layout or BENCHMARK=PATH (none: the toy world's)"
-    )
+    train_files: tuple[str, ...] = option((), "questions: PATH (veRL layout) or BENCHMARK=PATH (none: the toy world's)")
     val_files: tuple[str, ...] = option((), "the same, for validation (none: the toy world's, or no validation)")
     skip_bad_rows: bool = option(False, "leave bad rows out and count them, instead of stopping at the first")
     prompts: str = option("prompts/toy", "folder of the prompt files (see prompts/)", marks="model")
-    min_pixels: int = option(
-        56 * 56, "pixels of a question's image, at least (smaller ones are enlarged)", "above 0", marks="model"
-    )
-    max_pixels: int = option(84 * 84, "pixels of a question's image, at most (larger ones are shrunk)", marks="model")
-    thumb_min_pixels: int = option(
-        28 * 28, "pixels of a thumbnail in a search result, at least", "above 0", marks="model"
-    )
-    thumb_max_pixels: int = option(28 * 28, "pixels of a thumbnail in a search result, at most", marks="model")
-    max_prompt_tokens: int = option(
-        120, "questions with longer prompts are dropped and counted", "above 0", marks="model"
-    )
+    min_pixels: int = option(56 * 56, "pixels of a question's image, at least", "above 0", marks="model")
+    max_pixels: int = option(84 * 84, "pixels of a question's image, at most", "above 0", marks="model")
+    thumb_min_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at least", "above 0", marks="model")
+    thumb_max_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at most", "above 0", marks="model")
+    max_prompt_tokens: int = option(120, "questions with longer prompts are dropped", "above 0", marks="model")
 
     # -- rollout
     engine: str = option("torch", "torch: in this process, no extra install; vllm: for GPUs", ("torch", "vllm"))
@@ -131,98 +101,66 @@ class Config(Options):
     prompts_per_step: int = option(14, "questions a step, over all ranks", "above 0")
     samples_per_prompt: int = option(8, "conversations about each question: the group of GRPO", "above 0")
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
-    tool_limits: tuple[str, ...] = option(
-        (), "calls of a tool in a conversation, TOOL=N (none: the tools' own limits)", marks="model"
-    )
+    tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
     tool_results: tuple[str, ...] = option(
-        ("image_search=3", "text_search=3"),
-        "results of a call shown to the model, TOOL=N (none: the tools' own)",
-        marks="model",
+        ("image_search=3", "text_search=3"), "results shown of a call, TOOL=N (else the tools' own)", marks="model"
     )
     max_tokens_per_turn: int = option(32, "tokens the model may generate in a turn", "above 0", marks="model")
-    max_tokens: int = option(
-        250, "tokens of a whole conversation: prompt, results and image tokens included", "above 0", marks="model"
-    )
+    max_tokens: int = option(250, "tokens of a conversation, results and images included", "above 0", marks="model")
     temperature: float = option(1.0, "sampling temperature in training, also that of the log-probs", "above 0")
     concurrency: int = option(256, "conversations in a rank's engine at once", "above 0", marks="resume neutral")
     tool_threads: int = option(16, "tool calls of a rank at once", "above 0", marks="resume neutral")
-    rollout_deadline: float = option(
-        0.0,
-        "seconds for a rollout; unfinished conversations are aborted then (0: no limit)",
-        "at least 0",
-        marks="resume",
-    )
+    rollout_deadline: float = option(0.0, "seconds until a rollout is aborted (0: none)", "at least 0", marks="resume")
 
     # -- search
-    search_index: str = option("", "index of the offline search, from `python -m search index` (none: the toy world's)")
+    search_index: str = option("", "offline index, from `python -m search index` (none: the toy world's)")
     search: str = option(
-        "offline", "the index, the web, the web and recorded, or only what was recorded", SEARCHES, marks="resume"
+        "offline", "the index, the web, the web and recorded, or the recorded", SEARCHES, marks="resume"
     )
     search_cache: str = option("", "file of recorded results, for record and replay", marks="resume")
     search_url: str = option("", "a running `python -m search serve` that answers instead", marks="resume neutral")
     search_budget: int = option(
-        0, "live searches a run may make, split over the ranks (0: no limit)", "at least 0", marks="resume neutral"
+        0, "live searches of a run, at most (0: no limit)", "at least 0", marks="resume neutral"
     )
     search_deadline: float = option(
-        120.0, "seconds for a search in all, retries included", "above 0", marks="resume neutral"
+        120.0, "seconds a search may take, retries included", "above 0", marks="resume neutral"
     )
     search_language: str = option("en", "language of live search results, two letters")
     serpapi_url: str = option("https://serpapi.com", "live search engine; key: SERPAPI_API_KEY", marks="resume")
     reader_url: str = option("https://r.jina.ai", "reads pages; key, if any: JINA_API_KEY", marks="resume")
-    summarizer_url: str = option(
-        "", "OpenAI-compatible base URL, http://host:8000/v1 (none: best-matching sentences)", marks="resume"
-    )
+    summarizer_url: str = option("", "OpenAI-compatible URL, http://host/v1 (none: best sentences)", marks="resume")
     summarizer_model: str = option("Qwen/Qwen3-32B", "the model there; key, if any: SUMMARIZER_API_KEY")
-    image_host: str = option(
-        "", "how image search sees pictures: the URL where the folder of `python -m search images` is served, or a "
-        "command that is given a picture's path and prints its URL", marks="resume neutral",
-    )  # fmt: skip
-    allow_hosts: tuple[str, ...] = option(
-        (), "hosts (name:port) of results that may have private addresses", marks="resume neutral"
-    )
+    image_host: str = option("", "URL of a folder of pictures, or a command that uploads one", marks="resume neutral")
+    allow_hosts: tuple[str, ...] = option((), "name:port of results that may be private", marks="resume neutral")
 
     # -- reward
     search_penalty: float = option(0.1, "share of a right answer's score that searching costs", "from 0 to 1")
     per_search_penalty: bool = option(True, "take the penalty once for each search (the paper: once)")
-    penalty_ramp_steps: int = option(
-        0, "raise the penalty linearly from -p to +p over this many steps (0: off)", "at least 0"
-    )
+    penalty_ramp_steps: int = option(0, "raise the penalty from -p to +p over this many steps (0: off)", "at least 0")
     format_weight: float = option(0.1, "alpha: weight of the format in the reward", "from 0 to 1")
     match: str = option("em", "em: exact match; sub_em: an accepted answer inside the prediction", ("em", "sub_em"))
     any_order: bool = option(False, "accept well-formed tool calls in any number and order as good format")
 
     # -- loss
-    loss: str = option(
-        "grpo", "learn from rewards, or imitate the conversations (JSONL) in train_files", ("grpo", "sft")
-    )
+    loss: str = option("grpo", "learn from rewards, or imitate the conversations in train_files", ("grpo", "sft"))
     sft_min_reward: float = option(0.5, "sft: leave out conversations that earn less", "from 0 to 1")
-    sft_questions: tuple[str, ...] = option((), "sft: the questions talked about (none: those the file's header names)")
-    advantage: str = option(
-        "grpo", "(r - mean) / std; r - mean (Dr. GRPO); r - mean of the others (RLOO)", ("grpo", "dr_grpo", "rloo")
-    )
+    sft_questions: tuple[str, ...] = option((), "sft: files of the questions (none: those the conversations name)")
+    advantage: str = option("grpo", "(r - mean) / std; r - mean; r - mean of the others", ("grpo", "dr_grpo", "rloo"))
     clip_low: float = option(0.2, "lower clip of the ratio: 1 - clip_low", "from 0 to 1")
     clip_high: float = option(0.2, "upper clip of the ratio: 1 + clip_high", "at least 0")
     ratio: str = option("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
-    drop_zero_variance_groups: bool = option(False, "leave groups of equal rewards out of the denominator, too (DAPO)")
-    train_on_truncated: bool = option(True, "train on conversations cut by a limit of tokens (DAPO: not)")
+    drop_zero_variance_groups: bool = option(False, "leave groups of equal rewards out of the denominator, too")
+    train_on_truncated: bool = option(True, "train on conversations cut by a limit of tokens")
     train_on_failed_tools: bool = option(True, "train on conversations in which a tool failed")
-    loss_norm: str = option(
-        "tokens",
-        "mean over all tokens; of per-sequence means (paper); of sums over a constant (Dr. GRPO)",
-        ("tokens", "sequence", "constant"),
-    )
-    kl_coef: float = option(
-        0.0, "weight of the KL to the starting model (0: no reference model is loaded)", "at least 0"
-    )
+    loss_norm: str = option("tokens", "mean over tokens; of sequences' means; of sums / constant", LOSS_NORMS)
+    kl_coef: float = option(0.0, "weight of the KL to the starting model (0: no reference model)", "at least 0")
     kl_kind: str = option("k3", "estimator of the KL", ("k1", "k2", "k3"))
     entropy_coef: float = option(0.03, "weight of the entropy bonus", "at least 0")
     updates_per_step: int = option(1, "mini-batches that a step's questions are split into, an update each", "above 0")
     epochs_per_step: int = option(1, "passes over a step's conversations", "above 0")
-    importance_cap: float = option(0.0, "weigh tokens by trainer / sampler probability, at most this, e.g. 2 (0: off)")
-    trust_bound: float = option(0.0, "mask conversations whose mean ratio is outside 1/x to x, e.g. 1.01 (0: off)")
-    max_mismatch: float = option(
-        0.5, "stop at the first step if sampler and trainer log-probs differ by more, mean nats", "above 0"
-    )
+    importance_cap: float = option(0.0, "weigh tokens by trainer / sampler probability up to this, e.g. 2 (0: off)")
+    trust_bound: float = option(0.0, "mask conversations whose mean ratio is beyond 1/x to x, e.g. 1.01 (0: off)")
+    max_mismatch: float = option(0.5, "stop if sampler and trainer differ by more at first, mean nats", "above 0")
 
     # -- optimiser
     lr: float = option(2e-4, "learning rate of AdamW", "above 0")
@@ -231,11 +169,9 @@ class Config(Options):
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "above 0")
     schedule: str = option("constant", "learning rate over the steps", ("constant", "cosine", "sigmoid"))
     warmup_steps: int = option(0, "steps of linear learning-rate warm-up", "at least 0")
-    min_lr_factor: float = option(0.05, "floor of the cosine and sigmoid schedules, as a share of lr", "from 0 to 1")
+    min_lr_factor: float = option(0.05, "floor of the cosine and sigmoid schedules, share of lr", "from 0 to 1")
     max_tokens_per_batch: int = option(8192, "tokens of a packed batch: one forward and backward pass", "above 0")
-    offload: str = option(
-        "none", "keep in CPU memory: the reference model; also fp32 weights and optimiser", ("none", "reference", "all")
-    )
+    offload: str = option("none", "to CPU memory: the reference model, or all but activations", OFFLOADS)
 
     # -- evaluation and checkpoints
     eval_every: int = option(50, "steps between validations (0: only before and after)", "at least 0", marks="resume")
@@ -343,58 +279,41 @@ def need(ok, message: str) -> None:
 
 
 def _check_combinations(cfg):
-    need(cfg.seed < 2**63, "seed must be below 2**63")
-    need(cfg.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
+    c, fast = cfg, cfg.attention in ("flash", "varlen")
+    need(c.seed < 2**63, "seed must be below 2**63")
+    need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
     for name in ("importance_cap", "trust_bound"):
-        value = getattr(cfg, name)
+        value = getattr(c, name)
         need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
-    _check_lengths(cfg)
-    need(
-        cfg.prompts_per_step % cfg.updates_per_step == 0,
-        f"updates_per_step={cfg.updates_per_step} does not divide prompts_per_step={cfg.prompts_per_step}",
-    )
-    need(
-        cfg.tensor_parallel == 1 or cfg.engine == "vllm",
-        f"tensor_parallel={cfg.tensor_parallel} is for --engine vllm; the in-process engine is not split",
-    )
-    need(
-        not (cfg.deterministic and cfg.engine == "vllm"),
-        "deterministic needs --engine torch: vLLM's batches, and so the last bits, depend on timing",
-    )
-    need(
-        not (cfg.deterministic and cfg.rollout_deadline),
-        "deterministic and rollout_deadline exclude each other: a clock never stops twice at the same token",
-    )
-    need(not (cfg.resume and cfg.overwrite), "resume and overwrite exclude each other")
-    fast = cfg.attention in ("flash", "varlen")
-    need(not fast or cfg.device != "cpu", f"attention={cfg.attention} needs a GPU, and device is cpu")
-    need(not fast or cfg.dtype != "fp32", f"attention={cfg.attention} computes in bf16, and dtype is fp32")
-    need(
-        cfg.search_url or cfg.search_cache or cfg.search not in ("record", "replay"),
-        f"search={cfg.search} needs --search_cache, the file of recorded results",
-    )
+    _check_lengths(c)
+    whole = c.prompts_per_step % c.updates_per_step == 0
+    need(whole, f"updates_per_step={c.updates_per_step} does not divide prompts_per_step={c.prompts_per_step}")
+    vllm, parallel = c.engine == "vllm", c.tensor_parallel
+    need(vllm or parallel == 1, f"tensor_parallel={parallel} is for --engine vllm; the in-process engine is not split")
+    need(not (c.deterministic and vllm), "deterministic needs --engine torch: the last bits of vLLM depend on timing")
+    timed = c.deterministic and c.rollout_deadline
+    need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
+    need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
+    need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")
+    need(not fast or c.dtype != "fp32", f"attention={c.attention} computes in bf16, and dtype is fp32")
+    cached = c.search_url or c.search_cache or c.search not in ("record", "replay")
+    need(cached, f"search={c.search} needs --search_cache, the file of recorded results")
     for name in ("search_url", "serpapi_url", "reader_url", "summarizer_url"):
-        check_url(name, getattr(cfg, name), required=name in ("serpapi_url", "reader_url"))
-    if "://" in cfg.image_host:
-        check_url("image_host", cfg.image_host)
+        check_url(name, getattr(c, name), required=name in ("serpapi_url", "reader_url"))
+    if "://" in c.image_host:
+        check_url("image_host", c.image_host)
 
 
-def _check_lengths(cfg):
+def _check_lengths(c):
     """Pixels and tokens: a picture's sides are multiples of 28 pixels, and 28 x 28 of them are one vision token."""
     for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
-        largest = getattr(cfg, high) // 784 * 784
-        need(getattr(cfg, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
-    vision_tokens = cfg.min_pixels // 784
-    need(
-        vision_tokens < cfg.max_tokens,
-        f"a picture of min_pixels={cfg.min_pixels} takes {vision_tokens} tokens, max_tokens is less",
-    )
-    need(cfg.max_tokens_per_turn < cfg.max_tokens, "max_tokens_per_turn must be below max_tokens")
-    need(cfg.max_prompt_tokens < cfg.max_tokens, "max_prompt_tokens must be below max_tokens: no room for a reply")
-    need(
-        cfg.max_tokens_per_batch >= cfg.max_tokens,
-        f"max_tokens_per_batch={cfg.max_tokens_per_batch} cannot hold a conversation of max_tokens={cfg.max_tokens}",
-    )
+        largest = getattr(c, high) // 784 * 784
+        need(getattr(c, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
+    least, most, batch = c.min_pixels // 784, c.max_tokens, c.max_tokens_per_batch
+    need(least < most, f"a picture of min_pixels={c.min_pixels} takes {least} tokens, max_tokens is less")
+    need(c.max_tokens_per_turn < most, "max_tokens_per_turn must be below max_tokens")
+    need(c.max_prompt_tokens < most, "max_prompt_tokens must be below max_tokens: no room for a reply")
+    need(batch >= most, f"max_tokens_per_batch={batch} cannot hold a conversation of max_tokens={most}")
 
 
 def check_url(name: str, url: str, required: bool = False) -> None:
@@ -417,7 +336,10 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     each kind: a single one as it is, several as a tuple. Raises InputError.
     """
     kinds = kinds or (Config,)
-    parser = _Parser(allow_abbrev=False, formatter_class=_Help, usage="%(prog)s [--key value | --key=value] ...")
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    usage = f"{name} [--key value | --key=value] ..."
+    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=_Help, usage=usage)
     names = []
     for kind in kinds:
         hints = get_type_hints(kind)
@@ -504,16 +426,7 @@ def _reading(kind):
     if kind == tuple[str, ...]:
         return dict(nargs="*", action="extend", metavar="TEXT")
     if bool in (kind, *get_args(kind)):
-        words = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
+        words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
         if kind is not bool:
             words["auto"] = None
 

@@ -89,7 +89,7 @@ ERROR_KINDS = (
     "quota",  # the account has no searches left
     "server",  # 5xx
     "refused",  # another status: a wrong key, a wrong request
-    "bad_response",  # cut short, too large, of the wrong type or form
+    "bad_response",  # too large, of the wrong type or form
     "internal",  # a mistake in this code
 )
 
@@ -169,7 +169,6 @@ def _in_order(pool, work, items):
 
 
 COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "data_id")  # the first two are needed
-
 
 # Benchmarks whose files are not in veRL layout: the columns of question, answers, picture and id. Where such a file is
 # in veRL layout all the same, it is read as that. Names and columns as of the data sets' cards and their users' code.

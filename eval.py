@@ -25,7 +25,7 @@ from config import Config, InputError, Options, as_dict, marked, need, option, p
 from data import Question, decode_image, load_questions, path_of
 from engines import Engine, engine_limits, make_engine
 from policy import all_gather, init_distributed, is_deterministic
-from reward import extract_answer, summarize
+from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search
 from tools import TOOLS, title
@@ -138,6 +138,7 @@ def print_call(call, result) -> None:
 
 def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, world: toy.Toy, device) -> None:
     """Evaluate on question files; write the conversations and print the table."""
+    from analysis.figures import summarize
     from analysis.results import ResultFile
 
     files = options.files or (str(world.val),)
@@ -192,8 +193,8 @@ def header_of(
 
 
 def table(summary: dict[str, dict]) -> str:
-    """The summary as text, one line for each data source. calls: of those allowed; then the shares of conversations that
-    called each tool, and two or more of them; cost: of the searches, a question; cached: share of recorded answers."""
+    """The summary as text, one line for each data source. calls: share of those allowed; then shares of conversations
+    that called each tool, and several of them; cost: of a question's searches; cached: share of recorded answers."""
     width = max(len(source) for source in summary)
     names = [*TOOLS, "combined", "format"]
     lines = [

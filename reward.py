@@ -1,4 +1,4 @@
-"""The reward of one conversation, as MMSearch-R1 (arXiv 2506.20670) defines it, and the figures of many.
+"""The reward of one conversation, as MMSearch-R1 (arXiv 2506.20670) defines it, in plain Python.
 
     reward = (1 - w) · s + w · format          w = format_weight = 0.1
 
@@ -13,20 +13,15 @@ are, and what they look like in a turn, is read off `tools.TOOLS`. To train on a
 that returns a `Score` (`score_episode` is the one place that calls it).
 """
 
-import dataclasses
-import math
 import re
 import string
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from chat import Episode
 from config import Config
-from data import Stop, Usage
-from tools import ANSWER, ANSWER_TAGS, TOOLS, allowed_calls, find_actions
+from data import Stop
+from tools import ANSWER, ANSWER_TAGS, TOOLS, find_actions
 
 REASON_TAGS = ("<reason>", "</reason>")
 STRIP_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -185,124 +180,4 @@ def record(episode: Episode, score: Score) -> dict:
         "format_ok": score.format_ok,
         "searches": score.searches,
         "answer": score.answer,
-    }
-
-
-# ------------------------------------------------------------------------------------- figures of many conversations
-
-
-RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
-
-
-def verdict(record: dict, judge: str = "") -> bool | None:
-    """Was the conversation right: by the match that rewards it, or by a judge. None: aborted, or not judged."""
-    if record["stop"] == "aborted":
-        return None
-    return record.get("judged", {}).get(judge) if judge else record["correct"]
-
-
-def by_question(records: list[dict], judge: str = "") -> dict[str, list[bool]]:
-    """Question id -> the verdicts of its conversations, missing ones left out; questions without any are not there."""
-    verdicts = defaultdict(list)
-    for r in records:
-        right = verdict(r, judge)
-        if right is not None:
-            verdicts[r["question_id"]].append(right)
-    return dict(verdicts)
-
-
-def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
-    """95 % interval of sum(sums) / sum(counts), one of each a question: percentiles over 2,000 resamples of
-    the questions with replacement (Efron 1979). The resamples are the same in every run. (0, 1) without data."""
-    if not sums:
-        return 0.0, 1.0
-    rng = np.random.default_rng(0)
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    n, values = len(sums), []
-    while len(values) < RESAMPLES:
-        drawn = rng.integers(n, size=(min(max(1, 10**6 // n), RESAMPLES - len(values)), n))  # a million values at once
-        values.extend(sums[drawn].sum(1) / counts[drawn].sum(1))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share: 95 % by default; (0, 1) without data."""
-    if n == 0:
-        return 0.0, 1.0
-    share, shrink = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
-    """accuracy (the mean over conversations), accuracy_low and accuracy_high (95 %)."""
-    right, counts = [sum(v) for v in verdicts.values()], [len(v) for v in verdicts.values()]
-    if sum(right) in (0, sum(counts)):  # all equal: resampling says nothing
-        low, high = wilson(len(verdicts) if sum(right) else 0, len(verdicts))
-    else:
-        low, high = bootstrap(right, counts)
-    return {"accuracy": sum(right) / max(sum(counts), 1), "accuracy_low": low, "accuracy_high": high}
-
-
-def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
-    n are (arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def several(records: list[dict], judge: str = "") -> dict:
-    """Figures of several conversations about each question; {} if there is one of each. pass: k -> mean pass@k over
-    the questions with at least k conversations, for powers of two and the largest k; spread: standard deviation (with
-    Bessel's correction) of the accuracy between the first, second ... conversations."""
-    verdicts, by_sample = by_question(records, judge), defaultdict(list)
-    for r in records:
-        right = verdict(r, judge)
-        if right is not None:
-            by_sample[r["sample"]].append(right)
-    if len(by_sample) < 2:
-        return {}
-    passed, most = {}, max(map(len, verdicts.values()))
-    powers = {2**i for i in range(most.bit_length())}
-    for k in sorted(powers | {most}):
-        chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
-        passed[str(k)] = sum(chances) / len(chances)
-    return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
-
-
-def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
-    """Figures of each data_source, and over all of them under "all". Aborted conversations are counted, and left out
-    of the shares."""
-    by_source = defaultdict(list)
-    for r in records:
-        by_source[r["data_source"]].append(r)
-    parts = {source: by_source[source] for source in sorted(by_source)}
-    return {name: _figures(part, cfg) for name, part in {**parts, "all": records}.items()}
-
-
-def _figures(records, cfg):
-    done = [r for r in records if r["stop"] != Stop.ABORTED.value]
-    n = max(len(done), 1)
-    called = [Counter(call["tool"] for call in r["calls"]) for r in done]
-    calls = [call for r in records for call in r["calls"]]
-    usage = [call.get("usage", {}) for call in calls]
-    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
-    errors = Counter(call["error_kind"] for call in calls if call.get("error_kind"))
-    return {
-        "n": len(done),
-        **accuracy(by_question(records)),
-        **several(records),
-        "reward": sum(r["reward"] for r in done) / n,
-        "search_ratio": sum(c.total() for c in called) / (n * max(allowed_calls(cfg), 1)),
-        **{name: sum(c[name] > 0 for c in called) / n for name in TOOLS},
-        "combined": sum(len(c) > 1 for c in called) / n,  # called two or more different tools
-        "format": sum(r["format_ok"] for r in done) / n,
-        "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
-        "tool_failures": sum(call["status"] == "error" for call in calls),
-        "errors": dict(sorted(errors.items())),
-        "cost": used["cost"] / max(len(records), 1),
-        "cached": used["cached"] / max(len(usage), 1),
-        "usage": used,
-        "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }

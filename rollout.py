@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
-from data import ERROR_KINDS, Call, Hit, Question, Result, Stop, Usage, key_of
-from engines import Reply, Sampling
+from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
+from engines import Engine, Reply, Sampling
 from policy import all_gather, all_sum
 from reward import Score, record, score_episode
 from tools import TOOLS, allowed_calls, has_answer, limits, parse_call, run_tool
@@ -156,50 +156,6 @@ def query_in(text: str) -> str:
         return call.query
     said = re.sub(r"<reason>.*?</reason>", " ", text, flags=re.DOTALL)
     return " ".join(re.sub(r"</?\w+>", " ", said).split())
-
-
-def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
-    """The conversation of a record (`Episode.record`) as one to imitate: what the model said is tokenised from its
-    text, and is all that is `sampled`.
-
-    Records hold no pictures: calls that returned pictures are made again, and must return what they returned then;
-    other results are the recorded ones. Raises ValueError saying why a conversation cannot be imitated.
-    """
-    said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
-    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
-        raise ValueError("ended without an answer")
-    episode = Episode.start(question, chat, r["sample"])
-    for number, text in enumerate(said):
-        ids = [*chat.encode(text), chat.im_end]
-        if len(ids) > episode.room():
-            raise ValueError("longer than max_tokens")
-        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
-        if number < len(r["calls"]):
-            call, result = _recorded_call(r["calls"][number], episode, search)
-            if not episode.add_result(call, result):
-                raise ValueError("longer than max_tokens")
-    episode.stop = Stop.ANSWERED
-    return episode
-
-
-def _recorded_call(recorded, episode, search):
-    """(call, result) as they were recorded, the pictures of the result found again."""
-    picture = episode.picture(recorded.get("picture", ""))
-    call = Call(
-        recorded["tool"],
-        recorded["query"],
-        recorded.get("picture", ""),
-        box=tuple(recorded["box"]) if recorded.get("box") else None,
-        image=picture.data if picture and picture.data not in episode.question.images[:1] else None,
-    )
-    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
-    if not any(hit.get("image") for hit in recorded["hits"]):
-        hits = tuple(Hit(*hit) for hit in shown)
-        return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
-    result = run_tool(call, episode.question, search)
-    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
-        raise ValueError("its searches with a picture find something else now")
-    return call, result
 
 
 # -------------------------------------------------------------------------------------------------- many at once
@@ -390,6 +346,33 @@ def _execute(engine, commands):
         if name != "stop":
             result = getattr(engine, name)(*arguments)
     return result
+
+
+class ScriptedEngine(Engine):
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
+        self.chat, self.script, self.queue = chat, script, []
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        self.queue.append((request_id, prompt_ids, images, sampling))
+
+    def step(self):
+        replies = []
+        for request_id, prompt_ids, images, sampling in self.queue:
+            text = self.script(self.chat.show(prompt_ids), images, sampling)
+            ids = [*self.chat.encode(text), self.chat.im_end]
+            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
+            ids = ids[: sampling.max_tokens]
+            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
+        self.queue = []
+        return replies
+
+    def abort(self, request_ids):
+        ids = set(request_ids)
+        gone = [request[0] for request in self.queue if request[0] in ids]
+        self.queue = [request for request in self.queue if request[0] not in ids]
+        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

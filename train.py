@@ -10,15 +10,14 @@ with the others about the same question (`Run.step`):
 
     episodes = rollout.run(questions)                  # rollout.py: multi-turn, with real searches
     samples  = rate(episodes)                          # reward.py, grpo.py: rewards and advantages
-    update_policy(policy, samples)                     # policy.py, grpo.py: packed batches, loss, optimiser
-    engine.load_weights(full_weights(policy))
+    update_policy(model, samples)                      # policy.py, grpo.py: packed batches, loss, optimiser
+    engine.load_weights(full_weights(model))
 
 Deviations from the paper are listed in the README. --help lists every option.
 """
 
 import math
 import random
-import resource
 import sys
 import time
 from collections import Counter, defaultdict
@@ -30,43 +29,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import grpo
+import policy
 import toy
 from chat import Chat, Episode, drop_overlong
-from checkpoint import RunDir, Stopper, check_log, export_hf, load_state
+from checkpoint import RunDir, Stopper, before_and_after, check_log, export_hf, load_state, peak_memory_gb, say
 from config import Config, InputError, parse, run_main
 from data import Question, Stop, load_questions, write_jsonl
 from engines import EngineDied, engine_limits, make_engine
-from grpo import (
-    group_advantages,
-    kl_penalty,
-    mismatch,
-    policy_loss,
-    token_weights,
-    truncated_importance,
-    trusted_sequences,
-)
-from policy import (
-    NonFinite,
-    PackedBatch,
-    adamw,
-    all_gather,
-    all_sum,
-    all_to_all,
-    compute_dtype,
-    equal_counts,
-    full_weights,
-    imitation_loss,
-    init_distributed,
-    is_deterministic,
-    load_policy,
-    logprobs,
-    pack,
-    update,
-)
-from reward import Score, ramped_penalty, record, score_episode, summarize
-from rollout import Rollout, SearchDown, check_calls, evaluate, imitated, rollout_metrics, share
+from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
+from reward import Score, ramped_penalty, record, score_episode
+from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
 from search import check_questions, estimate, open_search
-from tools import TOOLS, title
 
 SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learning rate has fallen half-way
 
@@ -89,12 +63,9 @@ def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Confi
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
     samples = [Sample(e, numbers[e.question_id], score_episode(e, cfg, penalty)) for e in episodes]
     compared = [s for s in samples if is_compared(s.episode, cfg)]
-    values = group_advantages(
-        torch.tensor([s.score.reward for s in compared], dtype=torch.float64),
-        [s.number for s in compared],
-        normalize=cfg.advantage == "grpo",
-        leave_one_out=cfg.advantage == "rloo",
-    )
+    rewards = torch.tensor([s.score.reward for s in compared], dtype=torch.float64)
+    groups, kind = [s.number for s in compared], cfg.advantage
+    values = grpo.group_advantages(rewards, groups, normalize=kind == "grpo", leave_one_out=kind == "rloo")
     for sample, value in zip(compared, values.tolist(), strict=True):
         sample.advantage = value
     return samples
@@ -161,7 +132,7 @@ def rebalance(
                 here.append(s)
             else:
                 outbox[target[s.number]].append((s.number, s.advantage, s.episode.serialize()))
-        for received in all_to_all(outbox):
+        for received in policy.all_to_all(outbox):
             for number, advantage, sent in received:
                 here.append(Sample(Episode.deserialize(sent, questions, chat), number, advantage=advantage))
     else:
@@ -183,7 +154,7 @@ def assign_ranks(loads: list[tuple[int, int, int]], per_update: int, ranks: int)
 # ------------------------------------------------------------------------------------------------------- the update
 
 
-def update_policy(policy, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device):
+def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device):
     """Update the policy on this rank's samples, together with the other ranks; returns the step's global metrics.
 
     count: questions in the step; its updates_per_step mini-batches are runs of them. Each trained episode is given its
@@ -192,21 +163,21 @@ def update_policy(policy, reference, optimizer, samples: list[Sample], count: in
     mini_batches = []
     for part in range(cfg.updates_per_step):
         chosen = [s for s in samples if s.number * cfg.updates_per_step // count == part]
-        mini_batches.append(make_mini_batch(chosen, policy, chat, cfg, device))
+        mini_batches.append(make_mini_batch(chosen, model, chat, cfg, device))
     started = time.monotonic()
     for batches in mini_batches:
         # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
         if cfg.updates_per_step * cfg.epochs_per_step > 1:
-            for batch, logp in zip(batches, logprobs(policy, batches, cfg.temperature, device), strict=True):
+            for batch, logp in zip(batches, policy.logprobs(model, batches, cfg.temperature, device), strict=True):
                 batch.old_logp = logp
         if reference:
-            for batch, logp in zip(batches, logprobs(reference, batches, cfg.temperature, device), strict=True):
+            for batch, logp in zip(batches, policy.logprobs(reference, batches, cfg.temperature, device), strict=True):
                 batch.ref_logp = logp
     seconds = time.monotonic() - started
     totals, loss = Counter(), partial(batch_loss, cfg)
     for _ in range(cfg.epochs_per_step):
         for batches in mini_batches:
-            sums = update(policy, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
+            sums = policy.update(model, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     means = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
     return {
@@ -225,13 +196,13 @@ PER_TOKEN = (
 )  # fmt: skip
 
 
-def make_mini_batch(samples: list[Sample], policy, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
+def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
     """Pack samples; those without a gradient count in the denominator, but are not run."""
     active = [s for s in samples if not has_no_gradient(s, cfg)]
     skipped = [s for s in samples if has_no_gradient(s, cfg)]
     episodes, advantages = [s.episode for s in active], [s.advantage for s in active]
-    batches = pack(episodes, chat, policy, cfg.max_tokens_per_batch, advantages)
-    batches = equal_counts(batches, chat, policy, device)
+    batches = pack(episodes, chat, model, cfg.max_tokens_per_batch, advantages)
+    batches = equal_counts(batches, chat, model, device)
     batches[0].extra_count = len(skipped)
     if cfg.loss_norm == "tokens":
         batches[0].extra_count = sum(sum(s.episode.sampled) for s in skipped)
@@ -243,25 +214,25 @@ def batch_loss(cfg: Config, batch: PackedBatch, logp: torch.Tensor, entropy: tor
     The place where the terms of the loss come together."""
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     ratio_of = batch.sequence if cfg.ratio == "sequence" else None
-    loss, stats = policy_loss(
+    loss, stats = grpo.policy_loss(
         logp, old_logp, batch.advantage, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
     )
     if batch.ref_logp is not None:
-        kl = kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
+        kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    gap = mismatch(old_logp, batch.sampler_logp)
+    gap = grpo.mismatch(old_logp, batch.sampler_logp)
     for episode, part in zip(batch.episodes, batch.split((old_logp - batch.sampler_logp).cpu()), strict=True):
         episode.logp_gap = part
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     keep = None
     if cfg.trust_bound:
-        keep = trusted_sequences(old_logp, batch.sampler_logp, batch.sequence, cfg.trust_bound)
+        keep = grpo.trusted_sequences(old_logp, batch.sampler_logp, batch.sequence, cfg.trust_bound)
         stats["mismatch/masked"] = (~keep).sum()
     if cfg.importance_cap:
-        weight = truncated_importance(old_logp, batch.sampler_logp, cfg.importance_cap)
+        weight = grpo.truncated_importance(old_logp, batch.sampler_logp, cfg.importance_cap)
         loss, stats["mismatch/truncated"] = loss * weight, (weight >= cfg.importance_cap).sum()
-    weights, count = token_weights(batch.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
+    weights, count = grpo.token_weights(batch.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
     return (loss * weights).sum(), count + batch.extra_count, stats
 
 
@@ -311,7 +282,7 @@ class Run:
         check_log(cfg)
         if cfg.loss == "sft" and not cfg.train_files:
             raise InputError("loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
-        self.device = init_distributed(cfg)
+        self.device = policy.init_distributed(cfg)
         self.dir = RunDir(cfg, recipe)
         world = toy.locate(recipe)
         if cfg.model == "toy" or not cfg.train_files or toy.answers_searches(cfg):
@@ -322,23 +293,18 @@ class Run:
         self._load_data(recipe, world)
         limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
         say(f"engine {cfg.engine}: {limits}")
-        self.policy = load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
+        self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
         self.reference = None
         if cfg.kl_coef:
-            self.reference = load_policy(
-                folder, self.chat, cfg, self.device, trainable=False, offload=cfg.offload != "none"
-            )
-        self.optimizer = adamw(self.policy, cfg, self.device)
+            frozen = dict(trainable=False, offload=cfg.offload != "none")
+            self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
+        self.optimizer = policy.adamw(self.policy, cfg, self.device)
         self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
-        ordered = is_deterministic(cfg, self.device)
+        ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
         self.checkpoint_seconds = 0.0
-        self.state = {
-            "step": 0,
-            "metrics_bytes": 0,
-            "threads": torch.get_num_threads(),
-            "best": {"step": -1, "reward": -math.inf},
-        }
+        best = {"step": -1, "reward": -math.inf}
+        self.state = {"step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": best}
         if self.dir.resume_from:
             self._resume(ordered)
         self.first = self.state["step"]
@@ -353,6 +319,8 @@ class Run:
         cfg = self.cfg
         train_files, val_files = toy.question_files(cfg, recipe)
         if cfg.loss == "sft":
+            from analysis.imitation import load_conversations
+
             self.train = load_conversations(cfg, self.chat, self.search, (str(world.train), str(world.val)))
             about = [e.question for e in self.train]
         else:
@@ -415,10 +383,9 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         mine = rebalance(trained(samples, cfg), len(numbers), self.questions, self.chat, cfg)
+        models = self.policy, self.reference, self.optimizer
         try:
-            learned = update_policy(
-                self.policy, self.reference, self.optimizer, mine, len(numbers), self.chat, cfg, self.device
-            )
+            learned = update_policy(*models, mine, len(numbers), self.chat, cfg, self.device)
         finally:  # also if the loss is not finite, to be looked at
             self.write_rollouts(step, samples, mine)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
@@ -452,13 +419,13 @@ class Run:
         """Show a conversation with its mask, and check that sampler and trainer agree before the first update."""
         if episodes:
             shown = max(episodes, key=lambda e: len(e.turns))
-            say(f"\na conversation; the policy is trained on what is between the brackets:\n{bracketed(shown)}\n")
+            say(f"\na conversation; the policy is trained on what is between the brackets:\n{shown.bracketed()}\n")
         batches = pack(episodes, self.chat, self.policy, self.cfg.max_tokens_per_batch)
         batches = equal_counts(batches, self.chat, self.policy, self.device)
         sums = Counter({"abs_sum": 0.0, "tokens": 0.0})
-        logps = logprobs(self.policy, batches, self.cfg.temperature, self.device)
+        logps = policy.logprobs(self.policy, batches, self.cfg.temperature, self.device)
         for batch, logp in zip(batches, logps, strict=True):
-            gap = mismatch(logp, batch.sampler_logp)
+            gap = grpo.mismatch(logp, batch.sampler_logp)
             sums.update({name: float(gap[name]) for name in sums})
         sums = all_sum(sums, self.device)
         mean = sums["abs_sum"] / max(sums["tokens"], 1.0)
@@ -493,8 +460,8 @@ class Run:
         batches = pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch)
         batches = equal_counts(batches, self.chat, self.policy, self.device)
         plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature
-        loss = partial(imitation_loss, cfg.loss_norm)
-        sums = update(self.policy, self.optimizer, batches, loss, plain, self.device)
+        loss = partial(policy.imitation_loss, cfg.loss_norm)
+        sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
         if self.val:
             self.engine.load_weights(full_weights(self.policy), version=step + 1)
         seconds = time.monotonic() - started
@@ -513,18 +480,14 @@ class Run:
 
     def validate(self, step: int) -> None:
         """Validation, greedy and at the training temperature; the model with the best greedy reward is exported."""
+        from analysis.figures import summarize
+
         if not self.val:
             return
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
         for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
-            part = evaluate(
-                self.rollout,
-                self.val,
-                temperature=temperature,
-                step=step,
-                guard=self.stopper.rollout,
-                progress=f"validation, {name}",
-            )
+            how = dict(temperature=temperature, step=step, guard=self.stopper.rollout)
+            part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
         self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
@@ -545,7 +508,7 @@ class Run:
 
     def export(self, name: str) -> None:
         """As a Hugging Face folder, in the type that log-probs were computed in."""
-        export_hf(self.dir.path / name, self.policy, self.chat, compute_dtype(self.cfg, self.device))
+        export_hf(self.dir.path / name, self.policy, self.chat, policy.compute_dtype(self.cfg, self.device))
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -562,61 +525,7 @@ def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> 
     return questions
 
 
-def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> list[Episode]:
-    """The conversations in cfg.train_files that earn sft_min_reward or more, as episodes to imitate.
-
-    A record names its question; the questions, with their pictures, are those in cfg.sft_questions, else in the files
-    that the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
-    InputError if a record's question is missing, or is another one, or if nothing is left.
-    """
-    from analysis.results import read_results
-
-    episodes, left_out, loaded = [], Counter(), {}
-    for path in cfg.train_files:
-        header, records = read_results(path)
-        options = header.get("config", {})
-        if options.get("mode", "agent") != "agent":
-            raise InputError(f"{path}: conversations of mode {options['mode']}: only the agent's can be imitated")
-        files = tuple(cfg.sft_questions or options.get("files") or toy_files)
-        if files not in loaded:
-            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
-        for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
-            question = loaded[files].get(r["question_id"])
-            if question is None or question.text != r["question"]:
-                where = f"question {r['question_id']} is not in {', '.join(files)}"
-                raise InputError(f"{path}: {where}: give the files of the questions as --sft_questions")
-            try:
-                episode = imitated(r, question, chat, search)
-            except ValueError as error:
-                left_out[str(error)] += 1
-                continue
-            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
-                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
-            else:
-                episodes.append(episode)
-    why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-    say(f"conversations left out: {why}" if why else "")
-    if not episodes:
-        raise InputError(f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
-    return episodes
-
-
 # ---------------------------------------------------------------------------------------------------- what is shown
-
-
-def say(text: str) -> None:
-    """Print a line on stderr, once for all ranks; nothing if it is empty."""
-    if text and dist.get_rank() == 0:
-        print(text, file=sys.stderr)
-
-
-def bracketed(episode: Episode) -> str:
-    """The conversation as text, what the policy sampled (and is trained on) in brackets."""
-    text = ""
-    for sampled, ids in episode.pieces():
-        shown = episode.chat.show(ids)
-        text += f"⟦{shown}⟧" if sampled else shown
-    return text
 
 
 def progress(metrics: dict) -> str:
@@ -625,31 +534,6 @@ def progress(metrics: dict) -> str:
     phases = [name for name in ("rollout", "tools", "update") if f"seconds/{name}" in metrics]
     seconds = " ".join(f"{name} {metrics[f'seconds/{name}']:.1f}" for name in phases)
     return f"{', '.join(shown)}, {metrics['tokens_per_second']:.0f} tokens/s, s: {seconds}"
-
-
-def peak_memory_gb(device) -> float:
-    """Of the GPU, or else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def before_and_after(log: list[dict]) -> str:
-    """The table at the end: first and last validation, by kind of question."""
-    evals = [entry for entry in log if entry["phase"] == "eval"]
-    if not evals:
-        return "no validation questions"
-    columns, lines = ("accuracy", *TOOLS, "format"), []
-    for mode in ("greedy", "sampled"):
-        first, last = evals[0][mode], evals[-1][mode]
-        width = max(map(len, first))
-        lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
-        for kind in first:
-            cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
-            lines.append(f"{kind:{width}}  " + "    ".join(cells))
-        lines.append("")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------- the command

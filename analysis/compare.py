@@ -10,9 +10,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.figures import bootstrap, by_question
 from analysis.results import flat, read_results
 from config import InputError, Options, option
-from reward import bootstrap, by_question
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,12 @@ def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
     """The comparison of two result files as text."""
     (a_header, a), (b_header, b) = read_results(a_path), read_results(b_path)
     figures = compare(a, b, judge)
-    lines = [f"A  {a_path}", f"B  {b_path}", *_settings(a_header, b_header), ""]
+    lines = [f"A  {a_path}", f"B  {b_path}"]
+    a_settings, b_settings = flat(a_header), flat(b_header)
+    for name in sorted(a_settings.keys() & b_settings.keys()):
+        if a_settings[name] != b_settings[name]:
+            lines.append(f"   {name}: {a_settings[name]!r} | {b_settings[name]!r}")
+    lines.append("")
     width = max(map(len, figures))
     lines.append(f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost")
     for source, f in figures.items():
@@ -110,9 +115,3 @@ def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
         ids = figures["all"][what]
         lines += ["", f"{what}: {len(ids)}", *(f"  {id}  {text_of[id][:90]}" for id in ids)]
     return "\n".join(lines)
-
-
-def _settings(a, b):
-    """A line for each setting in which two evaluations differ."""
-    a, b = flat(a), flat(b)
-    return [f"   {name}: {a[name]!r} | {b[name]!r}" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]

@@ -12,11 +12,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.figures import accuracy, by_question, verdict
 from analysis.judge import agreement
 from analysis.results import questions_of, read_results
 from config import Options, need, option
 from data import write_questions
-from reward import accuracy, by_question, verdict
 from tools import TOOLS
 
 FREE = "search_free"
@@ -28,11 +28,9 @@ class LabelOptions(Options):
 
     out: str = option("", "the labelled questions, NAME.parquet in veRL layout")
     balance: float = option(
-        0.0,
-        "also write NAME.balanced.parquet, in which this share of the questions need a tool (0: do not)",
-        "from 0 to 1",
+        0.0, "also write NAME.balanced.parquet: this share of its questions need a tool (0: none)", "from 0 to 1"
     )
-    seed: int = option(0, "which questions are left out for the balance", "at least 0")
+    seed: int = option(0, "draws the questions that are left out for the balance", "at least 0")
 
 
 def label_of(record: dict) -> str:
@@ -75,7 +73,7 @@ def write_labels(results: str | Path, options: LabelOptions) -> None:
     need(options.out.endswith(".parquet"), f"out={options.out!r}: label needs --out NAME.parquet")
     header, records = read_results(results)
     mode = header.get("config", {}).get("mode")
-    need(mode == "agent", f"{results}: labels need a result file of eval.py in mode agent, and this one's is {mode}")
+    need(mode == "agent", f"{results}: mode {mode}: labels need results of eval.py in mode agent")
     about = defaultdict(list)
     for r in records:
         about[r["question_id"]].append(r)

@@ -154,9 +154,7 @@ def activations(sizes: Sizes, cfg: Config) -> float:
 
 def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
-
-    cache: bytes of the engine's keys and values.
-    """
+    cache: bytes of the engine's keys and values."""
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
     trained = sizes.total - (sizes.vision if cfg.freeze_vision else 0)
     weights = 4 * sizes.total / shards

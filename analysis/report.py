@@ -46,7 +46,9 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
     limit, it takes whole groups, evenly over the steps. Raises InputError for a folder that holds no run, and for
     damaged files in one."""
     runs = [Path(run) for run in runs]
-    names = run_names(runs)
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
     pictures, notes, conversations, parts = Pictures(), [], [], []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         settings = read_settings(run)
@@ -86,12 +88,6 @@ def fill_template(page: dict) -> str:
     data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")  # no </script>, no <!--
     head, tail = template.replace("{{script_hash}}", digest).split("{{data}}")
     return head + data + tail
-
-
-def run_names(runs: list[Path]) -> list[str]:
-    """What to call the runs: their folders' names, or whole paths where two are the same."""
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def read_settings(run: Path) -> dict:

@@ -66,7 +66,7 @@ def test_a_command_lists_its_options(name, options, capsys):
         ("label --out x.parquet r.jsonl", "unknown argument 'r.jsonl'"),
         ("report runs/toy --limt 3", "did you mean --limit?"),
         ("report runs/toy --limit=-1", "limit=-1: must be at least 0"),
-        ("label r.jsonl --out x.parquet --balance 1.5", "balance=1.5: must be at most 1"),
+        ("label r.jsonl --out x.parquet --balance 1.5", "balance=1.5: must be from 0 to 1"),
         ("plan --gpu_memory 0", "gpu_memory=0.0: must be above 0"),
     ],
 )
@@ -200,8 +200,8 @@ def evaluated(tmp_path):
     records = []
     for i, q in enumerate(load_questions([tmp_path / "q.parquet"])):
         answer = "tilo" if i % 3 == 0 else "bako"
-        r = conversation(i, answer == "bako", question_id=q.id, question=q.text, answers=list(q.answers), answer=answer)
-        records.append(r)
+        about = {"question_id": q.id, "question": q.text, "answers": list(q.answers), "answer": answer}
+        records.append({**conversation(i, answer == "bako"), **about})
     path = tmp_path / "r.jsonl"
     ResultFile(path, header).finish(records)
     return path, header, records
@@ -355,7 +355,7 @@ def test_what_cannot_be_labelled(evaluated, tmp_path):
     with pytest.raises(InputError, match="label needs --out NAME.parquet"):
         command("label", path, "--out", tmp_path / "x.jsonl")
     ResultFile(tmp_path / "d.jsonl", {**header, "config": {**header["config"], "mode": "direct"}}).finish(records)
-    with pytest.raises(InputError, match="in mode agent, and this one's is direct"):
+    with pytest.raises(InputError, match="mode direct: labels need results of eval.py in mode agent"):
         command("label", tmp_path / "d.jsonl", "--out", tmp_path / "x.parquet")
     ResultFile(path, header).finish([{**r, "correct": False} for r in records])
     with pytest.raises(InputError, match="no question is left to write"):

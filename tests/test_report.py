@@ -21,13 +21,13 @@ import config
 import toy
 from analysis import report
 from analysis.__main__ import main
+from analysis.figures import summarize
 from analysis.report import ReportOptions
 from chat import Chat
 from config import InputError
 from data import load_questions, picture_key, write_jsonl
-from engines import ScriptedEngine
-from reward import record, score_episode, summarize
-from rollout import run
+from reward import record, score_episode
+from rollout import ScriptedEngine, run
 from search import index as search_index
 from search.index import OfflineSearch
 

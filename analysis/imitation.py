@@ -1,0 +1,97 @@
+"""Recorded conversations as episodes to imitate, for `train.py --loss sft`."""
+
+import sys
+from collections import Counter
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from analysis.results import read_results
+from chat import Chat, Episode
+from config import Config, InputError
+from data import Call, Hit, Question, Result, Stop, load_questions
+from engines import Reply
+from reward import score_episode
+from tools import run_tool
+
+
+def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> list[Episode]:
+    """The conversations in cfg.train_files that earn sft_min_reward or more, as episodes to imitate.
+
+    A record names its question; the questions, with their pictures, are those in cfg.sft_questions, else in the files
+    that the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
+    InputError if a record's question is missing, or is another one, or if nothing is left.
+    """
+    episodes, left_out, loaded = [], Counter(), {}
+    for path in cfg.train_files:
+        header, records = read_results(path)
+        options = header.get("config", {})
+        if options.get("mode", "agent") != "agent":
+            raise InputError(f"{path}: conversations of mode {options['mode']}: only the agent's can be imitated")
+        files = tuple(cfg.sft_questions or options.get("files") or toy_files)
+        if files not in loaded:
+            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
+        for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
+            question = loaded[files].get(r["question_id"])
+            if question is None or question.text != r["question"]:
+                where = f"question {r['question_id']} is not in {', '.join(files)}"
+                raise InputError(f"{path}: {where}: give the files of the questions as --sft_questions")
+            try:
+                episode = imitated(r, question, chat, search)
+            except ValueError as error:
+                left_out[str(error)] += 1
+                continue
+            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
+                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
+            else:
+                episodes.append(episode)
+    why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+    if why and dist.get_rank() == 0:
+        print(f"conversations left out: {why}", file=sys.stderr)
+    if not episodes:
+        raise InputError(f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
+    return episodes
+
+
+def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
+    """The conversation of a record (`Episode.record`) as one to imitate: what the model said is tokenised from its
+    text, and is all that is `sampled`.
+
+    Records hold no pictures: calls that returned pictures are made again, and must return what they returned then;
+    other results are the recorded ones. Raises ValueError saying why a conversation cannot be imitated.
+    """
+    said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
+    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
+        raise ValueError("ended without an answer")
+    episode = Episode.start(question, chat, r["sample"])
+    for number, text in enumerate(said):
+        ids = [*chat.encode(text), chat.im_end]
+        if len(ids) > episode.room():
+            raise ValueError("longer than max_tokens")
+        episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
+        if number < len(r["calls"]):
+            call, result = _recorded_call(r["calls"][number], episode, search)
+            if not episode.add_result(call, result):
+                raise ValueError("longer than max_tokens")
+    episode.stop = Stop.ANSWERED
+    return episode
+
+
+def _recorded_call(recorded, episode, search):
+    """(call, result) as they were recorded, the pictures of the result found again."""
+    picture = episode.picture(recorded.get("picture", ""))
+    call = Call(
+        recorded["tool"],
+        recorded["query"],
+        recorded.get("picture", ""),
+        box=tuple(recorded["box"]) if recorded.get("box") else None,
+        image=picture.data if picture and picture.data not in episode.question.images[:1] else None,
+    )
+    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
+    if not any(hit.get("image") for hit in recorded["hits"]):
+        hits = tuple(Hit(*hit) for hit in shown)
+        return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
+    result = run_tool(call, episode.question, search)
+    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
+        raise ValueError("its searches with a picture find something else now")
+    return call, result
