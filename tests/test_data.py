@@ -1063,6 +1063,24 @@ def test_a_conversation_travels_as_a_parcel(chat):
     assert other.question is asked and len(other.images) == 4 and all(type(t) is int for t in other.tokens)
 
 
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["another picture", "the question's picture"])
+def test_a_tool_s_picture_travels_as_it_was_shown(roomy, full_size, own):
+    """At the size of a question's picture or of a thumbnail, even if its bytes are those of the question's picture."""
+    asked = question(images=2)
+    shown = asked.images[1] if own else picture(9, 120, 90)
+    episode = Episode.start(asked, roomy)
+    episode.add_reply(reply_of(roomy, "<search><img></search>"))
+    assert episode.add_result(Call("image_search"), Result("ok", (Hit("closer", image=shown, full_size=full_size),)))
+    parcel = pickle.dumps(episode.serialize())
+    assert (shown in parcel) == (not own) and asked.images[0] not in parcel
+    other = Episode.deserialize(pickle.loads(parcel), {asked.id: asked}, roomy)
+    assert other.images == episode.images and other.images[2].thumbnail == (not full_size)
+    assert (other.images[2].tokens > 1) == full_size and other.images[2].data == shown
+    assert torch.equal(roomy.pixels(other.images[2]), roomy.pixels(roomy.picture(shown, not full_size)))
+    assert other.tokens.count(roomy.image_pad) == sum(p.tokens for p in other.images)
+
+
 # -------------------------------------------------------------------------------------------------- benchmarks
 
 

@@ -19,11 +19,13 @@ import config
 import engines
 import policy
 import rollout
+from analysis.imitation import imitated
 from chat import Chat, Episode
 from config import InputError
 from data import Call, Hit, Question, Result, Stop
 from engines import Reply, Sampling, TorchEngine
 from rollout import Generate, ScriptedEngine, converse, run, turn_seed
+from tools import TOOLS, Tool, picture_of
 
 PROMPTS = {
     "question": "{question}",
@@ -1004,6 +1006,80 @@ def test_the_pipeline_can_be_aborted(modes, folder):
     assert end.value.value.stop == Stop.ABORTED
 
 
+# ------------------------------------------------------------------------------- a tool that is about a picture
+
+
+def read_place(content):
+    """<zoom>img_2 0 0 500 500</zoom>: a picture's name, and perhaps a box."""
+    name, *box = content.split()
+    return {"picture": name, "box": tuple(map(float, box)) or None}
+
+
+@pytest.fixture
+def zooming(cfg, tmp_path, monkeypatch):
+    """(the configuration, what the zoom was asked, the hits it returns) of runs with one tool more."""
+    asked, hits = [], [Hit("closer", image=PICTURES["large"], full_size=True)]
+
+    def zoom(call, about, search):
+        asked.append((call, picture_of(call, about)))
+        return Result("ok", tuple(hits))
+
+    tool = Tool(("<zoom>", "</zoom>"), zoom, 2, 1, 1, (None, "image_search"), "picture", "zoom", read=read_place)
+    monkeypatch.setitem(TOOLS, "zoom", tool)
+    for name, text in (PROMPTS | {"after_zoom": "<information>\n{results}</information> closer: {question}"}).items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return replace(cfg, prompts=str(tmp_path), max_tokens=400, max_tokens_per_turn=60), asked, hits
+
+
+@pytest.mark.parametrize(
+    ("place", "box"), [("img_1", None), ("img_2", None), ("img_3", (0.0, 250.0, 500.0, 1000.0)), ("img_4", None)]
+)
+def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, box):
+    """Two of the question, then those of searches, in order of appearance; the result is as large as a question's."""
+    cfg, asked, _ = zooming
+    two = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["small"]), Hit("lupo", image=PICTURES["high"]))))
+    words = " ".join([place, *(f"{edge:.0f}" for edge in box or ())])
+    about = question(0, images=2)
+    episode, _ = hold(cfg, folder, [IMAGE, f"<zoom>{words}</zoom>", ANSWER], two, about)
+    named = dict(img_1=about.images[0], img_2=about.images[1], img_3=PICTURES["small"], img_4=PICTURES["high"])[place]
+    assert asked == [(Call("zoom", picture=place, box=box), named)]
+    assert asked[0][0].image == (None if place == "img_1" else named)  # the question's first may be found by its URL
+    assert [p.thumbnail for p in episode.images] == [False, False, True, True, False] and episode.stop == Stop.ANSWERED
+    record = json.loads(json.dumps(episode.record()))["calls"][1]
+    assert (record["tool"], record["picture"], record["box"]) == ("zoom", place, list(box) if box else None)
+    assert [hit["full_size"] for hit in record["hits"]] == [True]
+
+
+@pytest.mark.parametrize("place", ["img_3", "img_0", "img_", "img_01", "2", "picture"])
+def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, place):
+    """Nobody is asked, it is no fault of the tools, and the conversation continues."""
+    cfg, asked, _ = zooming
+    episode, search = hold(cfg, folder, [IMAGE, f"<zoom>{place}</zoom>", ANSWER])
+    call, result = episode.calls[1]
+    assert (call, result.status, result.error_kind) == (Call("zoom", picture=place), "error", "bad_call")
+    assert result.error == f"there is no picture {place}" and not asked and len(search.calls) == 1
+    assert layout(episode).endswith(failed("failed") + said(ANSWER)) and episode.stop == Stop.ANSWERED
+    again = imitated(json.loads(json.dumps(episode.record())), question(0), episode.chat, search)
+    assert again.tokens == episode.tokens and again.record() == episode.record()
+    rollout.check_calls([episode] * 20, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["another picture", "the question's picture"])
+def test_pictures_and_boxes_of_a_tool_survive_a_record(zooming, folder, device, full_size, own):
+    cfg, asked, hits = zooming
+    shown = question(0).images[0] if own else PICTURES["large"]
+    hits[:] = [Hit("closer", image=shown, full_size=full_size)]
+    turns = [IMAGE, "<zoom>img_2 0 250 500 1000</zoom>", ANSWER]
+    episode, search = hold(cfg, folder, turns)
+    r = json.loads(json.dumps(episode.record()))
+    again = imitated(r, question(0), episode.chat, search)
+    assert again.tokens == episode.tokens and again.images == episode.images and again.record() == episode.record()
+    assert (again.images[2].data, again.images[2].thumbnail) == (shown, not full_size)
+    assert again.calls[1][0] == Call("zoom", picture="img_2", box=(0.0, 250.0, 500.0, 1000.0))
+    assert asked[0] == asked[1] and asked[1][1] == PICTURES["small"]
+
+
 # ------------------------------------------------------------------------------------------- from a record
 
 
@@ -1012,23 +1088,26 @@ def test_a_conversation_from_its_record(cfg, folder):
     for turns in ([ANSWER], [IMAGE, ANSWER], [IMAGE, TEXT, ANSWER], [TEXT, ANSWER]):
         episode, search = hold(cfg, folder, turns)
         r = json.loads(json.dumps(episode.record()))
-        again = rollout.imitated(r, question(0), episode.chat, search)
+        again = imitated(r, question(0), episode.chat, search)
         assert layout(again) == layout(episode) and again.tokens == episode.tokens
         assert again.sampled == episode.sampled and again.images == episode.images
         assert again.stop == Stop.ANSWERED and again.record() == r
     failing, _ = hold(cfg, folder, [IMAGE, ANSWER], Search(lambda *_: Result("error", error="down")))
-    assert layout(rollout.imitated(failing.record(), question(0), failing.chat, None)) == layout(failing)
+    assert layout(imitated(failing.record(), question(0), failing.chat, None)) == layout(failing)
 
 
 def test_conversations_that_cannot_be_had_from_their_record(cfg, folder):
     episode, search = hold(cfg, folder, [IMAGE, TEXT, ANSWER])
     r, chat = episode.record(), episode.chat
     other = Search(lambda *_: Result("ok", (Hit("tilo", image=PICTURES["small"]),)))
-    with pytest.raises(ValueError, match="find something else"):
-        rollout.imitated(r, question(0), chat, other)
+    same_words = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["wide"]),)))
+    larger = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["small"], full_size=True),)))
+    for changed in (other, same_words, larger):
+        with pytest.raises(ValueError, match="find something else"):
+            imitated(r, question(0), chat, changed)
     for turns in ([IMAGE, "hm"], [IMAGE, IMAGE]):
         with pytest.raises(ValueError, match="without an answer"):
-            rollout.imitated(hold(cfg, folder, turns)[0].record(), question(0), chat, search)
+            imitated(hold(cfg, folder, turns)[0].record(), question(0), chat, search)
     short = Chat(folder, replace(cfg, max_tokens=len(episode.tokens) - 1, max_prompt_tokens=40))
     with pytest.raises(ValueError, match="longer than max_tokens"):
-        rollout.imitated(r, question(0), short, search)
+        imitated(r, question(0), short, search)
