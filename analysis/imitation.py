@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from analysis.results import read_results
 from chat import Chat, Episode
 from config import Config, InputError
-from data import Call, Hit, Question, Result, Stop, load_questions
+from data import Call, Hit, Question, Result, Stop, load_questions, picture_key
 from engines import Reply
 from reward import score_episode
 from tools import run_tool
@@ -87,11 +88,10 @@ def _recorded_call(recorded, episode, search):
         box=tuple(recorded["box"]) if recorded.get("box") else None,
         image=picture.data if picture and picture.data not in episode.question.images[:1] else None,
     )
-    shown = [(hit["title"], hit["url"], hit["text"]) for hit in recorded["hits"]]
-    if not any(hit.get("image") for hit in recorded["hits"]):
-        hits = tuple(Hit(*hit) for hit in shown)
+    hits = tuple(Hit(**hit) for hit in recorded["hits"])  # `image` is the key of the picture
+    if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
     result = run_tool(call, episode.question, search)
-    if [(hit.title, hit.url, hit.text) for hit in result.hits] != shown:
+    if tuple(replace(hit, image=hit.image and picture_key(hit.image)) for hit in result.hits) != hits:
         raise ValueError("its searches with a picture find something else now")
     return call, result

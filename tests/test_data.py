@@ -21,9 +21,8 @@ import torch
 from conftest import ROOT, picture, question, replace
 from PIL import Image
 
-import chat
 import data
-from chat import Chat, Episode, drop_overlong
+from chat import Cache, Chat, Episode, drop_overlong, final_size
 from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
@@ -137,9 +136,6 @@ def test_many_rows_stay_in_order(tmp_path):
     texts = [f"question {n}" for n in range(300)]  # more than are in flight, more than a batch
     path = write(tmp_path / "a.pq", *(row(t, images=[]) for t in texts))
     assert [q.text for q in load_questions([path])] == texts
-
-
-JPEG = picture(2, format="JPEG")
 
 
 @pytest.mark.parametrize("images, expected", [
@@ -459,7 +455,7 @@ def test_final_sizes_keep_to_the_range(low, high):
     for width, height in SIZES + [(w, h) for w in range(1, 400, 37) for h in range(1, 400, 41)]:
         if max(width, height) > 200 * min(width, height):
             continue
-        size = chat.final_size(height, width, 28, low, high)
+        size = final_size(height, width, 28, low, high)
         assert size[0] % 28 == size[1] % 28 == 0 and low <= size[0] * size[1] <= high
         assert smart_resize(*size, 28, min_pixels=low, max_pixels=high) == size  # resizing again changes nothing
         usual = smart_resize(height, width, 28, min_pixels=low, max_pixels=high)
@@ -471,9 +467,9 @@ def test_the_largest_pictures_stay_within_the_aspect_that_processors_take():
 
     low, high = 512**2, 672**2 * 2  # the recipe's range
     assert smart_resize(70, 14_000, 28, min_pixels=low, max_pixels=high) == (56, 14_000)  # 1:250, refused if resized
-    height, width = chat.final_size(70, 14_000, 28, low, high)
+    height, width = final_size(70, 14_000, 28, low, high)
     assert smart_resize(height, width, 28, min_pixels=low, max_pixels=high) == (height, width) and width <= 200 * height
-    assert "multiples of 28" in refused(chat.final_size, 30, 30, 28, 784 * 211, 784 * 212 - 1)  # 211 is a prime
+    assert "multiples of 28" in refused(final_size, 30, 30, 28, 784 * 211, 784 * 212 - 1)  # 211 is a prime
 
 
 @pytest.mark.parametrize("thumbnail", [False, True])
@@ -511,8 +507,8 @@ def test_a_picture_of_its_final_size_is_not_touched(chat):
 
 
 def test_equal_bytes_share_a_key_and_thumbnails_do_not(chat, monkeypatch):
-    opened, opening = [], data.decode_image
-    monkeypatch.setattr(data, "decode_image", lambda file: opened.append(1) or opening(file))
+    opened = []
+    monkeypatch.setattr("chat.decode_image", lambda file: opened.append(1) or decode_image(file))
     first, again = chat.picture(PNG), chat.picture(bytes(bytearray(PNG)))
     assert first == again and len(opened) == 1  # decoded once
     thumb, other = chat.picture(PNG, thumbnail=True), chat.picture(JPEG)
@@ -523,14 +519,14 @@ def test_equal_bytes_share_a_key_and_thumbnails_do_not(chat, monkeypatch):
 
 
 def test_caches_are_bounded_and_forget_what_was_used_least(chat):
-    cache, makes = chat.Cache(3), []
+    cache, makes = Cache(3), []
 
     def get(cache, key):
         return cache.get(key, lambda: makes.append(key) or key * 2)
 
     assert [get(cache, key) for key in "abcadb"] == ["aa", "bb", "cc", "aa", "dd", "bb"]
     assert makes == [*"abcdb"] and list(cache.values) == [*"adb"]  # b went for d, c for b
-    sized = chat.Cache(6, len)
+    sized = Cache(6, len)
     assert [get(sized, key) and list(sized.values) for key in ("a", "b", "cc", "dddd", "a", "b", "a", "cc")] == [
         ["a"], ["a", "b"], ["b", "cc"], ["dddd"], ["a"], ["a", "b"], ["b", "a"], ["a", "cc"]
     ]  # fmt: skip
@@ -636,14 +632,14 @@ def test_a_whole_conversation_equals_the_render_of_the_chat_template(prompted, s
     assert episode.tokens == rendered(chat, messages, images, generate=True)
 
     episode.add_reply(reply_of(chat, replies[0]))
-    assert episode.add_result(Call("image"), Result("ok", IMAGE_HITS))
+    assert episode.add_result(Call("image_search"), Result("ok", IMAGE_HITS))
     messages += [{"role": "assistant", "content": replies[0]}]
     messages += [{"role": "user", "content": parts("Found:\n", *SHOWN_IMAGES, f"Again: {again}")}]
     images += [chat.picture(h.image, thumbnail=True).tokens for h in IMAGE_HITS if h.image]
     assert episode.tokens == rendered(chat, messages, images, generate=True)
 
     episode.add_reply(reply_of(chat, replies[1]))
-    assert episode.add_result(Call("text", "who?"), Result("ok", TEXT_HITS))
+    assert episode.add_result(Call("text_search", "who?"), Result("ok", TEXT_HITS))
     messages += [{"role": "assistant", "content": replies[1]}]
     result = f"<information>\n{SHOWN_TEXTS}</information> {again} Go on."
     messages += [{"role": "user", "content": result}]
@@ -671,7 +667,7 @@ def test_a_failed_search_is_one_sentence(prompted, status, words):
     episode = Episode.start(Question("q", "what?"), prompted)
     start = [{"role": "user", "content": "Look: what?\nThink."}]
     episode.add_reply(reply_of(prompted, "<text_search>x</text_search>"))
-    assert episode.add_result(Call("text", "x"), Result(status, error="a stack trace", hits=()))
+    assert episode.add_result(Call("text_search", "x"), Result(status, error="a stack trace", hits=()))
     turns = [{"role": "assistant", "content": "<text_search>x</text_search>"}]
     turns += [{"role": "user", "content": f"The search {words}."}]
     assert episode.tokens == rendered(prompted, start + turns, [], generate=True)
@@ -685,7 +681,7 @@ def test_the_newline_after_the_end_of_a_turn_is_there_once(prompted, end):
     prompt = list(episode.tokens)
     reply = reply_of(chat, "<text_search>x</text_search>", end)
     episode.add_reply(reply)
-    assert episode.add_result(Call("text", "x"), Result("error"))
+    assert episode.add_result(Call("text_search", "x"), Result("error"))
     after = chat.tokenizer.encode("\n<|im_start|>user\nThe search failed.<|im_end|>\n<|im_start|>assistant\n")
     after = after if end == "im_end" else [chat.im_end, *after]
     assert episode.tokens == prompt + reply.ids + after
@@ -700,7 +696,7 @@ def test_what_the_model_said_is_never_encoded_again(chat):
     episode = Episode.start(question(), chat)
     start = len(episode.tokens)
     episode.add_reply(Reply("", [*odd, chat.im_end], [0.0] * (len(odd) + 1), "stop", 0))
-    episode.add_result(Call("text", "x"), Result("no_results"))
+    episode.add_result(Call("text_search", "x"), Result("no_results"))
     assert episode.tokens[start : start + len(odd) + 1] == [*odd, chat.im_end]
     assert episode.responses == ["the name"]
 
@@ -712,9 +708,9 @@ def talk(chat, seed=0) -> Episode:
     """A conversation with both searches."""
     episode = Episode.start(question(seed, images=2), chat, sample=4)
     episode.add_reply(reply_of(chat, "<search><img></search>"))
-    assert episode.add_result(Call("image"), Result("ok", IMAGE_HITS))
+    assert episode.add_result(Call("image_search"), Result("ok", IMAGE_HITS))
     episode.add_reply(reply_of(chat, "<text_search>who?</text_search>", "endoftext"))
-    assert episode.add_result(Call("text", "who?"), Result("error", error="timed out"))
+    assert episode.add_result(Call("text_search", "who?"), Result("error", error="timed out"))
     episode.add_reply(reply_of(chat, "<answer> bako</answer>"))
     episode.stop = Stop.ANSWERED
     return episode
@@ -754,7 +750,7 @@ def test_an_episode_only_grows_and_samples_are_marked_as_they_are_born(roomy):
         expected += [True] * len(reply.ids)
         grown()
         before = len(episode.tokens)
-        assert episode.add_result(Call("image"), Result("ok", IMAGE_HITS))
+        assert episode.add_result(Call("image_search"), Result("ok", IMAGE_HITS))
         expected += [False] * (len(episode.tokens) - before)
         grown()
     assert [t for t, mine in zip(episode.tokens, episode.sampled, strict=True) if mine] == said
@@ -766,7 +762,7 @@ def test_a_result_that_does_not_fit_is_refused_whole(folder, cfg):
     """It fits if at least one token can be said after it. What is refused leaves the conversation alone; the call was
     made, and is kept."""
     for result in (Result("ok", IMAGE_HITS), Result("error"), Result("ok", (Hit("long " * 300),))):
-        call, sizes = Call("image"), []
+        call, sizes = Call("image_search"), []
         for room in (10_000, 0, -1):
             chat = Chat(folder, replace(cfg, max_tokens=10_000, max_tokens_per_batch=10_000))
             episode = Episode.start(question(), chat)
@@ -799,7 +795,7 @@ def test_a_reply_that_does_not_fit_is_refused_whole(chat):
             episode.add_reply(bad)
         assert state(episode) == before
     episode.add_reply(Reply("", ids[:-1], [0.0] * room, "length", 0))
-    assert episode.room() == 0 and not episode.add_result(Call("text", "x"), Result("error"))
+    assert episode.room() == 0 and not episode.add_result(Call("text_search", "x"), Result("error"))
 
 
 def test_an_error_while_a_result_is_encoded_changes_nothing(chat, monkeypatch):
@@ -808,7 +804,7 @@ def test_an_error_while_a_result_is_encoded_changes_nothing(chat, monkeypatch):
     before = state(episode)
     monkeypatch.setattr(chat, "result_turn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        episode.add_result(Call("text", "x"), Result("error"))
+        episode.add_result(Call("text_search", "x"), Result("error"))
     assert state(episode) == before
 
 
@@ -837,16 +833,17 @@ def test_the_record_is_readable_json_without_pixels(roomy):
     contexts = [t["text"] for t in record["turns"][::2]]
     assert [c.count("<image>") for c in contexts] == [2, 3, 0] and "Bako, a town" in contexts[1]
     assert "pad|>" not in json.dumps(record) and "vision" not in json.dumps(record)
-    assert [(c["kind"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
-        ("image", "", "ok", ""), ("text", "who?", "error", "timed out")]  # fmt: skip
+    assert [(c["tool"], c["query"], c["status"], c["error"]) for c in record["calls"]] == [
+        ("image_search", "", "ok", ""), ("text_search", "who?", "error", "timed out")]  # fmt: skip
     hits = record["calls"][0]["hits"]
-    assert hits[1] == {"title": " leading space", "url": "https://e.org", "text": "", "image": None}
+    shown = {"title": " leading space", "url": "https://e.org", "text": "", "image": None, "full_size": False}
+    assert hits[1] == shown
     assert [hits[0]["image"], hits[2]["image"]] == [picture_key(picture(5)), picture_key(picture(6, 31, 99))]
     assert (record["question_id"], record["sample"], record["stop"]) == ("q0", 4, "answered")
     assert (record["tokens"], record["sampled_tokens"]) == (len(episode.tokens), sum(episode.sampled))
     unfinished = Episode.start(question(), roomy)
     assert unfinished.record()["stop"] is None and len(unfinished.record()["turns"]) == 1
-    episode.add_result(Call("text", "x"), Result("error"))  # a conversation may end with a tool's turn
+    episode.add_result(Call("text_search", "x"), Result("error"))  # a conversation may end with a tool's turn
     assert [t["role"] for t in episode.record()["turns"]] == ["context", "model"] * 3 + ["context"]
 
 
@@ -892,9 +889,9 @@ def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
         text = chat.show(episode.tokens)
         episode.add_reply(reply_of(chat, "<search><img></search>"))
         hits = (Hit(word, word, word, picture(5)), Hit(word, image=picture(6)))
-        assert episode.add_result(Call("image"), Result("ok", hits))
+        assert episode.add_result(Call("image_search"), Result("ok", hits))
         episode.add_reply(reply_of(chat, "<text_search>x</text_search>"))
-        assert episode.add_result(Call("text", word), Result("ok", (Hit(word, word, word), Hit(word))))
+        assert episode.add_result(Call("text_search", word), Result("ok", (Hit(word, word, word), Hit(word))))
         assert episode.tokens.count(chat.image_pad) == sum(i.tokens for i in episode.images)
         assert chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
         rest = chat.show(episode.tokens)
@@ -916,7 +913,7 @@ def test_image_tags_are_placeholders_in_a_question_and_text_everywhere_else(prom
         assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
         assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
         episode.add_reply(reply_of(chat, "x"))
-        assert episode.add_result(Call("image"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
+        assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
         assert len(episode.images) == 1 and chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
 
 
@@ -932,7 +929,7 @@ def test_a_broken_thumbnail_costs_the_picture_and_not_the_conversation(roomy):
     episode = Episode.start(question(), roomy)
     episode.add_reply(reply_of(roomy, "x"))
     hits = [Hit(f"page {n}", image=broken) for n, (broken, _) in enumerate(BAD_PICTURES.values())]
-    assert episode.add_result(Call("image"), Result("ok", (*hits, Hit("good page", image=PNG))))
+    assert episode.add_result(Call("image_search"), Result("ok", (*hits, Hit("good page", image=PNG))))
     shown = roomy.show(episode.tokens)
     assert all(hit.title in shown for hit in hits) and "<image> good page" in shown
     assert [i.data for i in episode.images] == [picture(0), PNG]
@@ -989,7 +986,7 @@ def broken_folders():
 
 
 @pytest.mark.parametrize("name", broken_folders())
-def test_folders_without_a_whole_codec(folder, cfg, tmp_path, name):
+def test_folders_without_a_whole_chat(folder, cfg, tmp_path, name):
     path = copy_of(folder, tmp_path / "model")
     broken_folders()[name](path)
     message = refused(Chat, path, cfg)
@@ -1009,7 +1006,7 @@ def test_models_that_are_nowhere(cfg, monkeypatch, name):
     assert name in refused(Chat, name, cfg)
 
 
-def test_a_saved_codec_is_the_same(chat, cfg, tmp_path):
+def test_a_saved_chat_is_the_same(chat, cfg, tmp_path):
     chat.save(tmp_path)
     again = Chat(tmp_path, cfg)
     asked = question(images=2, text="<image> or <image>?")
@@ -1042,7 +1039,7 @@ def test_prompts_are_found_from_any_folder(folder, cfg, tmp_path, monkeypatch):
 
 
 def test_records_are_frozen():
-    for record in (question(), Call("image"), Hit("x"), Result("ok")):
+    for record in (question(), Call("image_search"), Hit("x"), Result("ok")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, dataclasses.fields(record)[0].name, "other")
     assert len(repr(question(images=2))) < 300  # no bytes
@@ -1054,7 +1051,7 @@ def test_a_conversation_travels_as_a_parcel(chat):
     episode = Episode.start(asked, chat, sample=3)
     episode.add_reply(reply_of(chat, "<search><img></search>"))
     assert episode.add_result(
-        Call("image"), Result("ok", (Hit("a", image=picture(9)), Hit("b", image=asked.images[0])))
+        Call("image_search"), Result("ok", (Hit("a", image=picture(9)), Hit("b", image=asked.images[0])))
     )
     episode.add_reply(reply_of(chat, "<answer> bako</answer>"))
     episode.stop = Stop.ANSWERED
@@ -1064,6 +1061,24 @@ def test_a_conversation_travels_as_a_parcel(chat):
     names = ("tokens", "sampled", "logprobs", "images", "turns", "stop", "sample")
     assert [getattr(other, name) for name in names] == [getattr(episode, name) for name in names]
     assert other.question is asked and len(other.images) == 4 and all(type(t) is int for t in other.tokens)
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["another picture", "the question's picture"])
+def test_a_tool_s_picture_travels_as_it_was_shown(roomy, full_size, own):
+    """At the size of a question's picture or of a thumbnail, even if its bytes are those of the question's picture."""
+    asked = question(images=2)
+    shown = asked.images[1] if own else picture(9, 120, 90)
+    episode = Episode.start(asked, roomy)
+    episode.add_reply(reply_of(roomy, "<search><img></search>"))
+    assert episode.add_result(Call("image_search"), Result("ok", (Hit("closer", image=shown, full_size=full_size),)))
+    parcel = pickle.dumps(episode.serialize())
+    assert (shown in parcel) == (not own) and asked.images[0] not in parcel
+    other = Episode.deserialize(pickle.loads(parcel), {asked.id: asked}, roomy)
+    assert other.images == episode.images and other.images[2].thumbnail == (not full_size)
+    assert (other.images[2].tokens > 1) == full_size and other.images[2].data == shown
+    assert torch.equal(roomy.pixels(other.images[2]), roomy.pixels(roomy.picture(shown, not full_size)))
+    assert other.tokens.count(roomy.image_pad) == sum(p.tokens for p in other.images)
 
 
 # -------------------------------------------------------------------------------------------------- benchmarks
@@ -1150,8 +1165,9 @@ def test_questions_written_are_questions_read(tmp_path):
         Question("a.pq:1", "why?", (), ("because",)),
         Question("a.pq:2", "which?", (PNG, JPEG), ("é",), "s"),
     ]
-    data.write_questions(tmp_path / "a.pq", asked, {"label": ["image", "text", "both"], "pass_rate": [0.5, 1.0, 0.125]})
+    columns = {"label": ["image_search", "text_search", "combined"], "pass_rate": [0.5, 1.0, 0.125]}
+    data.write_questions(tmp_path / "a.pq", asked, columns)
     assert load_questions([tmp_path / "a.pq"]) == asked
     rows = pq.read_table(tmp_path / "a.pq").to_pylist()
-    assert [(r["label"], r["pass_rate"]) for r in rows] == [("image", 0.5), ("text", 1.0), ("both", 0.125)]
+    assert {name: [r[name] for r in rows] for name in columns} == columns
     assert "cannot write" in refused(data.write_questions, tmp_path / "no" / "a.pq", asked, {})

@@ -44,12 +44,12 @@ def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
     engine = TorchEngine(backbone.plain_config(trainer), chat, cfg, device)
     engine.load_weights(policy.full_weights(trainer), version=0)
     episodes = run([question(i) for i in range(4)], engine, NoSearch(), chat, cfg, samples=2)
-    rows = policy.pack(episodes, chat, trainer, cfg.max_tokens_per_batch)
-    for row, logp in zip(rows, policy.logprobs(trainer, rows, 1.0, device), strict=True):
-        assert (logp - row.sampler_logp).abs().mean() < 0.05
+    batches = policy.pack(episodes, chat, trainer, cfg.max_tokens_per_batch)
+    for batch, logp in zip(batches, policy.logprobs(trainer, batches, 1.0, device), strict=True):
+        assert (logp - batch.sampler_logp).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("more", [[], ["--offload_optimizer=true", "--kl_coef=0.001", "--offload_reference=true"]])
+@pytest.mark.parametrize("more", [[], ["--kl_coef=0.001", "--offload=all"]])
 def test_a_run(tmp_path, more):
     """The toy's whole path in bf16: world, rollouts, updates, weights into the engine, checkpoint, evaluation."""
     places = [f"--toy_dir={tmp_path / 'toy'}", f"--run_dir={tmp_path / 'run'}"]

@@ -100,7 +100,7 @@ def sampled_tokens(episode):
     return torch.tensor([t for t, s in zip(episode.tokens, episode.sampled, strict=True) if s])
 
 
-# Pictures of several sizes. The two questions' pictures have equally many cells in different grids.
+# Pictures of several sizes. The two questions' pictures have equally many vision tokens in different grids.
 SIZES = {"wide": (112, 56), "high": (56, 112), "small": (30, 30), "large": (120, 90)}
 PICTURES = {name: picture(10 + i, *size) for i, (name, size) in enumerate(SIZES.items())}
 
@@ -123,7 +123,7 @@ def conversation(chat, number, images=("wide",), turns=((5, ("small",)), (3, ())
         episode.add_reply(Reply("", ids, logprobs, "stop", 0))
         if index + 1 < len(turns):
             hits = tuple(Hit(f"page {n}", image=PICTURES[name]) for n, name in enumerate(thumbnails))
-            assert episode.add_result(Call("image"), Result("ok", hits or (Hit("a page", text="about it"),)))
+            assert episode.add_result(Call("image_search"), Result("ok", hits or (Hit("a page", text="about it"),)))
     return episode
 
 
@@ -143,13 +143,12 @@ def some_episodes(chat):
 ADVANTAGES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7]
 
 
-def row_loss_of(kind, packed=range(6)):
-    """The loss of a REINFORCE step. packed: the numbers of the episodes that were packed, in order."""
+def reinforce(kind):
+    """The loss of a REINFORCE step."""
 
-    def batch_loss(number, row, logp, entropy):
-        advantage = torch.tensor([ADVANTAGES[packed[i]] for i in row.episodes])
-        weights, count = token_weights(row.sequence, kind)
-        return -(logp * advantage[row.sequence] * weights).sum(), count, {"tokens": logp.numel()}
+    def batch_loss(batch, logp, entropy):
+        weights, count = token_weights(batch.sequence, kind)
+        return -(logp * batch.advantage * weights).sum(), count, {"tokens": logp.numel()}
 
     return batch_loss
 
@@ -169,11 +168,12 @@ def assert_same(new, old, rel=1e-5):
 
 
 def step(model, episodes, chat, cfg, device, kind="tokens", packed=range(6), lr=1.0):
-    """One SGD step; (what update returned, gradients)."""
-    rows = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
-    rows = policy.equal_counts(rows, chat, device)
+    """One SGD step; (what update returned, gradients). packed: the numbers of the episodes, for their advantages."""
+    advantages = [ADVANTAGES[number] for number in packed][: len(episodes)]
+    batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch, advantages)
+    batches = policy.equal_counts(batches, chat, model, device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
-    return policy.update(model, optimizer, rows, row_loss_of(kind, packed), cfg, device), gradients(model)
+    return policy.update(model, optimizer, batches, reinforce(kind), cfg, device), gradients(model)
 
 
 @pytest.fixture
@@ -182,13 +182,13 @@ def wide(cfg):
 
 
 @pytest.fixture
-def sharp_codec(sharp, wide):
+def sharp_chat(sharp, wide):
     return Chat(sharp, wide)
 
 
 @pytest.fixture
-def sharp_model(sharp, sharp_codec, wide, device):
-    return policy.load_policy(sharp, sharp_codec, wide, device)
+def sharp_model(sharp, sharp_chat, wide, device):
+    return policy.load_policy(sharp, sharp_chat, wide, device)
 
 
 @pytest.fixture
@@ -197,8 +197,8 @@ def plain(sharp, wide):
 
 
 @pytest.fixture
-def episodes(sharp_codec):
-    return some_episodes(sharp_codec)
+def episodes(sharp_chat):
+    return some_episodes(sharp_chat)
 
 
 # ----------------------------------------------------------------------------------------------------------- packing
@@ -209,42 +209,45 @@ def test_the_example_at_the_top_of_the_file(model, chat):
     u, i, x = 300, chat.image_pad, 400
     first = Episode(question(0), chat, 0, [u, i, x, x + 1], [False, False, True, True], [0, 0, -1, -2], [thumbnail])
     second = Episode(question(0), chat, 1, [u, i, x + 2], [False, False, True], [0, 0, -3], [thumbnail])
-    (row,) = policy.pack([first, second], chat, model, 7)
-    assert row.ids.tolist() == [u, i, x, x + 1, u, i, x + 2]
-    assert row.cu_seqlens.tolist() == [0, 4, 7] and row.longest == 4
-    assert row.predict.tolist() == [1, 2, 5]
-    assert row.target.tolist() == [x, x + 1, x + 2]
-    assert row.sequence.tolist() == [0, 0, 1]
-    assert row.sampler_logp.tolist() == [-1, -2, -3]
-    assert row.pixels.shape[0] == 4 and row.grids.tolist() == [[1, 2, 2]]
-    assert row.cells.tolist() == [0, 0] and row.vision_positions.tolist() == [1, 5]
-    assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
+    (batch,) = policy.pack([first, second], chat, model, 7)
+    assert batch.ids.tolist() == [u, i, x, x + 1, u, i, x + 2]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7] and batch.longest == 4
+    assert batch.predict.tolist() == [1, 2, 5]
+    assert batch.target.tolist() == [x, x + 1, x + 2]
+    assert batch.sequence.tolist() == [0, 0, 1]
+    assert batch.sampler_logp.tolist() == [-1, -2, -3]
+    assert batch.pixels.shape[0] == 4 and batch.grids.tolist() == [[1, 2, 2]]
+    assert batch.features.tolist() == [0, 0] and batch.vision_positions.tolist() == [1, 5]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
 
 
 @pytest.mark.parametrize("budget", [130, 200, 100000])
-def test_packing_loses_and_pads_nothing(sharp_model, sharp_codec, episodes, budget):
-    rows = policy.pack(episodes, sharp_codec, sharp_model, budget)
-    assert [i for row in rows for i in row.episodes] == list(range(len(episodes)))
-    assert len(rows) == {130: 4, 200: 2, 100000: 1}[budget]
-    for row in rows:
-        mine = [episodes[i] for i in row.episodes]
-        assert len(row.ids) <= budget
-        assert row.ids.tolist() == [t for e in mine for t in e.tokens]
-        assert row.cu_seqlens.diff().tolist() == [len(e.tokens) for e in mine]
-        assert row.target.tolist() == [t for e in mine for t in sampled_tokens(e).tolist()]
-        assert row.ids[row.predict + 1].tolist() == row.target.tolist()
-        sampled = torch.zeros(len(row.ids), dtype=torch.bool).index_fill(0, row.predict + 1, True)
+def test_packing_loses_and_pads_nothing(sharp_model, sharp_chat, episodes, budget):
+    batches = policy.pack(episodes, sharp_chat, sharp_model, budget, ADVANTAGES)
+    advantages = dict(zip([e.name for e in episodes], ADVANTAGES, strict=True))
+    assert [e.name for batch in batches for e in batch.episodes] == [e.name for e in episodes]
+    assert len(batches) == {130: 4, 200: 2, 100000: 1}[budget]
+    for batch in batches:
+        mine = batch.episodes
+        assert len(batch.ids) <= budget
+        assert batch.ids.tolist() == [t for e in mine for t in e.tokens]
+        assert batch.cu_seqlens.diff().tolist() == [len(e.tokens) for e in mine]
+        assert batch.target.tolist() == [t for e in mine for t in sampled_tokens(e).tolist()]
+        assert batch.ids[batch.predict + 1].tolist() == batch.target.tolist()
+        sampled = torch.zeros(len(batch.ids), dtype=torch.bool).index_fill(0, batch.predict + 1, True)
         assert sampled.tolist() == [s for e in mine for s in e.sampled]
-        assert row.sampler_logp.tolist() == pytest.approx(
+        assert batch.sampler_logp.tolist() == pytest.approx(
             [p for e in mine for p, s in zip(e.logprobs, e.sampled, strict=True) if s]
         )
-        assert row.sequence.tolist() == [n for n, e in enumerate(mine) for _ in range(sum(e.sampled))]
-        cells = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
-        assert sum(cells) == len(row.cells) == (row.ids == sharp_codec.image_pad).sum()
-        assert row.vision_positions.tolist() == (row.ids == sharp_codec.image_pad).nonzero()[:, 0].tolist()
+        assert batch.sequence.tolist() == [n for n, e in enumerate(mine) for _ in range(sum(e.sampled))]
+        said = [e.name for e in mine for _ in range(sum(e.sampled))]
+        assert batch.advantage.tolist() == pytest.approx([advantages[name] for name in said])
+        sizes = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
+        assert sum(sizes) == len(batch.features) == (batch.ids == sharp_chat.image_pad).sum()
+        assert batch.vision_positions.tolist() == (batch.ids == sharp_chat.image_pad).nonzero()[:, 0].tolist()
 
 
-def test_an_episode_longer_than_a_row_is_refused(model, chat, cfg):
+def test_an_episode_longer_than_a_batch_is_refused(model, chat, cfg):
     episode = conversation(chat, 0)
     assert len(policy.pack([episode], chat, model, len(episode.tokens))) == 1
     with pytest.raises(ValueError, match="does not fit"):
@@ -258,25 +261,25 @@ def test_placeholders_that_do_not_match_the_pictures_are_refused(model, chat):
         policy.pack([episode], chat, model, 1000)
 
 
-def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_codec, episodes, plain):
+def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_chat, episodes, plain):
     longest = max(len(e.tokens) for e in episodes)
     ids = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in episodes])
     mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in episodes])
     grids = torch.tensor([[1, *p.grid] for e in episodes for p in e.images])
-    is_image = (ids == sharp_codec.image_pad).int()
-    batch, _ = plain.model.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    bounds = row.cu_seqlens.tolist()
+    is_image = (ids == sharp_chat.image_pad).int()
+    padded, _ = plain.model.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+    bounds = batch.cu_seqlens.tolist()
     for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        assert torch.equal(row.positions[:, start:end], batch[:, n, : end - start])
-    assert not torch.equal(row.positions[1], row.positions[2])  # the pictures are not of one column
+        assert torch.equal(batch.positions[:, start:end], padded[:, n, : end - start])
+    assert not torch.equal(batch.positions[1], batch.positions[2])  # the pictures are not of one column
 
 
-def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_codec):
+def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_chat):
     """They are remembered by layout, of which the grids are a part."""
-    tokens = [sharp_codec.vision_start, *[sharp_codec.image_pad] * 8, sharp_codec.im_end]
+    tokens = [sharp_chat.vision_start, *[sharp_chat.image_pad] * 8, sharp_chat.im_end]
     wide, tall = (
-        backbone.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_codec, sharp_model)
+        backbone.rope_positions(tokens, [SimpleNamespace(grid=grid)], sharp_chat, sharp_model)
         for grid in ((4, 8), (8, 4))
     )
     extent = lambda positions: positions[:, 1:9].amax(1).tolist()  # noqa: E731
@@ -289,18 +292,18 @@ def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_codec)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("budget", [130, 100000])
 def test_packed_logprobs_are_those_of_separate_plain_forwards(
-    sharp_model, sharp_codec, episodes, plain, device, budget, temperature
+    sharp_model, sharp_chat, episodes, plain, device, budget, temperature
 ):
-    rows = policy.pack(episodes, sharp_codec, sharp_model, budget)
-    packed = torch.cat(policy.logprobs(sharp_model, rows, temperature, device))
+    batches = policy.pack(episodes, sharp_chat, sharp_model, budget)
+    packed = torch.cat(policy.logprobs(sharp_model, batches, temperature, device))
     with torch.no_grad():
         separate = torch.cat([plain.sampled_logp(e, temperature) for e in episodes])
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_codec, episodes, plain, wide, device):
+def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_chat, episodes, plain, wide, device):
     wide = replace(wide, temperature=0.7, max_grad_norm=1e9)
-    sums, new = step(sharp_model, episodes, sharp_codec, wide, device)
+    sums, new = step(sharp_model, episodes, sharp_chat, wide, device)
     count, loss = sum(len(sampled_tokens(e)) for e in episodes), 0.0
     for episode, advantage in zip(episodes, ADVANTAGES, strict=True):
         part = -(plain.sampled_logp(episode, 0.7) * advantage).sum()
@@ -311,9 +314,9 @@ def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_codec
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_codec, episodes, plain, temperature):
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    entropy = sharp_model.packed_logprobs(row, temperature, True)[1]
+def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_chat, episodes, plain, temperature):
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+    entropy = sharp_model.packed_logprobs(batch, temperature, True)[1]
     expected = []
     for episode in episodes:
         p = plain.logp(episode, temperature).double().softmax(-1)
@@ -323,45 +326,45 @@ def test_entropy_is_that_of_the_sampling_distribution(sharp_model, sharp_codec, 
     (entropy * weights).sum().backward()
     (torch.cat(expected) * weights).sum().backward()
     assert_same(gradients(sharp_model), gradients(plain.model), 1e-4)
-    assert not sharp_model.packed_logprobs(row, temperature)[1].requires_grad
+    assert not sharp_model.packed_logprobs(batch, temperature)[1].requires_grad
 
 
-def test_banned_ids_are_outside_of_the_distribution(sharp_model, sharp_codec, episodes, plain, device):
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+def test_banned_ids_are_outside_of_the_distribution(sharp_model, sharp_chat, episodes, plain, device):
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [batch], 1.0, device)[0]
     with torch.no_grad():
         sharp_model.lm_head.weight[plain.banned] = 100.0
-    assert torch.equal(policy.logprobs(sharp_model, [row], 1.0, device)[0], before)
+    assert torch.equal(policy.logprobs(sharp_model, [batch], 1.0, device)[0], before)
 
 
-def test_a_change_in_one_episode_does_not_reach_another(sharp_model, sharp_codec, episodes, device):
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+def test_a_change_in_one_episode_does_not_reach_another(sharp_model, sharp_chat, episodes, device):
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [batch], 1.0, device)[0]
     for number, episode in enumerate(episodes[:5]):
-        token = episode.tokens.index(sharp_codec.im_end) - 1  # of the prompt: everything of this episode depends on it
+        token = episode.tokens.index(sharp_chat.im_end) - 1  # of the prompt: everything of this episode depends on it
         old, episode.tokens[token] = episode.tokens[token], 333
-        (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-        changed = (policy.logprobs(sharp_model, [row], 1.0, device)[0] - before).abs() > 2e-6
-        assert torch.equal(changed, row.sequence == number)
+        (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+        changed = (policy.logprobs(sharp_model, [batch], 1.0, device)[0] - before).abs() > 2e-6
+        assert torch.equal(changed, batch.sequence == number)
         episode.tokens[token] = old
 
 
-def test_a_change_in_one_picture_does_not_reach_another(sharp_model, sharp_codec, episodes, device):
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
-    before = policy.logprobs(sharp_model, [row], 1.0, device)[0]
+def test_a_change_in_one_picture_does_not_reach_another(sharp_model, sharp_chat, episodes, device):
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
+    before = policy.logprobs(sharp_model, [batch], 1.0, device)[0]
     keys = list(dict.fromkeys(p.key for e in episodes for p in e.images))
-    ends = (row.grids[:, 1] * row.grids[:, 2]).cumsum(0).tolist()
+    ends = (batch.grids[:, 1] * batch.grids[:, 2]).cumsum(0).tolist()
     for key, start, end in zip(keys, [0, *ends], ends, strict=False):
-        pixels = row.pixels.clone()
-        row.pixels[start:end] += 1.0
-        changed = (policy.logprobs(sharp_model, [row], 1.0, device)[0] - before).abs() > 2e-6
-        shows = torch.tensor([any(p.key == key for p in e.images) for e in episodes])[row.sequence]
+        pixels = batch.pixels.clone()
+        batch.pixels[start:end] += 1.0
+        changed = (policy.logprobs(sharp_model, [batch], 1.0, device)[0] - before).abs() > 2e-6
+        shows = torch.tensor([any(p.key == key for p in e.images) for e in episodes])[batch.sequence]
         assert not (changed & ~shows).any() and bool(changed.any()) == bool(shows.any())
-        row.pixels = pixels
+        batch.pixels = pixels
 
 
-def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, device, monkeypatch):
-    (row,) = policy.pack(episodes, sharp_codec, sharp_model, 100000)
+def test_chunks_of_the_head_change_nothing(sharp_model, sharp_chat, episodes, device, monkeypatch):
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
     results, distributions = [], policy.distributions
     for chunk in (1024, 3):
         monkeypatch.setitem(policy.HEAD_LOGITS, "cpu", chunk * len(sharp_model.banned_ids))
@@ -369,40 +372,40 @@ def test_chunks_of_the_head_change_nothing(sharp_model, sharp_codec, episodes, d
         spy = lambda hidden, *rest, sizes=sizes: sizes.append(len(hidden)) or distributions(hidden, *rest)  # noqa: E731
         monkeypatch.setattr(policy, "distributions", spy)
         sharp_model.zero_grad()
-        logp, entropy, _ = sharp_model.packed_logprobs(row, 0.8, True)
+        logp, entropy, _ = sharp_model.packed_logprobs(batch, 0.8, True)
         (logp.sum() + 0.1 * entropy.sum()).backward()
         results.append((logp, entropy, gradients(sharp_model), max(sizes)))
     (logp, entropy, grads, largest), (logp3, entropy3, grads3, largest3) = results
     torch.testing.assert_close(logp3, logp, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(entropy3, entropy, atol=1e-6, rtol=1e-6)
     assert_same(grads3, grads)
-    assert largest == len(row.target) and largest3 == 3
+    assert largest == len(batch.target) and largest3 == 3
 
 
-def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp_codec, episodes):
+def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp_chat, episodes):
     patches = []
     sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
     twice = [*episodes, *episodes]
-    (row,) = policy.pack(twice, sharp_codec, sharp_model, 100000)
-    sharp_model.packed_logprobs(row, 1.0)
+    (batch,) = policy.pack(twice, sharp_chat, sharp_model, 100000)
+    sharp_model.packed_logprobs(batch, 1.0)
     distinct = {p.key: p.grid[0] * p.grid[1] for e in twice for p in e.images}
     assert patches == [sum(distinct.values())]
     assert sum(p.grid[0] * p.grid[1] for e in twice for p in e.images) > 2 * sum(distinct.values())
 
 
 @pytest.mark.parametrize("of", ["text only", "empty"])
-def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_codec, episodes, of):
+def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_chat, episodes, of):
     """With FSDP, a rank that leaves a module out makes the others wait for ever."""
-    row = (
-        policy.empty_batch(sharp_codec)
+    batch = (
+        policy.pack_batch([], [], sharp_chat, sharp_model)
         if of == "empty"
-        else policy.pack([episodes[2]], sharp_codec, sharp_model, 99)[0]
+        else policy.pack([episodes[2]], sharp_chat, sharp_model, 99)[0]
     )
     patches = []
     sharp_model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(args[0].shape[0]))
-    logp, entropy, zero = sharp_model.packed_logprobs(row, 1.0)
+    logp, entropy, zero = sharp_model.packed_logprobs(batch, 1.0)
     assert patches == [4]
-    assert zero.item() == 0 and len(logp) == len(entropy) == len(row.target)
+    assert zero.item() == 0 and len(logp) == len(entropy) == len(batch.target)
     zero.backward()
     assert all(p.grad is not None and not p.grad.any() for p in sharp_model.parameters())
 
@@ -493,13 +496,13 @@ def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, v
 
 
 @pytest.mark.parametrize("kind", ["tokens", "sequence"])
-def test_a_step_does_not_depend_on_packing(sharp, sharp_codec, episodes, wide, device, kind):
+def test_a_step_does_not_depend_on_packing(sharp, sharp_chat, episodes, wide, device, kind):
     wide = replace(wide, max_grad_norm=0.5)  # clipping must see the whole gradient
     alone = None
     for budget, order in [(100000, range(6)), (130, range(6)), (200, [4, 2, 0, 5, 1, 3])]:
-        model = policy.load_policy(sharp, sharp_codec, wide, device)
+        model = policy.load_policy(sharp, sharp_chat, wide, device)
         cfg = replace(wide, max_tokens=100, max_prompt_tokens=90, max_tokens_per_batch=budget)
-        sums, grads = step(model, [episodes[i] for i in order], sharp_codec, cfg, device, kind, order)
+        sums, grads = step(model, [episodes[i] for i in order], sharp_chat, cfg, device, kind, order)
         weights = dict(policy.full_weights(model))
         assert sums["tokens"] == sum(sum(e.sampled) for e in episodes)
         assert sums["count"] == {"tokens": sums["tokens"], "sequence": 5}[kind]  # one has nothing sampled
@@ -511,120 +514,119 @@ def test_a_step_does_not_depend_on_packing(sharp, sharp_codec, episodes, wide, d
         assert_same(weights, alone[2])
 
 
-def test_masked_tokens_cannot_move_the_loss(sharp_model, sharp_codec, wide, device):
+def test_masked_tokens_cannot_move_the_loss(sharp_model, sharp_chat, wide, device):
     """A tool's turn is no target, and behind the last sampled token nothing is a cause either."""
-    episode = conversation(sharp_codec, 1, turns=((4, ("small",)), (3, ())))
-    assert episode.add_result(Call("text"), Result("ok", (Hit("a page", text="about it"),)))
-    sums, grads = step(sharp_model, [episode], sharp_codec, wide, device, lr=0.0)
+    episode = conversation(sharp_chat, 1, turns=((4, ("small",)), (3, ())))
+    assert episode.add_result(Call("text_search"), Result("ok", (Hit("a page", text="about it"),)))
+    sums, grads = step(sharp_model, [episode], sharp_chat, wide, device, lr=0.0)
     for offset, sampled in enumerate(episode.sampled):
         if not sampled:
             episode.logprobs[offset] = float("nan")
             if offset > episode.turns[-1].end:
                 episode.tokens[offset] = 300 + offset
-    again, grads_again = step(sharp_model, [episode], sharp_codec, wide, device, lr=0.0)
+    again, grads_again = step(sharp_model, [episode], sharp_chat, wide, device, lr=0.0)
     assert again == pytest.approx(sums, rel=1e-6) and sums["tokens"] == 7
     assert_same(grads_again, grads)
 
 
-def test_a_frozen_vision_tower_stays_as_it_is(sharp, sharp_codec, sharp_model, episodes, wide, device):
-    frozen = policy.load_policy(sharp, sharp_codec, replace(wide, freeze_vision=True), device)
+def test_a_frozen_vision_tower_stays_as_it_is(sharp, sharp_chat, sharp_model, episodes, wide, device):
+    frozen = policy.load_policy(sharp, sharp_chat, replace(wide, freeze_vision=True), device)
     before = {name: value.clone() for name, value in policy.full_weights(frozen)}
     wide = replace(wide, max_grad_norm=1e9)
-    _, grads = step(frozen, episodes, sharp_codec, wide, device)
-    _, all_grads = step(sharp_model, episodes, sharp_codec, wide, device)
+    _, grads = step(frozen, episodes, sharp_chat, wide, device)
+    _, all_grads = step(sharp_model, episodes, sharp_chat, wide, device)
     after = dict(policy.full_weights(frozen))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == set(grads) == {name for name in before if "visual" not in name}
     assert_same(grads, {name: all_grads[name] for name in grads})
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(sharp, sharp_codec, sharp_model, episodes, wide, device):
-    saving = policy.load_policy(sharp, sharp_codec, replace(wide, gradient_checkpointing=True), device)
+def test_gradient_checkpointing_changes_nothing_but_memory(sharp, sharp_chat, sharp_model, episodes, wide, device):
+    saving = policy.load_policy(sharp, sharp_chat, replace(wide, gradient_checkpointing=True), device)
     runs = []
     saving.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append("text"))
     saving.model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append("vision"))
-    _, grads = step(saving, episodes[:2], sharp_codec, wide, device)
+    _, grads = step(saving, episodes[:2], sharp_chat, wide, device)
     assert sorted(runs) == ["text", "text", "vision", "vision"]  # once forward, once again in backward
-    assert_same(grads, step(sharp_model, episodes[:2], sharp_codec, wide, device)[1])
+    assert_same(grads, step(sharp_model, episodes[:2], sharp_chat, wide, device)[1])
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_step(sharp_model, sharp_codec, episodes, wide, device, what):
+def test_what_is_not_finite_stops_the_step(sharp_model, sharp_chat, episodes, wide, device, what):
     optimizer = torch.optim.AdamW(sharp_model.parameters(), 1e-3)
-    rows = policy.pack(episodes, sharp_codec, sharp_model, 130)
-    good = row_loss_of("tokens")
-    policy.update(sharp_model, optimizer, rows, good, wide, device)
+    batches = policy.pack(episodes, sharp_chat, sharp_model, 130, ADVANTAGES)
+    good = reinforce("tokens")
+    policy.update(sharp_model, optimizer, batches, good, wide, device)
     before = [p.clone() for p in sharp_model.parameters()]
     state = [value.clone() for s in optimizer.state.values() for value in s.values()]
 
-    def broken(number, row, logp, entropy):
-        loss, count, stats = good(number, row, logp, entropy)
-        if number == 1:  # a gradient of 0 * inf
+    def broken(batch, logp, entropy):
+        loss, count, stats = good(batch, logp, entropy)
+        if batch.episodes == batches[1].episodes:  # a gradient of 0 * inf
             loss = loss * float("nan") if what == "loss" else loss + (logp - logp.detach()).abs().sqrt().sum()
         return loss, count, stats
 
     with pytest.raises(policy.NonFinite, match="gradient norm nan") as caught:
-        policy.update(sharp_model, optimizer, rows, broken, wide, device)
-    assert caught.value.episodes == (rows[1].episodes if what == "loss" else [])
-    assert what != "loss" or str(caught.value).endswith(
-        f"episodes {', '.join(map(str, rows[1].episodes))} of this rank"
-    )
+        policy.update(sharp_model, optimizer, batches, broken, wide, device)
+    suspects = [e.name for e in (batches[1].episodes if what == "loss" else episodes)]  # a gradient is everybody's
+    assert caught.value.names == suspects and str(caught.value).endswith(f" ({', '.join(suspects)})")
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
     assert all(map(torch.equal, [v for s in optimizer.state.values() for v in s.values()], state))
     assert all(p.grad is None for p in sharp_model.parameters())
 
 
-def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_codec, episodes, wide, device):
+def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_chat, episodes, wide, device):
     """All were aborted: even the momentum of earlier steps must not move the weights."""
     optimizer = torch.optim.AdamW(sharp_model.parameters(), 1e-2)
-    rows = policy.pack(episodes, sharp_codec, sharp_model, 1000)
-    policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
+    batches = policy.pack(episodes, sharp_chat, sharp_model, 1000, ADVANTAGES)
+    policy.update(sharp_model, optimizer, batches, reinforce("tokens"), wide, device)
     before = [p.clone() for p in sharp_model.parameters()]
-    rows = policy.equal_counts(policy.pack([], sharp_codec, sharp_model, 1000), sharp_codec, device)
-    assert len(rows) == 1
-    sums = policy.update(sharp_model, optimizer, rows, row_loss_of("tokens"), wide, device)
+    batches = policy.equal_counts(policy.pack([], sharp_chat, sharp_model, 1000), sharp_chat, sharp_model, device)
+    assert len(batches) == 1
+    sums = policy.update(sharp_model, optimizer, batches, reinforce("tokens"), wide, device)
     assert sums == {"loss": 0.0, "count": 0.0, "tokens": 0.0, "grad_norm": 0.0}
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
 
 
-def test_bf16_with_fp32_masters(sharp, sharp_codec, sharp_model, episodes, wide, device):
-    half = policy.load_policy(sharp, sharp_codec, replace(wide, dtype="bf16"), device)
+def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, device):
+    half = policy.load_policy(sharp, sharp_chat, replace(wide, dtype="bf16"), device)
     cosines = []
     half.model.visual.blocks[0].attn.register_forward_pre_hook(
         lambda _, __, kwargs: cosines.append(kwargs["position_embeddings"][0].dtype), with_kwargs=True
     )
-    rows = policy.pack(episodes, sharp_codec, half, 130)
-    logps = policy.logprobs(half, rows, 1.0, device)
+    batches = policy.pack(episodes, sharp_chat, half, 130)
+    logps = policy.logprobs(half, batches, 1.0, device)
     assert set(cosines) == {torch.float32}
     # between forward and backward, FSDP lets parameters() show bf16 copies: what is handed on must be the masters
     masters = {name: value.clone() for name, value in policy.full_weights(half)}
     assert_same(masters, dict(sharp_model.named_parameters()), 1e-12)
-    exact = policy.logprobs(sharp_model, rows, 1.0, device)
+    exact = policy.logprobs(sharp_model, batches, 1.0, device)
     gap = (torch.cat(logps) - torch.cat(exact)).abs()
     assert 1e-4 < gap.mean() < 0.1 and all(logp.dtype == torch.float32 for logp in logps)
-    sums, grads = step(half, episodes, sharp_codec, wide, device, lr=1e-6)  # steps that bf16 would swallow
+    sums, grads = step(half, episodes, sharp_chat, wide, device, lr=1e-6)  # steps that bf16 would swallow
     after = dict(policy.full_weights(half))
     assert {g.dtype for g in grads.values()} == {v.dtype for v in after.values()} == {torch.float32}
     moved = [n for n in after if not torch.equal(after[n], masters[n])]
     assert len(moved) > len(after) // 2
     assert sums["grad_norm"] == pytest.approx(
-        step(sharp_model, episodes, sharp_codec, wide, device)[0]["grad_norm"], rel=0.1
+        step(sharp_model, episodes, sharp_chat, wide, device)[0]["grad_norm"], rel=0.1
     )
 
 
-def test_rows_are_evened_out(chat, device, monkeypatch):
+def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
     monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
-    row = policy.empty_batch(chat)
-    rows = policy.equal_counts([row], chat, device)
-    assert len(rows) == 3 and rows[0] is row and all(len(r.target) == 0 and r.episodes == [] for r in rows[1:])
+    batch = policy.pack_batch([], [], chat, model)
+    batches = policy.equal_counts([batch], chat, model, device)
+    assert len(batches) == 3 and batches[0] is batch
+    assert all(len(b.target) == 0 and b.episodes == [] for b in batches[1:])
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
 def train_once(model, optimizer, chat, cfg, device):
-    rows = policy.pack(some_episodes(chat)[:2], chat, model, cfg.max_tokens_per_batch)
-    policy.update(model, optimizer, rows, row_loss_of("tokens"), cfg, device)
+    batches = policy.pack(some_episodes(chat)[:2], chat, model, cfg.max_tokens_per_batch, ADVANTAGES[:2])
+    policy.update(model, optimizer, batches, reinforce("tokens"), cfg, device)
 
 
 def everything(model, optimizer):
@@ -774,10 +776,10 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     exported, again = Plain(tmp_path / "best", wide), Chat(tmp_path / "best", wide)
     assert again.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
     assert some_episodes(again)[3].tokens == episodes[3].tokens
-    rows = policy.pack(episodes, chat, model, 100000)
+    batches = policy.pack(episodes, chat, model, 100000)
     with torch.no_grad():
         separate = torch.cat([exported.sampled_logp(e) for e in episodes])
-    torch.testing.assert_close(policy.logprobs(model, rows, 1.0, device)[0], separate, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.logprobs(model, batches, 1.0, device)[0], separate, atol=1e-5, rtol=1e-5)
 
 
 def test_an_export_in_bf16_says_so(model, chat, tmp_path):
@@ -870,7 +872,7 @@ SCENARIOS = [
 
 
 def world_cfg(**changes):
-    """max_tokens_per_batch: so small that the ranks have unequal numbers of rows."""
+    """max_tokens_per_batch: so small that the ranks have unequal numbers of batches."""
     cfg = wide_range(config.Config(threads=1, max_grad_norm=0.5))
     return replace(cfg, max_tokens=130, max_tokens_per_batch=130, **changes)
 
@@ -882,8 +884,8 @@ def run_scenario(folder, settings, mine, device):
     model = policy.load_policy(folder, chat, cfg, device)
     chosen = [some_episodes(chat)[i] for i in mine]
     sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
-    rows = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, device)
-    policy.logprobs(model, rows, 1.0, device)  # leaves nothing behind that full_weights would trip over
+    batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model, device)
+    policy.logprobs(model, batches, 1.0, device)  # leaves nothing behind that full_weights would trip over
     return {"sums": sums, "grads": grads, "weights": dict(policy.full_weights(model))}
 
 
@@ -897,19 +899,19 @@ def worker(folder, out):
     chat = Chat(folder, cfg)
     model = policy.load_policy(folder, chat, cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    rows = policy.pack(some_episodes(chat)[rank::2], chat, model, 1000)
-    good = row_loss_of("tokens", range(rank, 6, 2))
-    policy.update(model, optimizer, rows, good, cfg, device)
+    batches = policy.pack(some_episodes(chat)[rank::2], chat, model, 1000, ADVANTAGES[rank::2])
+    good = reinforce("tokens")
+    policy.update(model, optimizer, batches, good, cfg, device)
 
-    def broken(number, row, logp, entropy):
-        loss, count, stats = good(number, row, logp, entropy)
+    def broken(batch, logp, entropy):
+        loss, count, stats = good(batch, logp, entropy)
         return loss + (float("nan") if rank else 0.0), count, stats  # the gradient is finite on both
 
     try:
-        policy.update(model, optimizer, rows, broken, cfg, device)
+        policy.update(model, optimizer, batches, broken, cfg, device)
     except policy.NonFinite as error:
         results["nan"] = [None, None]
-        dist.all_gather_object(results["nan"], error.episodes)
+        dist.all_gather_object(results["nan"], error.names)
     checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
     checkpoint.export_hf(out / "export", model, chat)
     results["final"] = dict(policy.full_weights(model))
@@ -954,7 +956,7 @@ def test_two_ranks_are_one(two_ranks, folder, device, name, settings, ranks):
 
 
 def test_a_nan_on_one_rank_stops_all(two_ranks):
-    assert two_ranks[0]["nan"] == [[], [0, 1, 2]]
+    assert two_ranks[0]["nan"] == [["q1 sample 0", "q3 sample 0", "q5 sample 0"]] * 2  # both know whose it was
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import reward
+from tools import TOOLS, has_answer, parse_call
 
 IMG = "<search><img></search>"
 ANSWER = "<reason>I know it.</reason><answer>Paris</answer>"
 IMAGE = f"<reason>I must look.</reason>{IMG}"
 TEXT = "<reason>I must read.</reason><text_search>capital of France</text_search>"
-KINDS = {"answer": ANSWER, "image": IMAGE, "text": TEXT, "broken": "Paris"}
+KINDS = {"answer": ANSWER, "image_search": IMAGE, "text_search": TEXT, "broken": "Paris"}
 
 
 # --- matching -------------------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ def test_normalize_answer_against_a_loop():
         ("<answer>one</answer> no, <answer>two</answer>", "two"),  # the last, and not from the first to the last
         ("<reason>maybe <answer>one</answer></reason><answer>two</answer>", "two"),
         ("<answer>one</answer> and then more text", "one"),
-        ("<answer>one <answer>two</answer>", "one <answer>two"),
+        ("<answer>one <answer>two</answer>", "two"),  # the innermost complete pair
+        ("<reason>put it in <answer> tags</reason><answer>Paris</answer>", "Paris"),
         ("<answer>one</answer> <answer>never closed", "one"),
         ("<answer></answer>", ""),
         ("<Answer>Paris</Answer>", None),
@@ -75,6 +77,25 @@ def test_normalize_answer_against_a_loop():
 )
 def test_extract_answer(turn, expected):
     assert reward.extract_answer(turn) == expected
+
+
+MENTIONED = "<reason>put it in <answer> tags</reason><answer>Paris</answer>"
+
+
+def test_the_reward_reads_the_answer_that_ended_the_conversation():
+    """A tag that reasoning mentions confuses neither the rollout nor the reward; it only breaks the format."""
+    assert has_answer(MENTIONED) and parse_call(MENTIONED) is None
+    assert reward.score([MENTIONED], ["Paris"]) == reward.Score(0.9, True, False, 0, "Paris")
+    pieces = ["<answer>", "</answer>", "<text_search>", "</text_search>", IMG, "Paris", " ", "<reason>", "</reason>"]
+    rng, seen = random.Random(0), set()
+    for _ in range(3000):
+        turn = "".join(rng.choices(pieces, k=rng.randrange(9)))
+        if has_answer(turn):
+            assert reward.extract_answer(turn) is not None, turn
+        elif parse_call(turn) is None:
+            assert reward.extract_answer(turn) is None, turn
+        seen.add((has_answer(turn), parse_call(turn) is None))
+    assert seen == {(True, True), (False, True), (False, False)}
 
 
 def test_exact_match():
@@ -111,20 +132,20 @@ def test_a_bare_string_is_refused():
     "turn, kind",
     [
         (ANSWER, "answer"),
-        (IMAGE, "image"),
-        (TEXT, "text"),
+        (IMAGE, "image_search"),
+        (TEXT, "text_search"),
         # white space, text between the parts, several lines, nothing inside
         (f"\n\t {ANSWER} \n", "answer"),
         ("<reason>one\ntwo\n</reason>\nSo:\n<answer>\nParis\n</answer>", "answer"),
-        (f"<reason>one\ntwo</reason>\nSo:\n{IMG}\n", "image"),
-        ("<reason>one\ntwo</reason>\nSo:\n<text_search>a\nb</text_search>", "text"),
+        (f"<reason>one\ntwo</reason>\nSo:\n{IMG}\n", "image_search"),
+        ("<reason>one\ntwo</reason>\nSo:\n<text_search>a\nb</text_search>", "text_search"),
         ("<reason></reason><answer></answer>", "answer"),
-        ("<reason></reason><text_search></text_search>", "text"),
+        ("<reason></reason><text_search></text_search>", "text_search"),
         # a piece of the image-search tag is plain text
         ("<reason>a <search> or <img> or </search></reason><answer>Paris</answer>", "answer"),
         ("<reason><search> <img></search></reason><answer>Paris</answer>", "answer"),
-        (f"<reason>an <img> here</reason>{IMG}", "image"),
-        ("<reason>no </search></reason><text_search><img></text_search>", "text"),
+        (f"<reason>an <img> here</reason>{IMG}", "image_search"),
+        ("<reason>no </search></reason><text_search><img></text_search>", "text_search"),
         # text before or after
         (f"Well. {ANSWER}", None),
         (f"{ANSWER}.", None),
@@ -181,7 +202,12 @@ def test_turn_kind(turn, kind):
     assert reward.turn_kind(turn) == kind
 
 
-ACCEPTED = {("answer",), ("image", "answer"), ("text", "answer"), ("image", "text", "answer")}
+ACCEPTED = {
+    ("answer",),
+    ("image_search", "answer"),
+    ("text_search", "answer"),
+    ("image_search", "text_search", "answer"),
+}
 
 
 def test_format_of_every_conversation_of_up_to_four_turns():
@@ -189,9 +215,7 @@ def test_format_of_every_conversation_of_up_to_four_turns():
         for kinds in itertools.product(KINDS, repeat=length):
             conversation = [KINDS[kind] for kind in kinds]
             assert reward.format_ok(conversation) == (kinds in ACCEPTED), kinds
-            searches_then_answer = (
-                length > 0 and kinds[-1] == "answer" and all(kind in ("image", "text") for kind in kinds[:-1])
-            )
+            searches_then_answer = length > 0 and kinds[-1] == "answer" and all(kind in TOOLS for kind in kinds[:-1])
             assert reward.format_ok(conversation, any_order=True) == searches_then_answer, kinds
 
 
@@ -299,7 +323,7 @@ def test_per_search_penalty():
     assert both([TEXT, TEXT, TEXT, ANSWER]) == pytest.approx([0.81, 0.9 * 0.9 * 0.9 * 0.9], abs=1e-12)
 
 
-def test_the_knobs_reach_the_reward():
+def test_the_options_reach_the_reward():
     searched = [TEXT, TEXT, ANSWER]
     assert reward.score(searched, ["Paris"], any_order=True).reward == pytest.approx(0.91, abs=1e-12)
     assert reward.score(searched, ["Paris"], search_penalty=0.0).reward == pytest.approx(0.9, abs=1e-12)
@@ -310,12 +334,12 @@ def test_the_knobs_reach_the_reward():
 
 
 def test_reward_against_the_formula():
-    """Every conversation of up to four turns, with every knob, against the sentence of the recipe written out."""
+    """Every conversation of up to four turns, with every option, against the sentence of the recipe written out."""
     for length, penalty, alpha, many in itertools.product(range(1, 5), (-0.1, 0.0, 0.3), (0.0, 0.1), (False, True)):
         for kinds in itertools.product(KINDS, repeat=length):
             s = 1.0 if kinds[-1] == "answer" else 0.0
             asking = kinds if length == 1 else kinds[:-1]
-            searches = len([kind for kind in asking if kind in ("image", "text")])
+            searches = len([kind for kind in asking if kind in TOOLS])
             for _ in range(searches if many else min(searches, 1)):
                 s *= 1 - penalty
             expected = (1 - alpha) * s + (alpha if kinds in ACCEPTED else 0.0)

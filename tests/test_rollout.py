@@ -19,11 +19,13 @@ import config
 import engines
 import policy
 import rollout
+from analysis.imitation import imitated
 from chat import Chat, Episode
 from config import InputError
 from data import Call, Hit, Question, Result, Stop
 from engines import Reply, Sampling, TorchEngine
 from rollout import Generate, ScriptedEngine, converse, run, turn_seed
+from tools import TOOLS, Tool, picture_of
 
 PROMPTS = {
     "question": "{question}",
@@ -60,7 +62,7 @@ class Search:
     def search(self, call, about):
         self.calls.append((about.id, call))
         found = self.script(call, about) if self.script else None
-        return found or Result("ok", (Hit("bako", image=PICTURES["small"] if call.kind == "image" else None),))
+        return found or Result("ok", (Hit("bako", image=PICTURES["small"] if call.tool == "image_search" else None),))
 
 
 def says(*turns):
@@ -69,7 +71,7 @@ def says(*turns):
 
 
 def layout(episode):
-    """The conversation with special tokens as text, what is trained on in brackets, and an image as <pad*cells>."""
+    """The conversation with special tokens as text, what is trained on in brackets, an image as <pad*vision tokens>."""
     text, inside = "", False
     for token, sampled in zip(episode.tokens, episode.sampled, strict=True):
         if sampled != inside:
@@ -129,13 +131,13 @@ def test_answered_after_both_searches(cfg, folder):
     episode, search = hold(cfg, folder, [IMAGE, TEXT, ANSWER])
     assert episode.stop == Stop.ANSWERED
     assert layout(episode) == HEAD + said(IMAGE) + FOUND_IMAGE + said(TEXT) + FOUND_TEXT + said(ANSWER)
-    assert search.calls == [("q0", Call("image")), ("q0", Call("text", "bako river"))]
-    assert [call for call, _ in episode.calls] == [Call("image"), Call("text", "bako river")]
+    assert search.calls == [("q0", Call("image_search")), ("q0", Call("text_search", "bako river"))]
+    assert [call for call, _ in episode.calls] == [Call("image_search"), Call("text_search", "bako river")]
     assert [p.thumbnail for p in episode.images] == [False, True]
     # the whole is what the chat template makes of it
-    cells = iter([4, 1])
+    sizes = iter([4, 1])
     parts = layout(episode).translate({ord("⟦"): None, ord("⟧"): None})
-    whole = re.sub(r"<pad\*\d>", lambda _: "<|image_pad|>" * next(cells), parts)
+    whole = re.sub(r"<pad\*\d>", lambda _: "<|image_pad|>" * next(sizes), parts)
     assert episode.chat.tokenizer.encode(whole) == episode.tokens
     messages = [
         {"role": role, "content": text.split("<|im_end|>")[0]}
@@ -195,12 +197,13 @@ def test_truncated_turn(cfg, folder):
 
 
 @pytest.mark.parametrize("images, texts", [(1, 2), (0, 0), (2, 1)])
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_tool_limit(cfg, folder, kind, images, texts):
+@pytest.mark.parametrize("tool", ["image_search", "text_search"])
+def test_tool_limit(cfg, folder, tool, images, texts):
     """The other tool is not limited by this one's limit."""
-    cfg = replace(cfg, max_turns=9, max_image_searches=images, max_text_searches=texts, max_tokens=400)
-    allowed, call = (images, IMAGE) if kind == "image" else (texts, TEXT)
-    other = [TEXT if kind == "image" else IMAGE] * min(1, texts if kind == "image" else images)
+    limits = (f"image_search={images}", f"text_search={texts}")
+    cfg = replace(cfg, max_turns=9, tool_limits=limits, max_tokens=400)
+    allowed, call = (images, IMAGE) if tool == "image_search" else (texts, TEXT)
+    other = [TEXT] * min(1, texts) if tool == "image_search" else [IMAGE] * min(1, images)
     episode, search = hold(cfg, folder, [*other, *[call] * (allowed + 1)])
     assert episode.stop == Stop.TOOL_LIMIT and len(search.calls) == len(episode.calls) == len(other) + allowed
     assert layout(episode).endswith(f"<|im_start|>assistant\n{said(call)}")
@@ -208,7 +211,7 @@ def test_tool_limit(cfg, folder, kind, images, texts):
 
 @pytest.mark.parametrize("status, outcome", [("error", "failed"), ("no_results", "found nothing")])
 def test_a_failed_search_is_told_to_the_model(cfg, folder, status, outcome):
-    broken = Search(lambda call, _: Result(status, error="boom") if call.kind == "image" else None)
+    broken = Search(lambda call, _: Result(status, error="boom") if call.tool == "image_search" else None)
     episode, _ = hold(cfg, folder, [IMAGE, TEXT, ANSWER], broken)
     assert episode.stop == Stop.ANSWERED
     assert layout(episode) == HEAD + said(IMAGE) + failed(outcome) + said(TEXT) + FOUND_TEXT + said(ANSWER)
@@ -231,7 +234,7 @@ def test_logprobs_and_versions_stay_with_their_tokens(cfg, folder):
     conversation = converse(question(0), chat, cfg)
     next(conversation)
     ids = [*chat.encode(IMAGE), chat.im_end]
-    assert conversation.send(Reply("", ids, [-1.0, -2.0, -3.0, -4.0], "stop", 7)) == Call("image")
+    assert conversation.send(Reply("", ids, [-1.0, -2.0, -3.0, -4.0], "stop", 7)) == Call("image_search")
     wish = conversation.send(Result("no_results"))
     assert isinstance(wish, Generate) and len(wish.images) == 1
     with pytest.raises(StopIteration) as end:
@@ -379,7 +382,7 @@ def numbered(n):
 def test_ordered_gives_the_engine_the_same_batches_whatever_the_timing(cfg, folder):
     """The search of question 0 returns last, half a second after the others: nobody is served before it is there."""
     chat, late = Chat(folder, cfg), threading.Event()
-    search = Search(lambda call, about: about.id == "q0" and call.kind == "image" and late.wait(0.5) and None)
+    search = Search(lambda call, about: about.id == "q0" and call.tool == "image_search" and late.wait(0.5) and None)
     engine = Watched(chat, says(IMAGE, TEXT, ANSWER), lambda step: late.set() if step > 1 else None)
     episodes = run(numbered(4), engine, search, chat, cfg, ordered=True)
     assert engine.batches == [["0", "1", "2", "3"]] * 3
@@ -546,7 +549,7 @@ def sharp(folder, tmp_path_factory):
 @pytest.fixture
 def wide(cfg):
     """Pictures of many grids; three searches of each kind, so that random models come to several turns."""
-    return replace(wide_range(cfg), max_image_searches=3, max_turns=3, max_tokens_per_turn=12)
+    return replace(wide_range(cfg), tool_limits=("image_search=3",), max_turns=3, max_tokens_per_turn=12)
 
 
 def make_engine(folder, cfg, device, stops=0):
@@ -567,7 +570,7 @@ def engine(sharp, wide, device):
 
 def always_search(monkeypatch):
     """Every finished turn asks for an image search, whatever it says."""
-    monkeypatch.setattr(rollout, "parse_call", lambda text: Call("image"))
+    monkeypatch.setattr(rollout, "parse_call", lambda text: Call("image_search"))
 
 
 def thumbnails(call, about):
@@ -661,7 +664,7 @@ def test_the_company_of_a_conversation_changes_nothing(engine, sharp, wide, devi
         rolled(engine, ordered=True),  # a used engine
     ]
     monkeypatch.setattr(engines, "PREFILL_TOKENS", 100)
-    monkeypatch.setattr(engines, "FEATURE_CELLS", 10)
+    monkeypatch.setattr(engines, "FEATURE_TOKENS", 10)
     ways.append(rolled(make_engine(sharp, wide, device, 60)))
     for episodes in ways:
         for old, new in zip(together, sorted(episodes, key=lambda e: e.question_id), strict=True):
@@ -733,7 +736,7 @@ def two_turns(engine):
     episode = Episode.start(Question("q0", "what is it called?", (PICTURES["wide"],)), engine.chat)
     reply = ask(engine, episode.engine_prompt(), episode.images, seed=3)
     episode.add_reply(reply)
-    assert episode.add_result(Call("image"), Result("ok", (Hit("bako", image=PICTURES["large"]),)))
+    assert episode.add_result(Call("image_search"), Result("ok", (Hit("bako", image=PICTURES["large"]),)))
     return episode, episode.turns[0].end - 1  # the last token was drawn, but never run
 
 
@@ -767,7 +770,7 @@ def test_the_longest_prefix_is_taken(engine):
 
 @pytest.mark.parametrize("other", ["another", "turned"])
 def test_a_prefix_with_other_pictures_is_not_reused(engine, sharp, wide, device, other):
-    """The same tokens, but the picture is another one, or the same number of cells in another grid."""
+    """The same tokens, but the picture is another one, or the same number of vision tokens in another grid."""
     episode, known = two_turns(engine)
     replaced = {"another": picture(77, 112, 56), "turned": PICTURES["high"]}[other]
     images = [engine.chat.picture(replaced), *episode.images[1:]]
@@ -896,7 +899,7 @@ def test_what_does_not_fit_is_refused(engine, excess, fits):
     about = pictured([1])[0]
     ids, images = engine.chat.prompt(about)
     prompt = Episode.start(about, engine.chat).engine_prompt()
-    sampling = Sampling(1.0, engine.cfg.max_tokens - len(ids) + excess, 0)  # its images count with all their cells
+    sampling = Sampling(1.0, engine.cfg.max_tokens - len(ids) + excess, 0)  # all vision tokens of its images count
     if fits:
         return engine.submit("a", prompt, images, sampling)
     for wrong in (sampling, Sampling(1.0, 0, 0), Sampling(1.0, -5, 0)):
@@ -953,7 +956,7 @@ def test_pipeline(modes, folder):
     """The image search is put into the model's mouth and not trained on; the query and the answer are its own."""
     episode, search = hold(modes, folder, ["", TEXT, ANSWER], mode="pipeline")
     assert layout(episode) == WAIT + QUERY + said(TEXT) + NOW + said(ANSWER)
-    assert search.calls == [("q0", Call("image")), ("q0", Call("text", "bako river"))]
+    assert search.calls == [("q0", Call("image_search")), ("q0", Call("text_search", "bako river"))]
     assert episode.stop == Stop.ANSWERED and episode.responses == [TEXT, ANSWER] and len(episode.images) == 2
 
 
@@ -969,12 +972,12 @@ def test_pipeline(modes, folder):
 )
 def test_the_pipeline_searches_whatever_the_model_says(modes, folder, reply, query):
     episode, search = hold(modes, folder, ["", reply, TEXT], mode="pipeline")
-    assert search.calls == [("q0", Call("image")), ("q0", Call("text", query))]
+    assert search.calls == [("q0", Call("image_search")), ("q0", Call("text_search", query))]
     assert episode.stop == Stop.NO_ACTION  # the last turn was to be an answer
 
 
 def test_the_pipeline_goes_on_after_a_failed_search(modes, folder):
-    nothing = Search(lambda call, _: Result("no_results") if call.kind == "image" else Result("error"))
+    nothing = Search(lambda call, _: Result("no_results") if call.tool == "image_search" else Result("error"))
     episode, _ = hold(modes, folder, ["", TEXT, ANSWER], nothing, mode="pipeline")
     told = [
         "<information>\nthe search found nothing.\n</information> query:",
@@ -997,10 +1000,84 @@ def test_the_pipeline_has_a_budget_too(modes, folder):
 def test_the_pipeline_can_be_aborted(modes, folder):
     chat = Chat(folder, modes)
     conversation = rollout.converse_always_searching(question(0), chat, modes)
-    assert next(conversation) == Call("image")
+    assert next(conversation) == Call("image_search")
     with pytest.raises(StopIteration) as end:
         conversation.throw(rollout.Aborted())
     assert end.value.value.stop == Stop.ABORTED
+
+
+# ------------------------------------------------------------------------------- a tool that is about a picture
+
+
+def read_place(content):
+    """<zoom>img_2 0 0 500 500</zoom>: a picture's name, and perhaps a box."""
+    name, *box = content.split()
+    return {"picture": name, "box": tuple(map(float, box)) or None}
+
+
+@pytest.fixture
+def zooming(cfg, tmp_path, monkeypatch):
+    """(the configuration, what the zoom was asked, the hits it returns) of runs with one tool more."""
+    asked, hits = [], [Hit("closer", image=PICTURES["large"], full_size=True)]
+
+    def zoom(call, about, search):
+        asked.append((call, picture_of(call, about)))
+        return Result("ok", tuple(hits))
+
+    tool = Tool(("<zoom>", "</zoom>"), zoom, 2, 1, 1, (None, "image_search"), "picture", "zoom", read=read_place)
+    monkeypatch.setitem(TOOLS, "zoom", tool)
+    for name, text in (PROMPTS | {"after_zoom": "<information>\n{results}</information> closer: {question}"}).items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return replace(cfg, prompts=str(tmp_path), max_tokens=400, max_tokens_per_turn=60), asked, hits
+
+
+@pytest.mark.parametrize(
+    ("place", "box"), [("img_1", None), ("img_2", None), ("img_3", (0.0, 250.0, 500.0, 1000.0)), ("img_4", None)]
+)
+def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, box):
+    """Two of the question, then those of searches, in order of appearance; the result is as large as a question's."""
+    cfg, asked, _ = zooming
+    two = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["small"]), Hit("lupo", image=PICTURES["high"]))))
+    words = " ".join([place, *(f"{edge:.0f}" for edge in box or ())])
+    about = question(0, images=2)
+    episode, _ = hold(cfg, folder, [IMAGE, f"<zoom>{words}</zoom>", ANSWER], two, about)
+    named = dict(img_1=about.images[0], img_2=about.images[1], img_3=PICTURES["small"], img_4=PICTURES["high"])[place]
+    assert asked == [(Call("zoom", picture=place, box=box), named)]
+    assert asked[0][0].image == (None if place == "img_1" else named)  # the question's first may be found by its URL
+    assert [p.thumbnail for p in episode.images] == [False, False, True, True, False] and episode.stop == Stop.ANSWERED
+    record = json.loads(json.dumps(episode.record()))["calls"][1]
+    assert (record["tool"], record["picture"], record["box"]) == ("zoom", place, list(box) if box else None)
+    assert [hit["full_size"] for hit in record["hits"]] == [True]
+
+
+@pytest.mark.parametrize("place", ["img_3", "img_0", "img_", "img_01", "2", "picture"])
+def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, place):
+    """Nobody is asked, it is no fault of the tools, and the conversation continues."""
+    cfg, asked, _ = zooming
+    episode, search = hold(cfg, folder, [IMAGE, f"<zoom>{place}</zoom>", ANSWER])
+    call, result = episode.calls[1]
+    assert (call, result.status, result.error_kind) == (Call("zoom", picture=place), "error", "bad_call")
+    assert result.error == f"there is no picture {place}" and not asked and len(search.calls) == 1
+    assert layout(episode).endswith(failed("failed") + said(ANSWER)) and episode.stop == Stop.ANSWERED
+    again = imitated(json.loads(json.dumps(episode.record())), question(0), episode.chat, search)
+    assert again.tokens == episode.tokens and again.record() == episode.record()
+    rollout.check_calls([episode] * 20, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["another picture", "the question's picture"])
+def test_pictures_and_boxes_of_a_tool_survive_a_record(zooming, folder, device, full_size, own):
+    cfg, asked, hits = zooming
+    shown = question(0).images[0] if own else PICTURES["large"]
+    hits[:] = [Hit("closer", image=shown, full_size=full_size)]
+    turns = [IMAGE, "<zoom>img_2 0 250 500 1000</zoom>", ANSWER]
+    episode, search = hold(cfg, folder, turns)
+    r = json.loads(json.dumps(episode.record()))
+    again = imitated(r, question(0), episode.chat, search)
+    assert again.tokens == episode.tokens and again.images == episode.images and again.record() == episode.record()
+    assert (again.images[2].data, again.images[2].thumbnail) == (shown, not full_size)
+    assert again.calls[1][0] == Call("zoom", picture="img_2", box=(0.0, 250.0, 500.0, 1000.0))
+    assert asked[0] == asked[1] and asked[1][1] == PICTURES["small"]
 
 
 # ------------------------------------------------------------------------------------------- from a record
@@ -1011,23 +1088,26 @@ def test_a_conversation_from_its_record(cfg, folder):
     for turns in ([ANSWER], [IMAGE, ANSWER], [IMAGE, TEXT, ANSWER], [TEXT, ANSWER]):
         episode, search = hold(cfg, folder, turns)
         r = json.loads(json.dumps(episode.record()))
-        again = rollout.replay(r, question(0), episode.chat, search)
+        again = imitated(r, question(0), episode.chat, search)
         assert layout(again) == layout(episode) and again.tokens == episode.tokens
         assert again.sampled == episode.sampled and again.images == episode.images
         assert again.stop == Stop.ANSWERED and again.record() == r
     failing, _ = hold(cfg, folder, [IMAGE, ANSWER], Search(lambda *_: Result("error", error="down")))
-    assert layout(rollout.replay(failing.record(), question(0), failing.chat, None)) == layout(failing)
+    assert layout(imitated(failing.record(), question(0), failing.chat, None)) == layout(failing)
 
 
 def test_conversations_that_cannot_be_had_from_their_record(cfg, folder):
     episode, search = hold(cfg, folder, [IMAGE, TEXT, ANSWER])
     r, chat = episode.record(), episode.chat
     other = Search(lambda *_: Result("ok", (Hit("tilo", image=PICTURES["small"]),)))
-    with pytest.raises(ValueError, match="finds something else"):
-        rollout.replay(r, question(0), chat, other)
+    same_words = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["wide"]),)))
+    larger = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["small"], full_size=True),)))
+    for changed in (other, same_words, larger):
+        with pytest.raises(ValueError, match="find something else"):
+            imitated(r, question(0), chat, changed)
     for turns in ([IMAGE, "hm"], [IMAGE, IMAGE]):
         with pytest.raises(ValueError, match="without an answer"):
-            rollout.replay(hold(cfg, folder, turns)[0].record(), question(0), chat, search)
+            imitated(hold(cfg, folder, turns)[0].record(), question(0), chat, search)
     short = Chat(folder, replace(cfg, max_tokens=len(episode.tokens) - 1, max_prompt_tokens=40))
     with pytest.raises(ValueError, match="longer than max_tokens"):
-        rollout.replay(r, question(0), short, search)
+        imitated(r, question(0), short, search)

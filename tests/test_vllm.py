@@ -34,9 +34,8 @@ needs_vllm = pytest.mark.skipif(
 
 def setting(folder, **changes):
     """Pictures of many grids, three searches of each kind, turns long enough to fill a page of the prefix cache."""
-    cfg = replace(
-        wide_range(config.Config(threads=1, engine="vllm")), **{"concurrency": 8, "max_image_searches": 3, **changes}
-    )
+    changes = {"concurrency": 8, "tool_limits": ("image_search=3",), **changes}
+    cfg = replace(wide_range(config.Config(threads=1, engine="vllm")), **changes)
     chat = Chat(folder, cfg)
     chat.stop_ids = (*chat.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
     return cfg, chat
@@ -60,18 +59,19 @@ class Search:
 
 def gap(episodes, model, chat, cfg, device):
     """Largest |difference| of the sampler's and the trainer's log-probs of the sampled tokens."""
-    rows = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
-    logps = policy.logprobs(model, policy.equal_counts(rows, chat, device), cfg.temperature, device)
-    gaps = [(logp - row.sampler_logp).abs().max().item() for logp, row in zip(logps, rows, strict=False)]
+    batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
+    logps = policy.logprobs(model, policy.equal_counts(batches, chat, model, device), cfg.temperature, device)
+    gaps = [(logp - batch.sampler_logp).abs().max().item() for logp, batch in zip(logps, batches, strict=False)]
     return max(gaps, default=0.0)
 
 
 def learn(model, optimizer, episodes, chat, cfg, device):
-    def batch_loss(number, row, logp, entropy):
+    def batch_loss(batch, logp, entropy):
         return -logp.sum(), torch.tensor(float(len(logp))), {}
 
-    rows = policy.equal_counts(policy.pack(episodes, chat, model, cfg.max_tokens_per_batch), chat, device)
-    policy.update(model, optimizer, rows, batch_loss, cfg, device)
+    batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
+    batches = policy.equal_counts(batches, chat, model, device)
+    policy.update(model, optimizer, batches, batch_loss, cfg, device)
 
 
 class Alone:
@@ -80,7 +80,7 @@ class Alone:
     def __init__(self, folder, out):
         self.cfg, self.chat = setting(folder)
         self.device = policy.init_distributed(self.cfg)
-        rollout.parse_call = lambda text: Call("image")  # every finished turn asks for a search, whatever it says
+        rollout.parse_call = lambda text: Call("image_search")  # every finished turn asks for one, whatever it says
         self.model = policy.load_policy(folder, self.chat, self.cfg, self.device)
         checkpoint.export_hf(out / "export", self.model, self.chat)
         self.questions = pictured(range(6))
@@ -195,7 +195,7 @@ def together(folder, out, tensor_parallel):
     """Two ranks under torchrun's variables: FSDP2 beside an engine each, or beside one engine that they share."""
     cfg, chat = setting(folder, tensor_parallel=tensor_parallel)
     device = policy.init_distributed(cfg)
-    rollout.parse_call = lambda text: Call("image")
+    rollout.parse_call = lambda text: Call("image_search")
     model = policy.load_policy(folder, chat, cfg, device)
     questions = pictured(range(5))  # uneven: three for one engine, two for the other
     engine = VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, questions))
@@ -299,7 +299,7 @@ def test_an_aborted_request_hands_over_what_it_has(seen):
 
 @needs_vllm
 def test_another_expansion_is_an_error(seen):
-    assert "its image processor resizes other than data.py" in seen["other pixels"]
+    assert "its image processor resizes other than chat.py" in seen["other pixels"]
 
 
 @needs_vllm
@@ -329,7 +329,7 @@ def test_torchrun_trains_with_vllm(world, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     short = "--prompts_per_step=3 --samples_per_prompt=3 --max_tokens_per_turn=12 --val_limit=3 --steps=2".split()
     done = subprocess.run(
-        [*torchrun, "train.py", *SHORT_WORLD, *short, f"--toy_dir={world[1].toy_dir}", "--engine=vllm", "--threads=1",
+        [*torchrun, "train.py", *SHORT_WORLD, *short, f"--toy_dir={world[2].toy_dir}", "--engine=vllm", "--threads=1",
          f"--run_dir={tmp_path / 'run'}"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
