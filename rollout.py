@@ -25,7 +25,7 @@ from tqdm import tqdm
 from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
 from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
-from engines import Reply, Sampling
+from engines import Engine, Reply, Sampling
 from policy import all_gather, all_sum
 from reward import Score, record, score_episode
 from tools import TOOLS, allowed_calls, has_answer, limits, parse_call, run_tool
@@ -346,6 +346,33 @@ def _execute(engine, commands):
         if name != "stop":
             result = getattr(engine, name)(*arguments)
     return result
+
+
+class ScriptedEngine(Engine):
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
+        self.chat, self.script, self.queue = chat, script, []
+
+    def submit(self, request_id, prompt_ids, images, sampling):
+        self.queue.append((request_id, prompt_ids, images, sampling))
+
+    def step(self):
+        replies = []
+        for request_id, prompt_ids, images, sampling in self.queue:
+            text = self.script(self.chat.show(prompt_ids), images, sampling)
+            ids = [*self.chat.encode(text), self.chat.im_end]
+            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
+            ids = ids[: sampling.max_tokens]
+            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
+        self.queue = []
+        return replies
+
+    def abort(self, request_ids):
+        ids = set(request_ids)
+        gone = [request[0] for request in self.queue if request[0] in ids]
+        self.queue = [request for request in self.queue if request[0] not in ids]
+        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

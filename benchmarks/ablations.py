@@ -59,9 +59,8 @@ def right_conversations(world, cfg, recipe, target: Path) -> None:
     import tools
     from chat import Chat
     from data import load_questions, write_jsonl
-    from engines import ScriptedEngine
     from reward import record, score_episode
-    from rollout import run
+    from rollout import ScriptedEngine, run
     from search.index import OfflineSearch, SearchDB
     from toy.lessons import SloppyPolicy
     from toy.world import make_things
@@ -117,9 +116,9 @@ def load(folder: Path) -> tuple[dict, dict]:
 
 def modes(folder: Path) -> dict[str, list[dict]]:
     """The grpo model asked directly, with both searches forced, and on demand: {mode: [summary of a seed]}."""
+    from analysis.figures import summarize
     from analysis.results import read_results
     from config import Config
-    from analysis.figures import summarize
 
     found = defaultdict(list)
     for mode in ("direct", "pipeline"):

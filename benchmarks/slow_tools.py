@@ -59,10 +59,7 @@ sys.path.insert(0, str(ROOT))
 import engines  # noqa: E402
 import policy  # noqa: E402
 import rollout  # noqa: E402
-from chat import (
-    Chat,  # noqa: E402
-    Episode,  # noqa: E402
-)
+from chat import Chat, Episode  # noqa: E402
 from config import Config  # noqa: E402
 from data import Call, Hit, Question, Result  # noqa: E402
 from toy import model as toy_model  # noqa: E402

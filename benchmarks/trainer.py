@@ -51,10 +51,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from chat import (
-    Chat,  # noqa: E402
-    Episode,  # noqa: E402
-)
+from chat import Chat, Episode  # noqa: E402
 from config import Config  # noqa: E402
 from data import Question  # noqa: E402
 from grpo import group_advantages  # noqa: E402

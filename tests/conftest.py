@@ -17,7 +17,7 @@ import policy
 import toy
 from chat import Chat
 from data import Question
-from engines import ScriptedEngine
+from rollout import ScriptedEngine
 from toy import build as toy_build
 from toy import model as toy_model
 
@@ -65,8 +65,7 @@ def model(folder, chat, cfg, device):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy world whose model has hardly learned anything (for everything but the learning itself), and the options of a
-    run with it."""
+    """A toy world whose model has hardly learned anything (for all but the learning itself), and a run's options."""
     argv = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"]
     cfg, recipe = config.parse(argv, config.Config, toy.Recipe)
     device = policy.init_distributed(cfg)

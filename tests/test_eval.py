@@ -21,8 +21,7 @@ import toy
 from analysis import labels
 from chat import Chat
 from data import Hit, Result, Stop, load_questions
-from engines import ScriptedEngine
-from rollout import run
+from rollout import ScriptedEngine, run
 
 
 class OneHit:

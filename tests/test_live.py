@@ -24,8 +24,7 @@ import search
 from chat import Codec
 from config import Config, InputError
 from data import ERROR_KINDS, Call, Question, Result, Usage
-from engines import ScriptedEngine
-from rollout import run
+from rollout import ScriptedEngine, run
 from search import __main__ as search_main
 from search import live as search_live
 from search import open_search

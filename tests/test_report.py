@@ -26,9 +26,8 @@ from analysis.report import ReportOptions
 from chat import Chat
 from config import InputError
 from data import load_questions, picture_key, write_jsonl
-from engines import ScriptedEngine
 from reward import record, score_episode
-from rollout import run
+from rollout import ScriptedEngine, run
 from search import index as search_index
 from search.index import OfflineSearch
 

@@ -22,8 +22,8 @@ import rollout
 from chat import Chat, Episode
 from config import InputError
 from data import Call, Hit, Question, Result, Stop
-from engines import Reply, Sampling, ScriptedEngine, TorchEngine
-from rollout import Generate, converse, run, turn_seed
+from engines import Reply, Sampling, TorchEngine
+from rollout import Generate, ScriptedEngine, converse, run, turn_seed
 
 PROMPTS = {
     "question": "{question}",

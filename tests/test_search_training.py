@@ -20,8 +20,7 @@ import rollout
 import train
 from chat import Chat, Episode
 from data import Call, Hit, Result, Usage
-from engines import ScriptedEngine
-from rollout import run
+from rollout import ScriptedEngine, run
 
 FAULTS = {"hang": "timeout", "429": "rate_limit", "500": "server", "truncated": "bad_response", "cut": "connection"}
 

@@ -21,9 +21,8 @@ import toy
 from chat import Chat
 from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
-from engines import ScriptedEngine
 from reward import score_episode
-from rollout import run
+from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
 from tools import results
 from toy import Recipe

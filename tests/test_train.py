@@ -35,8 +35,8 @@ from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions
-from engines import EngineDied, ScriptedEngine, TorchEngine
-from rollout import run
+from engines import EngineDied, TorchEngine
+from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")

@@ -19,9 +19,9 @@ from chat import Chat, Episode, Picture
 from checkpoint import export_hf
 from config import Config
 from data import Question
-from engines import Reply, Sampling, ScriptedEngine
+from engines import Reply, Sampling
 from policy import imitation_loss, load_policy, pack, update
-from rollout import run
+from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
 from toy import Recipe, Toy
 from toy.model import save_random_model
