@@ -153,7 +153,7 @@ def test_the_command_on_the_toy_world(here, tmp_path, capsys):
     assert second.read_bytes() == first.read_bytes()  # greedy, the same twice
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(here, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(here, tmp_path, capsys, monkeypatch):
     """A search breaks down, and with it the evaluation; the next one only holds the conversations that are missing."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     common = [*here, "--val_limit=10", "--samples=2", "--max_turns=2", "--concurrency=4"]
@@ -209,7 +209,7 @@ def test_an_interrupted_evaluation_under_another_version_of_the_code_is_a_warnin
     assert read(out) == ({**header, "code": " + ".join(sorted([header["code"], "v1 0123456789"]))}, records)
 
 
-def test_results_of_other_weights_are_not_gone_on_with(here, world, tmp_path, capsys):
+def test_results_of_other_weights_are_not_resumed(here, world, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(world[0].model, model)
     main(*here, f"--model={model}", "--val_limit=1")
@@ -317,10 +317,8 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
     for r in found["direct"]:
         assert not r["calls"] and sum(t["role"] == "model" for t in r["turns"]) == 1
     for r in found["pipeline"]:
-        assert [c["tool"] for c in r["calls"]] == ["image_search", "text_search"] and r["stop"] in (
-            "answered",
-            "no_action",
-        )
+        assert [c["tool"] for c in r["calls"]] == ["image_search", "text_search"]
+        assert r["stop"] in ("answered", "no_action")
         assert "<search><img></search>" in r["turns"][0]["text"]
     capsys.readouterr()
     analysis_main(["compare", str(out["direct"]), str(out["agent"])])
@@ -349,7 +347,10 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
 def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeypatch):
     """The command with a judge that fails over the answers of four letters, the right ones, and denies all others."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
-    answers = lambda body, _: (400, {}, b"") if len(asked(body)["response"]) == 4 else says("no")  # noqa: E731
+
+    def answers(body, _):
+        return (400, {}, b"") if len(asked(body)["response"]) == 4 else says("no")
+
     server, out = Server(answers), tmp_path / "out.jsonl"
     options = [f"--judge_url={server.url}", f"--judge_cache={tmp_path / 'c.sqlite'}"]
     command = ["judge", str(out), "--judges", "em", "llm", *options]

@@ -591,7 +591,10 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
     assert all(part == sorted(part) for part in after)  # in the order of the questions, sample by sample
     homes = [{number for number, *_ in part} for part in after]
     assert not homes[0] & homes[1]  # a question's conversations stay together
-    load = lambda part, half: sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)  # noqa: E731
+
+    def load(part, half):
+        return sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)
+
     for half in (0, 1):  # the mini-batches
         uneven, even = ([load(part, half) for part in side] for side in (before, after))
         assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.15 * min(even), (uneven, even)
