@@ -249,15 +249,9 @@ def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path
     assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (112 * 112, ["text_search=1"], 2e-4)
     assert found["prompts"] == str(folder / "prompts") and header["prompts_id"] == ours
     assert all("find" in r["turns"][0]["text"] for r in records)
-    main(
-        *here,
-        f"--model={folder}",
-        "--val_limit=2",
-        f"--out={tmp_path / 'b'}",
-        "--max_pixels=7056",
-        "--prompts=prompts/toy",
-    )
-    header, records = read(tmp_path / "b")
+    options = ["--max_pixels=7056", "--prompts=prompts/toy"]
+    main(*here, f"--model={folder}", "--val_limit=2", f"--out={tmp_path / 'b.jsonl'}", *options)
+    header, records = read(tmp_path / "b.jsonl")
     found = header["config"]
     assert (found["max_pixels"], found["tool_limits"]) == (7056, ["text_search=1"])
     assert found["prompts"] == "prompts/toy" and header["prompts_id"] != ours
