@@ -335,7 +335,10 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     each kind: a single one as it is, several as a tuple. Raises InputError.
     """
     kinds = kinds or (Config,)
-    parser = _Parser(allow_abbrev=False, formatter_class=_Help, usage="%(prog)s [--key value | --key=value] ...")
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    usage = f"{name} [--key value | --key=value] ..."
+    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=_Help, usage=usage)
     names = []
     for kind in kinds:
         hints = get_type_hints(kind)

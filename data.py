@@ -89,7 +89,7 @@ ERROR_KINDS = (
     "quota",  # the account has no searches left
     "server",  # 5xx
     "refused",  # another status: a wrong key, a wrong request
-    "bad_response",  # cut short, too large, of the wrong type or form
+    "bad_response",  # too large, of the wrong type or form
     "internal",  # a mistake in this code
 )
 

@@ -3,18 +3,18 @@
     python benchmarks/gpu_train.py result.json                              # an H200: at most 9 minutes
     python benchmarks/gpu_train.py result.json --device cpu --cases tiny    # that it runs, a minute
 
-A case is a size and settings; each runs in a process of its own. A step is everything from 16 conversations of 500 to
+A case is a size and options; each runs in a process of its own. A step is everything from 16 conversations of 500 to
 4,000 tokens to new weights (AdamW; of 7b-offload on the CPU). Prints a table, writes JSON:
 
     tokens/s   of the conversations, median of the steps after the first (least - most)
     MFU        floating point operations of forward and backward, recomputation not counted, over the rate of a bf16
                matrix product on the same device
-    peak       GiB, and what `plan.py` says of the same row
+    peak       GiB, and what the memory plan (`python -m analysis plan`) says of the same packed batch
 
-Then, for 3B, the largest row that fits, in steps of 4,096 tokens and a quarter, beside what --plan promises (for rows
-half of which are new images) and what the plan says of the row that was run. 7B is trained without its vision tower:
-with it, weights, gradients and AdamW's state alone take 124 GiB. A case for which the machine's memory or the time is
-too short is left out or ended, and says so.
+Then, for 3B, the largest packed batch that fits, in steps of 4,096 tokens and a quarter, beside what the plan promises
+(for batches half of which are new images) and what it says of the batch that was run. 7B is trained without its vision
+tower: with it, weights, gradients and AdamW's state alone take 124 GiB. A case for which the machine's memory or the
+time is too short is left out or stopped, with a message.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,12 +38,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from trainer import conversations, save_chat  # noqa: E402
 
-from analysis.plan import GIB, SPARE, activations, measure, needs  # noqa: E402
+from analysis.plan import GIB, IMAGE_SHARE, SPARE, activations, measure, needs  # noqa: E402
 from backbone import empty_model  # noqa: E402
 from chat import Chat  # noqa: E402
 from config import Config  # noqa: E402
 from policy import adamw, compute_dtype, init_distributed, pack, prepare, shard  # noqa: E402
-from train import train_step  # noqa: E402
+from train import update_policy  # noqa: E402
 
 VOCABULARY = 151_936
 TEXT = {  # from the configurations of Qwen2.5-VL
@@ -52,18 +53,18 @@ TEXT = {  # from the configurations of Qwen2.5-VL
 }
 KEYS = {"tiny": 4, "3b": 2, "7b": 4}
 RECOMPUTED = dict(gradient_checkpointing=True)
-CASES = {  # size, tokens of a row, settings
+CASES = {  # size, tokens of a packed batch, options
     "3b-varlen": ("3b", 8192, dict(attention="varlen")),
     "3b-segments": ("3b", 8192, dict(attention="segments")),
     "3b-recomputed": ("3b", 8192, RECOMPUTED),
     "7b": ("7b", 8192, dict(RECOMPUTED, freeze_vision=True)),
-    "7b-offload": ("7b", 32_768, dict(RECOMPUTED, freeze_vision=True, offload_optimizer=True)),
+    "7b-offload": ("7b", 32_768, dict(RECOMPUTED, freeze_vision=True, offload="all")),
     "3b-flash": ("3b", 8192, dict(attention="flash")),  # where flash-attn is installed: not by default
     "tiny": ("tiny", 8192, {}),
 }
-LARGEST = "3b-varlen"  # the case whose row is made longer
+LARGEST = "3b-varlen"  # the case whose packed batch is made larger
 STEP = 4096  # tokens
-PATIENCE, IN_ALL = 150, 8.5 * 60  # seconds for a case, and for all
+CASE_SECONDS, ALL_SECONDS = 150, 8.5 * 60
 STARTED = time.perf_counter()
 OUT_OF_MEMORY = "out of GPU memory"
 
@@ -102,7 +103,7 @@ def random_policy(config, chat, cfg, device):
     model.banned_ids = model.banned_ids.to(device).zero_()
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    shard(model, cfg, device, cfg.offload_optimizer)
+    shard(model, cfg, device, offload=cfg.offload == "all")
     return model.train()
 
 
@@ -140,117 +141,130 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def settings(name: str, device: str, row: int = 0) -> Config:
+def settings(name: str, device: str, batch_tokens: int = 0) -> Config:
     _, usual, changes = CASES[name]
     return Config(
-        device=device, deterministic=False, threads=0, max_tokens=4096, max_tokens_per_batch=row or usual,
+        device=device, deterministic=False, threads=0, max_tokens=4096, max_tokens_per_batch=batch_tokens or usual,
         min_pixels=448**2, max_pixels=448**2, thumb_min_pixels=140**2, thumb_max_pixels=140**2, entropy_coef=0,
         **changes,
     )  # fmt: skip
 
 
-def run_case(name: str, args, row: int, pipe) -> None:
+def run_case(name: str, args, batch_tokens: int, pipe) -> None:
     """In a process of its own; sends the figures, or {"error": ...}."""
     try:
-        pipe.send(figures(name, args, row))
+        pipe.send(figures(name, args, batch_tokens))
     except torch.OutOfMemoryError:
         pipe.send({"error": OUT_OF_MEMORY})
 
 
-def figures(name: str, args, row: int) -> dict:
-    """row: 0 for the usual conversations, or the length of one row, which conversations of 2,048 tokens fill."""
-    cfg = settings(name, args.device, row)
+def figures(name: str, args, batch_tokens: int) -> dict:
+    """batch_tokens: 0 for the usual conversations, or the length of one packed batch, filled by conversations of 2,048
+    tokens."""
+    cfg = settings(name, args.device, batch_tokens)
     device = init_distributed(cfg)
     with tempfile.TemporaryDirectory() as folder:
         save_chat(Path(folder))
         chat = Chat(folder, cfg)
-    usual = dict(conversations=args.conversations, group=min(8, args.conversations), length=(500, 4000))
-    full = dict(conversations=row // 2048, group=2, length=(2048, 2048))
-    case = SimpleNamespace(seed=0, images=4, pixels=448, **(full if row else usual))
-    episodes, advantages = conversations(case, chat)
+    case = SimpleNamespace(seed=0, images=4, pixels=448)
+    case.conversations, case.group, case.length = args.conversations, min(8, args.conversations), (500, 4000)
+    if batch_tokens:
+        case.conversations, case.group, case.length = batch_tokens // 2048, 2, (2048, 2048)
+    samples = conversations(case, chat)
+    episodes, questions = [s.episode for s in samples], case.conversations // case.group
     size = CASES[name][0]
     model = random_policy(configuration(size), chat, cfg, device)
-    rows = pack(episodes, chat, model, cfg.max_tokens_per_batch)
-    planned = planned_bytes(configuration(size), rows, cfg, device) / GIB
+    batches = pack(episodes, chat, model, cfg.max_tokens_per_batch)
+    planned = planned_bytes(configuration(size), batches, cfg, device) / GIB
     optimizer = adamw(model, cfg, device)
     seconds = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # 7b-offload was made on the GPU
-    for _ in range(2 if row or cfg.offload_optimizer else args.steps + 1):
+    for _ in range(2 if batch_tokens or cfg.offload == "all" else args.steps + 1):
         wait(device)
         started = time.perf_counter()
-        train_step(model, None, optimizer, episodes, advantages, [0] * len(episodes), chat, cfg, device)
+        update_policy(model, None, optimizer, samples, questions, chat, cfg, device)
         wait(device)
         seconds.append(time.perf_counter() - started)
     tokens, rate = sum(len(e.tokens) for e in episodes), matmul_rate(device, compute_dtype(cfg, device))
     rates = sorted(tokens / s for s in seconds[1:])
     achieved = operations(configuration(size), episodes, cfg.freeze_vision) / tokens * statistics.median(rates)
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
     return {
-        "tokens": tokens, "row": cfg.max_tokens_per_batch, "tokens/s": statistics.median(rates),
-        "least": rates[0], "most": rates[-1], "MFU": achieved / rate,
-        "peak GiB": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0, "planned GiB": planned,
-        "matmul TFLOP/s": rate / 1e12, "seconds": seconds,
-    }  # fmt: skip
+        "tokens": tokens,
+        "batch tokens": cfg.max_tokens_per_batch,
+        "tokens/s": statistics.median(rates),
+        "least": rates[0],
+        "most": rates[-1],
+        "MFU": achieved / rate,
+        "peak GiB": peak,
+        "planned GiB": planned,
+        "matmul TFLOP/s": rate / 1e12,
+        "seconds": seconds,
+    }
 
 
-def planned_bytes(config, rows, cfg, device) -> float:
-    """What plan.py says of the largest of these rows, with as many image cells as it has."""
+def planned_bytes(config, batches, cfg, device) -> float:
+    """What the plan says of the largest of these packed batches, with as many vision tokens as it has."""
     sizes = measure(config, compute_dtype(cfg, device))
-    share = lambda row: len(row.pixels) / 4 / len(row.ids)  # noqa: E731
-    return but_activations(sizes, cfg) + max(activations(sizes, cfg, share(row)) * len(row.ids) for row in rows)
+    text = activations(sizes, replace(cfg, freeze_vision=True))  # bytes a token
+    vision = (activations(sizes, cfg) - text) / IMAGE_SHARE  # bytes a vision token
+    kept = max(text * len(batch.ids) + vision * len(batch.pixels) / 4 for batch in batches)
+    return but_activations(sizes, cfg) + kept
 
 
 def but_activations(sizes, cfg) -> float:
-    """Bytes on the GPU during an update, without the row's; there is no engine here."""
+    """Bytes on the GPU during an update, without those of the batch; there is no engine here."""
     gpu, _ = needs(sizes, cfg, 1, cache=0)
     return sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
 
 
-def alone(name: str, args, row: int = 0) -> dict:
-    left = min(PATIENCE, STARTED + IN_ALL - time.perf_counter())
+def alone(name: str, args, batch_tokens: int = 0) -> dict:
+    """The figures of a case, or {"error": why there are none}."""
+    left = min(CASE_SECONDS, STARTED + ALL_SECONDS - time.perf_counter())
     if left < 20:
-        return {"error": f"left out: {IN_ALL:.0f} seconds are over"}
+        return {"error": f"left out: {ALL_SECONDS:.0f} seconds are over"}
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
-    process = context.Process(target=run_case, args=(name, args, row, its))
+    process = context.Process(target=run_case, args=(name, args, batch_tokens, its))
     process.start()
     its.close()
     try:
-        return mine.recv() if mine.poll(left) else {"error": f"not done after {left:.0f} seconds"}
+        return mine.recv() if mine.poll(left) else {"error": f"not finished after {left:.0f} seconds"}
     except EOFError:
-        return {"error": "ended early"}
+        return {"error": "the process ended early"}
     finally:
         process.kill()
         process.join()
 
 
 def too_little_memory(name: str) -> str:
-    """Why the machine's own memory does not do for an offloaded case, if so."""
+    """Why the machine's own memory is too small for an offloaded case, or ""."""
     cfg = settings(name, "cuda")
     _, cpu = needs(measure(configuration(CASES[name][0]), torch.bfloat16), cfg, 1, cache=0)
     free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    needed = sum(cpu.values()) + 8 * GIB * cfg.offload_optimizer
+    needed = sum(cpu.values()) + (8 * GIB if cfg.offload == "all" else 0)
     return f"needs {needed / GIB:.0f} GiB of the machine's memory, {free / GIB:.0f} are free" if needed > free else ""
 
 
-def largest_row(args) -> dict:
-    """What --plan promises of this GPU is tried, then longer rows until one does not fit (or shorter ones until one
-    does)."""
+def largest_batch(args) -> dict:
+    """What the plan promises of this GPU is tried, then larger batches until one does not fit (or smaller ones until
+    one does)."""
     cfg = settings(LARGEST, "cuda")
     sizes = measure(configuration(CASES[LARGEST][0]), torch.bfloat16)
     usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory - but_activations(sizes, cfg)
     promised = int(usable / activations(sizes, cfg))
-    row, tried = max(STEP, promised // STEP * STEP), {}
-    while row and row not in tried and len(tried) < 5:
-        result = tried[row] = alone(LARGEST, args, row)
+    size, tried = max(STEP, promised // STEP * STEP), {}
+    while size and size not in tried and len(tried) < 5:
+        result = tried[size] = alone(LARGEST, args, size)
         said = result.get("error") or "{peak GiB:.1f} GiB, planned {planned GiB:.1f}".format(**result)
-        print(f"a row of {row}: {said}", flush=True)
+        print(f"a packed batch of {size} tokens: {said}", flush=True)
         if result.get("error") not in (None, OUT_OF_MEMORY):  # no time
             break
-        longer = row + max(STEP, row // 4 // STEP * STEP)
-        row = row - STEP if "error" in result else longer
-    fits = [row for row, result in tried.items() if "error" not in result]
-    return {"promised by --plan": promised, "largest that ran": max(fits, default=0), "tried": tried}
+        larger = size + max(STEP, size // 4 // STEP * STEP)
+        size = size - STEP if "error" in result else larger
+    fits = [size for size, result in tried.items() if "error" not in result]
+    return {"promised by the plan": promised, "largest that ran": max(fits, default=0), "tried": tried}
 
 
 def main() -> None:
@@ -261,19 +275,26 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    results = {"machine": f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}", "cases": {}}
+    machine = platform.processor() or platform.machine()
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    results = {"machine": f"{machine}, {versions}", "cases": {}}
     print(results["machine"], flush=True)
     for name in args.cases.split(","):
-        if args.device == "cuda" and name in CASES and (why := too_little_memory(name)):
-            result = {"error": why}
+        problem = too_little_memory(name) if args.device == "cuda" and name in CASES else ""
+        if problem:
+            result = {"error": problem}
+        elif name == "largest":
+            result = largest_batch(args)
         else:
-            result = largest_row(args) if name == "largest" else alone(name, args)
+            result = alone(name, args)
         results["cases"][name] = result
-        shown = {
-            k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if k not in ("seconds", "tried")
-        }
-        print(f"{name:14}", "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        shown = []
+        for key, value in result.items():
+            if key not in ("seconds", "tried"):
+                shown.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+        print(f"{name:14}", "  ".join(shown), flush=True)
         args.out.write_text(json.dumps(results, indent=1))
 
 

@@ -9,25 +9,24 @@ conversations, the same loss, on the CPU in fp32.
 Prints a table, writes JSON. A step is everything from conversations (token lists, pixels of the images) to gradients:
 log-probs, entropies, loss, backward; without sampling, image preprocessing and AdamW. Conversations are synthetic: a
 question with an image, reply, result of an image search (thumbnails and text), reply, result of a text search, reply.
-Only replies are trained on. The conversations of a question share its image, and the thumbnails its search returns.
+Only replies are trained on. The conversations of a question share its image and the thumbnails that its search returns.
 
-    ours       train.train_step: packing, log-probs of sampled tokens only, each image of a row encoded once
+    ours       train.update_policy: packing, log-probs of sampled tokens only, each image of a packed batch encoded once
     TRL        GRPOTrainer.training_step over the micro-batches of a step, with loss_type "dapo" and beta 0. Only
                its _generate_and_score_completions is replaced, by one that pads the given conversations as TRL does;
                shuffling, splitting, forward, loss and backward are TRL's own
     head as    the same with the choice of tokens that TRL makes where it has Triton: those of completions, results of
     on a GPU   tools among them. Without Triton it computes logits at every position, prompt and padding too
 
-TRL's micro-batch is that of --micro-batches that takes least CPU time; the first step of each is printed as "tried".
-Every side is a process of its own. Its first step is the check (loss and gradients against ours) and the measure of
-memory, the largest resident set during the step less that before it; the later ones, in turn, are timed. Tokens are
-those of the conversations, without padding; a second of CPU time is less disturbed by what else the machine does.
+TRL's micro-batch is the one of --micro-batches that takes the least CPU time; the first step of each is printed as
+"tried". Every side is a process of its own. Its first step is the check (loss and gradients against ours) and the
+measure of memory, the largest resident set during the step less that before it; the later steps, in turn, are timed.
+Tokens are those of the conversations, without padding; a second of CPU time is less disturbed by other processes.
 """
 
 import argparse
 import gc
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -57,7 +56,7 @@ from data import Question  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from policy import init_distributed, prepare  # noqa: E402
 from toy import model as toy_model  # noqa: E402
-from train import train_step  # noqa: E402
+from train import Sample, update_policy  # noqa: E402
 
 VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied
 SIZES = {  # tiny: the toy world's model
@@ -81,7 +80,7 @@ def save_chat(folder: Path) -> None:
 def settings(case) -> Config:
     return Config(
         device="cpu", deterministic=False, threads=case.threads,
-        max_tokens=min(8192, case.row), max_tokens_per_batch=case.row,
+        max_tokens=min(8192, case.batch_tokens), max_tokens_per_batch=case.batch_tokens,
         min_pixels=case.pixels**2, max_pixels=case.pixels**2,
         thumb_min_pixels=(case.pixels // 3) ** 2, thumb_max_pixels=(case.pixels // 3) ** 2,
         max_grad_norm=1e9,  # no clipping: gradients are compared
@@ -93,7 +92,10 @@ def random_model(size: str, chat: Chat, checkpointing: bool):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     s = SimpleNamespace(**SIZES[size])
-    id_of = lambda name: chat.tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+
+    def id_of(name):
+        return chat.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=VOCABULARY, hidden_size=s.hidden, intermediate_size=3 * s.hidden, num_hidden_layers=s.layers,
@@ -115,37 +117,41 @@ def random_model(size: str, chat: Chat, checkpointing: bool):
     return model.train()
 
 
-def conversations(case, chat: Chat) -> tuple[list[Episode], torch.Tensor]:
-    """(episodes, advantages), the same in every process. Lengths are log-uniform."""
+def conversations(case, chat: Chat) -> list[Sample]:
+    """Conversations with random advantages, the same in every process. Lengths are log-uniform."""
     rng = random.Random(f"conversations {case.seed}")
     low, high = map(math.log, case.length)
-    episodes, groups = [], []
+    samples = []
     for number in range(case.conversations // case.group):
         question = Question(id=f"question {number}", text="", images=(noise(rng, case.pixels),))
         thumbnails = [noise(rng, case.pixels // 3) for _ in range(case.images - 1)]
-        pictures = [chat.picture(question.images[0]), *(chat.picture(data, thumbnail=True) for data in thumbnails)]
-        opening = [*words(rng, chat, QUESTION), *cells(chat, pictures[:1])]
+        pictures = [chat.picture(question.images[0])]
+        pictures += [chat.picture(data, thumbnail=True) for data in thumbnails]
+        prompt = [*words(rng, chat, QUESTION), *placeholders(chat, pictures[:1])]
         for sample in range(case.group):
             length = round(math.exp(rng.uniform(low, high)))
-            tokens, sampled = hold(rng, chat, opening, pictures[1:], length)
-            no_logprobs = [0.0] * len(tokens)
-            episodes.append(Episode(question, chat, sample, tokens, sampled, no_logprobs, pictures))
-            groups.append(number)
-    for picture in {p.key: p for e in episodes for p in e.images}.values():
-        chat.pixels(picture)  # kept from here on
-    return episodes, group_advantages([rng.random() for _ in episodes], groups)
+            tokens, sampled = conversation(rng, chat, prompt, pictures[1:], length)
+            episode = Episode(question, chat, sample, tokens, sampled, [0.0] * len(tokens), pictures)
+            samples.append(Sample(episode, number))
+        for picture in pictures:
+            chat.pixels(picture)  # cached from here on
+    rewards = [rng.random() for _ in samples]
+    advantages = group_advantages(rewards, [s.number for s in samples]).tolist()
+    for sample, advantage in zip(samples, advantages, strict=True):
+        sample.advantage = advantage
+    return samples
 
 
-def hold(rng, chat, opening, thumbnails, length) -> tuple[list[int], list[bool]]:
+def conversation(rng, chat, prompt, thumbnails, length) -> tuple[list[int], list[bool]]:
     """(tokens, sampled) of a conversation of `length` tokens: what replies leave is split between the two results."""
-    images = cells(chat, thumbnails)
-    room = length - len(opening) - len(images)
+    images = placeholders(chat, thumbnails)
+    room = length - len(prompt) - len(images)
     if room < 8:
-        sys.exit(f"{length} tokens are too few for question and images: {len(opening) + len(images)}")
+        sys.exit(f"{length} tokens are too few for question and images: {len(prompt) + len(images)}")
     replies = [min(rng.randint(*REPLY), room // 4) for _ in range(3)]
     left = room - sum(replies)
     results = [[*images, *words(rng, chat, left // 2)], words(rng, chat, left - left // 2), []]
-    tokens, sampled = list(opening), [False] * len(opening)
+    tokens, sampled = list(prompt), [False] * len(prompt)
     for size, result in zip(replies, results, strict=True):
         tokens += [*words(rng, chat, size), *result]
         sampled += [True] * size + [False] * len(result)
@@ -153,13 +159,16 @@ def hold(rng, chat, opening, thumbnails, length) -> tuple[list[int], list[bool]]
 
 
 def words(rng, chat, count) -> list[int]:
-    """Random text: ids that are nothing special, from the whole vocabulary."""
+    """Random text: ids that are no special tokens, from the whole vocabulary."""
     return [rng.randrange(len(chat), VOCABULARY) for _ in range(count)]
 
 
-def cells(chat, pictures) -> list[int]:
-    parts = ([chat.vision_start, *[chat.image_pad] * p.tokens, chat.vision_end] for p in pictures)
-    return list(itertools.chain.from_iterable(parts))
+def placeholders(chat, pictures) -> list[int]:
+    """The tokens of pictures, one placeholder per vision token."""
+    ids = []
+    for picture in pictures:
+        ids += [chat.vision_start, *[chat.image_pad] * picture.tokens, chat.vision_end]
+    return ids
 
 
 def noise(rng, side) -> bytes:
@@ -179,13 +188,13 @@ def ours(case, folder):
     model = random_model(case.model, chat, case.checkpointing)
     prepare(model, chat, cfg)
     model.banned_ids.zero_()  # TRL bans no ids; the work stays the same
-    episodes, advantages = conversations(case, chat)
+    samples = conversations(case, chat)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # leaves the weights as they are
+    questions = case.conversations // case.group
 
     def step():
         chat.layouts.clear()  # positions are part of the work, of TRL's forward too
-        parts = [0] * len(episodes)
-        return train_step(model, None, optimizer, episodes, advantages, parts, chat, cfg, device)["loss"]
+        return update_policy(model, None, optimizer, samples, questions, chat, cfg, device)["loss"]
 
     return model, step
 
@@ -199,14 +208,14 @@ def theirs(case, folder, micro: int, like_gpu: bool):
         trl.trainer.utils._use_triton = lambda device: True
     chat = Chat(folder, settings(case))
     model = random_model(case.model, chat, case.checkpointing)
-    episodes, advantages = conversations(case, chat)
+    samples = conversations(case, chat)
     trainer = make_trainer(model, chat, case, micro, folder)
-    pixels = torch.cat([chat.pixels(p) for e in episodes for p in e.images])
-    trainer._generate_and_score_completions = lambda _: padded(episodes, advantages, pixels, chat)
+    pixels = torch.cat([chat.pixels(p) for s in samples for p in s.episode.images])
+    trainer._generate_and_score_completions = lambda _: padded(samples, pixels, chat)
 
     def step():
         trainer._step, trainer._buffered_inputs = 0, None
-        return sum(float(trainer.training_step(model, {}, None)) for _ in range(len(episodes) // micro))
+        return sum(float(trainer.training_step(model, {}, None)) for _ in range(len(samples) // micro))
 
     return model, step
 
@@ -227,15 +236,18 @@ def make_trainer(model, chat, case, micro, folder):
     return trainer
 
 
-def padded(episodes, advantages, pixels, chat) -> dict:
+def padded(samples, pixels, chat) -> dict:
     """What GRPOTrainer._generate_and_score_completions returns for these conversations: prompts padded on the left,
     all that follows on the right, to the longest of the step; tool_mask is 0 where the model did not speak."""
     from trl.trainer.utils import pad
 
-    starts = [e.sampled.index(True) for e in episodes]
-    prompts = [torch.tensor(e.tokens[:start]) for e, start in zip(episodes, starts, strict=True)]
-    completions = [torch.tensor(e.tokens[start:]) for e, start in zip(episodes, starts, strict=True)]
-    tool_mask = [torch.tensor(e.sampled[start:]).long() for e, start in zip(episodes, starts, strict=True)]
+    episodes = [s.episode for s in samples]
+    prompts, completions, tool_mask = [], [], []
+    for episode in episodes:
+        start = episode.sampled.index(True)
+        prompts.append(torch.tensor(episode.tokens[:start]))
+        completions.append(torch.tensor(episode.tokens[start:]))
+        tool_mask.append(torch.tensor(episode.sampled[start:]).long())
     filler = chat.tokenizer.pad_token_id
     batch = {
         "prompt_ids": pad(prompts, filler, "left"),
@@ -243,7 +255,7 @@ def padded(episodes, advantages, pixels, chat) -> dict:
         "completion_ids": pad(completions, filler, "right"),
         "completion_mask": pad([torch.ones_like(ids) for ids in completions], 0, "right"),
         "tool_mask": pad(tool_mask, 1, "right"),
-        "advantages": advantages,
+        "advantages": torch.tensor([s.advantage for s in samples]),
         "num_items_in_batch": torch.cat(tool_mask).sum(),
         "pixel_values": pixels,
         "image_grid_thw": torch.tensor([[1, *p.grid] for e in episodes for p in e.images]),
@@ -308,9 +320,12 @@ def compare(model, reference: Path) -> dict:
         torch.save(gradients, reference)
         return {}
     expected = torch.load(reference, mmap=True)
-    squares = lambda tensors: sum(float(x.double().square().sum()) for x in tensors)  # noqa: E731
-    difference = squares(gradients[name] - expected[name] for name in expected)
-    return {"gradient_difference": math.sqrt(difference / squares(expected.values()))}
+    difference = norm(gradients[name] - expected[name] for name in expected)
+    return {"gradient_difference": difference / norm(expected.values())}
+
+
+def norm(tensors) -> float:
+    return math.sqrt(sum(float(x.double().square().sum()) for x in tensors))
 
 
 def measure(case, folder: Path) -> dict:
@@ -318,7 +333,7 @@ def measure(case, folder: Path) -> dict:
     reference = folder / "gradients.pt"
     reference.unlink(missing_ok=True)
     figures = describe(case, folder)
-    side = Side(f"ours, rows of {case.row}", lambda: ours(case, folder), reference)
+    side = Side(f"ours, batches of {case.batch_tokens}", lambda: ours(case, folder), reference)
     loss = side.step()["loss"]
     as_is, as_on_gpu = (fastest(case, folder, reference, loss, like_gpu) for like_gpu in (False, True))
     sides = [side, as_is[0], as_on_gpu[0]]
@@ -361,7 +376,7 @@ def summary(side: Side) -> dict:
 def describe(case, folder) -> dict:
     """The case in figures."""
     chat = Chat(folder, settings(case))
-    episodes, _ = conversations(case, chat)
+    episodes = [s.episode for s in conversations(case, chat)]
     lengths, prompts = [len(e.tokens) for e in episodes], [e.sampled.index(True) for e in episodes]
     width = max(prompts) + max(n - p for n, p in zip(lengths, prompts, strict=True))
     with torch.device("meta"):
@@ -437,8 +452,8 @@ def parse():
     )
     p.add_argument("--images", nargs="+", type=int, default=[4, 1, 2])
     p.add_argument("--sweep", action="store_true", help="not only the first of each, also each other with those")
-    p.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4], help="TRL's, the best is taken")
-    p.add_argument("--row", type=int, default=8192, help="tokens of our rows")
+    p.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4], help="TRL's; the best counts")
+    p.add_argument("--batch-tokens", type=int, default=8192, help="tokens of our packed batches, at most")
     p.add_argument("--group", type=int, default=8, help="conversations of a question, at most")
     p.add_argument("--pixels", type=int, default=336, help="side of a question's image; a thumbnail's is a third")
     p.add_argument("--checkpointing", action="store_true", help="both sides recompute layers in backward")
@@ -457,7 +472,7 @@ def parse():
 
 
 def cases(args) -> list[SimpleNamespace]:
-    common = {k: getattr(args, k) for k in ("row", "pixels", "checkpointing", "threads", "repeats", "seed")}
+    common = {k: getattr(args, k) for k in ("batch_tokens", "pixels", "checkpointing", "threads", "repeats", "seed")}
     first = (args.conversations[0], args.lengths[0], args.images[0])
     chosen = [first]
     if args.sweep:

@@ -10,8 +10,7 @@ from config import Config, InputError
 from data import Question
 from search.cache import CachedSearch, SearchCache
 from search.index import OfflineSearch, SearchDB
-from search.live import WebSearch
-from search.serpapi import SerpApi
+from search.live import ENGINE, WebSearch
 from search.service import RemoteSearch
 from search.web import is_web_url
 from tools import allowed_calls, limits, results
@@ -56,5 +55,5 @@ def estimate(conversations: int, cfg: Config) -> str:
         limit = "within search_budget"
     else:
         limit = f"search_budget={cfg.search_budget:,} ends them earlier" if cfg.search_budget else "no budget"
-    cost = f"{most * SerpApi.price:,.2f} at {SerpApi.price} each"
+    cost = f"{most * ENGINE.price:,.2f} at {ENGINE.price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

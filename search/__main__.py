@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config, InputError, Options, option, parse, run_main
+from config import Config, InputError, Options, need, option, parse, run_main
 from data import Call, Hit, Question, decode_image, load_questions
 from search import open_search
 from search.cache import CACHE_ID, SearchCache, export, import_parquet
@@ -37,12 +37,7 @@ from search.service import SearchServer
 class FileOptions(Options):
     """What is read."""
 
-    file: str = option("", "the file; its name alone may stand first: COMMAND FILE")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.file:
-            raise InputError("give the FILE after the command")
+    file: str = option("", "the file; COMMAND FILE is short for COMMAND --file FILE")
 
 
 @dataclass(frozen=True)
@@ -51,15 +46,10 @@ class CopyOptions(FileOptions):
 
     out: str = option("", "the file that is written")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.out:
-            raise InputError("give --out, the file that is written")
 
-
-def stats(argv):
-    path = parse(argv, FileOptions).file
-    if Path(path).is_file() and file_header(path)[0] == CACHE_ID:
+def stats(options):
+    path = Path(options.file)
+    if path.is_file() and file_header(path)[0] == CACHE_ID:
         with closing(SearchCache(path)) as cache:
             print(f"{path}: {_cache_line(cache.stats())}")
     else:
@@ -82,26 +72,22 @@ def _index_line(path):
     return f"{path}: {count['docs']:,} documents, {count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
 
 
-def verify(argv):
-    path = parse(argv, FileOptions).file
-    problems = 0
-    with closing(SearchCache(path)) as cache:
+def verify(options):
+    with closing(SearchCache(options.file)) as cache:
+        problems = 0
         for line in cache.verify():
             problems += 1
             print(line)
-    if problems:
-        raise InputError(f"{path}: {problems:,} problems")
-    print(f"{path}: every hash is right")
+    need(not problems, f"{options.file}: {problems:,} problems")
+    print(f"{options.file}: every hash is right")
 
 
-def export_cache(argv):
-    options = parse(argv, CopyOptions)
+def export_cache(options):
     with closing(SearchCache(options.file)) as cache:
         print(f"{options.out}: {export(cache, options.out):,} results")
 
 
-def import_cache(argv):
-    options = parse(argv, CopyOptions)
+def import_cache(options):
     with closing(SearchCache(options.out, write=True)) as cache:
         print(f"{options.out}: {import_parquet(options.file, cache):,} results read from {options.file}")
 
@@ -113,8 +99,7 @@ class FVQAOptions(CopyOptions):
     live: bool = option(False, "fetch pictures that are given as URLs")
 
 
-def import_fvqa_cache(argv):
-    options = parse(argv, FVQAOptions)
+def import_fvqa_cache(options):
     with closing(SearchCache(options.out, write=True)) as cache:
         count, missing = import_fvqa(options.file, cache, fetching_client() if options.live else None)
     print(f"{options.out}: {count:,} entries read from {options.file}, {len(missing):,} pictures missing")
@@ -136,16 +121,13 @@ class IndexOptions(Options):
     image_embedding: str = option("", "vision encoder of transformers, by name or folder (none: of the pixels)")
 
 
-def index(argv):
-    options = parse(argv, IndexOptions)
+def index(options):
     files = [file for file in (options.docs, options.images) if file]
-    if not files or not options.out:
-        raise InputError("give --docs, --images or both, and --out")
+    need(files, "give --docs, --images or both")
     for file in files:
-        if not Path(file).is_file():  # before the work, not after half of it
-            raise InputError(f"{file}: no such file")
-    folder = Path(options.images).parent
+        need(Path(file).is_file(), f"{file}: no such file")  # before the work, not after half of it
     docs, images = _json_lines(options.docs), _json_lines(options.images)
+    folder = Path(options.images).parent
     bad = build_from(Path(options.out), docs, images, folder, options.skip_bad_rows, options.image_embedding)
     if bad:
         print(f"left out {bad:,} bad rows")
@@ -167,25 +149,19 @@ class AskOptions(FileOptions):
     """What is asked of an index."""
 
     text: str = option("", "search with these words")
-    image: str = option("", "search with this picture")
+    image: str = option("", "search with the picture in this file")
     count: int = option(5, "results, at most", "above 0")
 
 
-def ask(argv):
-    options = parse(argv, AskOptions)
-    if bool(options.text) == bool(options.image):
-        raise InputError("give --text WORDS or --image FILE")
-    picture = None
+def ask(options):
+    need(bool(options.text) != bool(options.image), "give --text WORDS or --image FILE")
     if options.image:
-        try:
-            picture = Path(options.image).read_bytes()
-        except OSError as error:
-            raise InputError(f"{options.image}: cannot read it ({error.strerror})") from None
-    call = Call("image_search", image=picture) if picture is not None else Call("text_search", options.text)
+        call = Call("image_search", image=Path(options.image).read_bytes())
+    else:
+        call = Call("text_search", options.text)
     with closing(SearchDB(options.file)) as db:
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
-    if result.status == "error":
-        raise InputError(result.error)
+    need(result.status != "error", result.error)
     for rank, hit in enumerate(result.hits, 1):
         print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {_shown(hit)}")
     if not result.hits:
@@ -207,12 +183,9 @@ class ServeOptions(Options):
     address: str = option("127.0.0.1:8100", "HOST:PORT; there is no password: private networks only")
 
 
-def serve(argv):
-    options, cfg = parse(argv, ServeOptions, Config)
-    if cfg.search_url:
-        raise InputError("a service cannot ask another one: leave out --search_url")
-    search = open_search(cfg, cfg.search_index)
-    with SearchServer(options.address, search) as server:
+def serve(options, cfg):
+    need(not cfg.search_url, "a service cannot ask another one: leave out --search_url")
+    with SearchServer(options.address, open_search(cfg, cfg.search_index)) as server:
         budget = f", at most {cfg.search_budget:,} live searches" if cfg.search_budget else ""
         print(f"serving search ({cfg.search}{budget}) on http://{options.address}; Ctrl-C ends it", flush=True)
         if cfg.searches_web and not cfg.image_host:
@@ -229,29 +202,29 @@ class ImagesOptions(Options):
     skip_bad_rows: bool = option(False, "leave bad rows out and count them")
 
 
-def images(argv):
-    options = parse(argv, ImagesOptions)
-    if not options.files or not options.out:
-        raise InputError("give --files (question files) and --out (a folder)")
+def images(options):
     out, written = Path(options.out), set()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
-        for question in tqdm(questions, desc="images", disable=None):
-            for image in question.images[:1]:
-                name = picture_name(image)
-                (out / name).write_bytes(image)
-                written.add(name)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write ({error.strerror})") from None
+    out.mkdir(parents=True, exist_ok=True)
+    questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
+    for question in tqdm(questions, desc="images", disable=None):
+        for image in question.images[:1]:
+            name = picture_name(image)
+            (out / name).write_bytes(image)
+            written.add(name)
     print(f"{len(written)} pictures in {out}; serve it and give its URL as --image_host")
 
 
 COMMANDS = {
-    "index": index, "ask": ask, "stats": stats, "verify": verify, "export": export_cache, "import": import_cache,
-    "import-fvqa": import_fvqa_cache, "serve": serve, "images": images,
-}  # fmt: skip
-WITH_FILE = ("ask", "stats", "verify", "export", "import", "import-fvqa")  # COMMAND FILE means COMMAND --file FILE
+    "index": (index, IndexOptions),
+    "ask": (ask, AskOptions),
+    "stats": (stats, FileOptions),
+    "verify": (verify, FileOptions),
+    "export": (export_cache, CopyOptions),
+    "import": (import_cache, CopyOptions),
+    "import-fvqa": (import_fvqa_cache, FVQAOptions),
+    "serve": (serve, ServeOptions, Config),
+    "images": (images, ImagesOptions),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,14 +232,19 @@ def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         return print(__doc__)
-    if name not in COMMANDS:
-        raise InputError(f"{name!r} is no command; choose one of {', '.join(COMMANDS)}")
-    if name in WITH_FILE and rest and not rest[0].startswith("-"):
+    need(name in COMMANDS, f"{name!r} is no command; choose one of {', '.join(COMMANDS)}")
+    run, kind, *more = COMMANDS[name]
+    if issubclass(kind, FileOptions) and rest and not rest[0].startswith("-"):
         rest = ["--file", *rest]
+    options = parse(rest, kind, *more)
+    for field, shown in (("file", "FILE after the command"), ("files", "--files"), ("out", "--out")):
+        need(more or getattr(options, field, True), f"give {shown}")
     try:
-        COMMANDS[name](rest)
+        run(*options) if more else run(options)
     except sqlite3.DatabaseError as error:
         raise InputError(f"search {name}: a file cannot be read or written ({error})") from None
+    except OSError as error:
+        raise InputError(f"{error.filename or name}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

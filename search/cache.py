@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from config import Config, InputError
@@ -24,8 +25,7 @@ from data import Call, Hit, Question, Result, Usage, decode_image, first_line
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile
-from search.live import PAGE_CHARACTERS, WebSearch, summarizer_prompt
-from search.serpapi import SerpApi
+from search.live import ENGINE, PAGE_CHARACTERS, WebSearch, summarizer_prompt
 from tools import TOOLS, picture_of, results, title
 
 CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # in the file's header, as those of an index
@@ -201,9 +201,8 @@ def _load_result(status, content, image):
 
 
 def export(cache: SearchCache, path: str | Path) -> int:
-    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text,
-    image, full_size}].
-    Returns the number of rows."""
+    """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
+    full_size}]. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -264,14 +263,10 @@ def _row(row):
     return row["request"], float(row["created"]), Result(row["status"], tuple(hits), row["error"], row["error_kind"])
 
 
-def batches(rows, size):
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """Lists of so many rows; the last may be shorter."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
         yield batch
 
 
@@ -292,7 +287,7 @@ class CachedSearch:
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self.methods)(call, question)
-        asked |= {"kind": TOOLS[call.tool].key, "engine": SerpApi.names[call.tool], "k": self.results[call.tool]}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": ENGINE.names[call.tool], "k": self.results[call.tool]}
         return {**asked, "language": self.cfg.search_language}
 
     def _image_request(self, call, question):

@@ -33,6 +33,7 @@ from search.text import clean, passages, plain_text, sentences
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url
 from tools import picture_of, results
 
+ENGINE = SerpApi  # the search engine
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
 READER_IN_FLIGHT, READER_PER_SECOND = 32, 8.0  # requests at once; begun a second, over all ranks
 SUMMARIZER_IN_FLIGHT, PICTURES_IN_FLIGHT = 64, 64
@@ -48,7 +49,7 @@ class WebSearch:
     def __init__(self, cfg: Config):
         ranks = int(os.environ.get("WORLD_SIZE", 1))  # each has a share of what is limited for all
         self.cfg, self.prompt, self.results = cfg, summarizer_prompt(), results(cfg)
-        self.engine = SerpApi(cfg, ranks)
+        self.engine = ENGINE(cfg, ranks)
         reader, summarizer = (os.environ.get(name, "").strip() for name in (READER_KEY, SUMMARIZER_KEY))
         self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), bearer=reader)
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), bearer=summarizer)

@@ -1,7 +1,7 @@
 """SerpApi, the search engine of live search: Google Lens for a picture, Google for words.
 
 This file is all that knows SerpApi. Another engine is a class with the same attributes and methods in a file of its
-own, an option for its address in config.py, and its name where `live.WebSearch` and `cache.CachedSearch` say SerpApi.
+own, an option for its address in config.py, and its name as `ENGINE` in live.py, where everything else looks it up.
 Formats as documented: serpapi.com/google-lens-api, /search-api, /search-errors, /account-api.
 """
 

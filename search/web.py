@@ -21,7 +21,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import ClassVar
@@ -100,19 +100,21 @@ class Client:
     allow_hosts: tuple[str, ...] = ()  # of those not ours (name:port): hosts that may have private addresses
     quota: str = ""  # in the message of a 429: nothing is left, and no pause helps
 
-    def __post_init__(self):
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings hold URLs, and so keys
-
+    # The same for all clients; one that needs other values sets them on itself.
     connect_timeout: ClassVar[float] = 5.0  # seconds
     read_timeout: ClassVar[float] = 30.0  # seconds of silence
     retries: ClassVar[int] = 3  # attempts beyond the first
     pause: ClassVar[float] = 1.0  # seconds before the second attempt, about; they double
 
+    def __post_init__(self):
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings hold URLs, and so keys
+
     def fetch(self, url: str, job: Job, payload: dict | None = None) -> bytes:
         """The body of a GET, or of a POST of the payload as JSON. Raises Failure."""
-        one = RequestHistory(None, None, None, None, None)  # Retry would make the first of its pauses 0
-        retry = Retry(self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, history=(one,))
-        retry.backoff_max = LONGEST_PAUSE
+        retry = Retry(
+            self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
+            history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
+        )  # fmt: skip
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
@@ -130,9 +132,8 @@ class Client:
 
     def fetch_json(self, url: str, job: Job, payload: dict | None = None) -> dict:
         """As `fetch`, for an answer that has to be a JSON object."""
-        body = self.fetch(url, job, payload)
         try:
-            answer = json.loads(body)
+            answer = json.loads(self.fetch(url, job, payload))
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
@@ -227,7 +228,11 @@ class _Transport(HTTPAdapter):
             host, port = connection.host, connection.port
             private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
             address = _address(host, port, private), port
-            sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
+            try:
+                sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
+            except OSError as error:  # urllib3 would take a reset for one after the connection was made
+                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+                raise Failure(kind, type(error).__name__) from None
         watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
         self.cleanup.callback(watched.close)
         guard = threading.Timer(self.job.left(), _cut, [watched])
@@ -242,10 +247,8 @@ class _Transport(HTTPAdapter):
 
 
 def _cut(sock):
-    try:
+    with suppress(OSError):  # closed already
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # closed already
 
 
 @functools.cache

@@ -194,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes(100_000))
         elif fault == "gzip bomb":
             self.send(gzip_bomb(), extra={"Content-Encoding": "gzip"})
+        elif fault == "odd headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nno header\r\nX: y\r\n\r\n[]")
         elif fault == "redirects":
             self.send(b"", 302, extra={"Location": f"{server.url}{path}x"})
         elif fault == "loopback":

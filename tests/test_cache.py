@@ -2,6 +2,7 @@
 
 import collections
 import copyreg
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture, question
@@ -31,9 +33,8 @@ from search import __main__ as search_main
 from search import embedding as search_embedding
 from search import open_search
 from search.cache import SearchCache, canonical, request_key
-from search.fvqa import import_fvqa
+from search.fvqa import fetching_client, import_fvqa
 from search.index import SearchDB, build
-from search.web import Client
 
 JPEG = picture(1, format="JPEG")
 
@@ -204,7 +205,9 @@ def test_parquet_and_back(tmp_path, cache, capsys):
     table = pq.read_table(parquet)
     assert table.num_rows == 600
     row = next(row for row in table.to_pylist() if json.loads(row["request"]) == asked(3))
-    assert row["hits"][0] == {"title": "t3", "url": "https://x.example/3", "text": "ä\x00\n東京", "image": JPEG}
+    assert row["hits"][0] == {
+        "title": "t3", "url": "https://x.example/3", "text": "ä\x00\n東京", "image": JPEG, "full_size": False,
+    }  # fmt: skip
     assert (row["status"], row["created"]) == ("ok", 1e9 + 3)
     again = tmp_path / "again.sqlite"
     search_main.main(["import", str(parquet), "--out", str(again)])
@@ -227,8 +230,6 @@ def test_imports_add_and_do_not_replace(tmp_path, cache):
 
 
 def test_bad_files_are_one_line(tmp_path, cache):
-    import pyarrow as pa
-
     cache.put(asked(0), result())
     good = tmp_path / "good.parquet"
     search_main.main(["export", str(tmp_path / "c.sqlite"), "--out", str(good)])
@@ -302,7 +303,7 @@ def test_fvqa_s_pickle_with_pictures(tmp_path, cache, protocol):
     kept = cache.get({"data_id": "fvqa_1"})
     assert kept.status == "ok" and [hit.title for hit in kept.hits] == [f"t{n}" for n in range(5)]
     for hit, image in zip(kept.hits, pictures, strict=True):
-        assert pil(hit.image).format == "JPEG" and hit.image == search_embedding._thumbnail(image.convert("RGB"))
+        assert pil(hit.image).format == "JPEG" and hit.image == search_embedding.thumbnail(image.convert("RGB"))
     assert cache.get({"data_id": "fvqa_2"}) == Result("no_results")
     assert list(cache.verify()) == []
 
@@ -322,7 +323,8 @@ def test_fvqa_s_urls_are_fetched_if_live_and_listed_if_not(tmp_path, cache, caps
         assert "1 entries" in out and "4 pictures missing" in out and "--live" in out and not server.log
         listed = (tmp_path / "offline.sqlite.missing.tsv").read_text().splitlines()
         assert listed == [f"7\t{url}" for url in urls]
-        client = Client(allow_hosts=(server.host,), retries=0, connect_timeout=1)
+        client = fetching_client(allow_hosts=(server.host,))
+        client.retries, client.connect_timeout = 0, 1.0
         assert import_fvqa(path, cache, client) == (1, [("7", url) for url in urls[1:]])
     hits = cache.get({"data_id": "7"}).hits
     assert [hit.title for hit in hits] == list("abcd") and [hit.image is None for hit in hits] == [False] + 3 * [True]
@@ -332,15 +334,17 @@ def test_fvqa_answers_by_data_id_where_the_picture_is_unknown(tmp_path):
     entry = {"tool_returned_web_title_list": list("abcde"), "tool_returned_images_urls": [pil(JPEG)] * 5}
     path = write_pickle(tmp_path / "p", {"train_1": entry})
     search_main.main(["import-fvqa", str(path), "--out", str(tmp_path / "c.sqlite")])
-    search = open_search(Config(search="replay", search_cache=str(tmp_path / "c.sqlite"), image_results=3))
+    search = open_search(
+        Config(search="replay", search_cache=str(tmp_path / "c.sqlite"), tool_results=("image_search=3",))
+    )
     known = question(0)
     object.__setattr__(known, "data_id", "train_1")
-    result = search.search(Call("image"), known)
+    result = search.search(Call("image_search"), known)
     assert [hit.title for hit in result.hits] == ["a", "b", "c"] and result.usage.cached == 1
-    assert search.search(Call("image"), question(1)).error_kind == "not_recorded"
+    assert search.search(Call("image_search"), question(1)).error_kind == "not_recorded"
     with closing(SearchCache(tmp_path / "c.sqlite", write=True)) as cache:  # the content goes first
-        cache.put(search.request(Call("image"), known), Result("no_results"))
-    assert search.search(Call("image"), known) == Result("no_results")
+        cache.put(search.request(Call("image_search"), known), Result("no_results"))
+    assert search.search(Call("image_search"), known) == Result("no_results")
 
 
 class Run:
@@ -424,5 +428,59 @@ def test_a_pickled_picture_that_lies_is_refused(tmp_path, cache):
     assert import_fvqa(write_pickle(tmp_path / "p", {"x": entry}), cache) == (1, [])
 
 
+def test_fvqa_s_entries_are_about_the_question_s_own_picture(tmp_path):
+    """Not about a part of it that was cut out."""
+    entry = {"tool_returned_web_title_list": ["a"], "tool_returned_images_urls": [pil(JPEG)]}
+    search_main.main(
+        ["import-fvqa", str(write_pickle(tmp_path / "p", {"train_1": entry})), "--out", str(tmp_path / "c")]
+    )
+    search = open_search(Config(search="replay", search_cache=str(tmp_path / "c")))
+    known = dataclasses.replace(question(0), data_id="train_1")
+    assert search.search(Call("image_search"), known).status == "ok"
+    assert search.search(Call("image_search", image=picture(7)), known).error_kind == "not_recorded"
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
 def test_keys_are_content():
     assert request_key(canonical({"b": 1, "a": "ä"})) == hashlib.sha256('{"a":"ä","b":1}'.encode()).hexdigest()
+
+
+def test_what_earlier_versions_recorded_is_still_found(tmp_path):
+    """Keys that the version before the table of tools computed (commit e1f4955)."""
+    about = dataclasses.replace(question(0), images=(b"a picture",))
+    image, text = Call("image_search"), Call("text_search", "who is the founder?")
+    threes = ("image_search=3", "text_search=3")
+    for call, changes, key in (
+        (image, {}, "e252cbb5fe4aca27dbd230bb268fd3b36e572f868607a9515b64d1d1d496253c"),
+        (text, {}, "32c9f28e5dd12a97621a83d5bdcea5376373d06fe8c4128e486a623dce24c11e"),
+        (
+            text,
+            {"summarizer_url": "http://x/v1", "tool_results": ("text_search=5",)},
+            "a7594cf045cc80ea7f9858b2d243f5968a2e45415d24e05449d2ca347e62cae0",
+        ),
+    ):
+        cfg = Config(search="replay", search_cache=str(tmp_path / "c"), **{"tool_results": threes, **changes})
+        SearchCache(tmp_path / "c", write=True).close()
+        assert request_key(canonical(open_search(cfg).request(call, about))) == key
+
+
+def test_a_picture_at_full_size_stays_one(tmp_path, cache):
+    """Through the file, parquet and back; and rows of files that know nothing of it are thumbnails."""
+    kept = Result("ok", (Hit("small", image=JPEG), Hit("large", image=JPEG, full_size=True)))
+    assert cache.put(asked(0), kept) == kept and [h.full_size for h in cache.get(asked(0)).hits] == [False, True]
+    with cache._connection() as db:
+        ((content,),) = db.execute("SELECT result FROM results").fetchall()
+    assert [hit.get("full_size") for hit in json.loads(content)["hits"]] == [None, True]
+    search_main.main(["export", str(tmp_path / "c.sqlite"), "--out", str(tmp_path / "s")])
+    search_main.main(["import", str(tmp_path / "s"), "--out", str(tmp_path / "d.sqlite")])
+    with closing(SearchCache(tmp_path / "d.sqlite")) as copy:
+        assert copy.get(asked(0)) == kept
+    old = pq.read_table(tmp_path / "s").to_pylist()
+    for hit in old[0]["hits"]:
+        del hit["full_size"]
+    pq.write_table(pa.Table.from_pylist(old), tmp_path / "old")
+    search_main.main(["import", str(tmp_path / "old"), "--out", str(tmp_path / "e.sqlite")])
+    with closing(SearchCache(tmp_path / "e.sqlite")) as copy:
+        assert copy.get(asked(0)) == Result("ok", tuple(dataclasses.replace(h, full_size=False) for h in kept.hits))

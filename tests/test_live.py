@@ -3,42 +3,54 @@ recording and replaying; the service; what start-up refuses."""
 
 import dataclasses
 import hashlib
+import http.server
 import io
 import json
 import os
 import random
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
-from conftest import picture, question
-from local_web import EVIL, JINA, SERPAPI, SUMMARIZER, LocalWeb, settings, wait_until
+from conftest import ROOT, picture, question
+from local_web import EVIL, JINA, SERPAPI, SUMMARIZER, LocalWeb, hurry, settings, wait_until
 from PIL import Image
 
 import search
-from chat import Codec
+from chat import Chat
 from config import Config, InputError
-from data import ERROR_KINDS, Call, Question, Result, Usage
+from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
 from rollout import ScriptedEngine, run
 from search import __main__ as search_main
 from search import live as search_live
-from search import open_search
+from search import open_search, serpapi
+from search.index import build
 from search.live import WebSearch
+from search.serpapi import SerpApi
 from search.service import RemoteSearch, SearchServer
+from search.web import Client, Job
 
-IMAGE, FOUNDER = Call("image"), Call("text", "who is the founder?")
+IMAGE, FOUNDER = Call("image_search"), Call("text_search", "who is the founder?")
 SECRETS = (SERPAPI, JINA, SUMMARIZER)
+KEYS = (SerpApi.key, search_live.READER_KEY, search_live.SUMMARIZER_KEY)
 
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-    for name, value in zip(search_live.KEYS, SECRETS, strict=True):
+    for name, value in zip(KEYS, SECRETS, strict=True):
         monkeypatch.setenv(name, value)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    hurry(monkeypatch)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
@@ -54,6 +66,36 @@ def live(server, **changes):
 
 def summarized(server):
     return {"summarizer_url": f"{server.url}/v1", "summarizer_model": "summariser"}
+
+
+ONE_EACH = {"tool_results": ("image_search=1", "text_search=1")}
+
+
+@contextmanager
+def proxy(url):
+    """A forwarding HTTP proxy that sends everything to `url`: (its address, what it was asked)."""
+    asked = []
+
+    class Forward(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            with urllib.request.urlopen(url + "/" + self.path.split("/", 3)[3]) as answer:
+                body = answer.read()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forward) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(urllib.request, "urlopen", opener.open)  # which would ask this proxy again
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
 
 
 def only(part, fault, times=99):
@@ -95,8 +137,10 @@ def test_text_search_reads_pages_and_picks_their_best_sentences(server):
     assert (result.usage.searches, result.usage.pages, result.usage.tokens) == (1, 3, 0)
 
 
-def test_pages_are_summarised_towards_the_query_in_five_sentences(server):
-    search = live(server, **summarized(server), price_summarizer=2.0, page_characters=20)
+def test_pages_are_summarised_towards_the_query_in_five_sentences(server, monkeypatch):
+    monkeypatch.setattr(search_live, "SUMMARIZER_PRICE", 2.0)
+    monkeypatch.setattr(search_live, "PAGE_CHARACTERS", 20)
+    search = live(server, **summarized(server))
     result = search.search(FOUNDER, question())
     assert [hit.text for hit in result.hits] == [" ".join(f"Sentence {n}." for n in range(5))] * 3
     asked = [payload for path, _, payload in server.log if path == "/v1/chat/completions"]
@@ -108,7 +152,7 @@ def test_pages_are_summarised_towards_the_query_in_five_sentences(server):
 
 def test_a_page_s_text_fills_no_hole_of_the_prompt(server, tmp_path):
     """A query that is itself a hole stays a query."""
-    live(server, **summarized(server)).search(Call("text", "{page}"), question())
+    live(server, **summarized(server)).search(Call("text_search", "{page}"), question())
     content = [payload for path, _, payload in server.log if path.startswith("/v1/chat")][0]["messages"][0]["content"]
     assert "Question: {page}" in content
 
@@ -126,7 +170,7 @@ def test_a_page_that_fails_is_replaced_by_the_next(server):
 
 def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
     search = live(server)
-    assert search.search(Call("text", "nothing"), question()) == Result("no_results")
+    assert search.search(Call("text_search", "nothing"), question()) == Result("no_results")
     server.fault = only("/read", "page")
     result = search.search(FOUNDER, question())
     assert (result.status, result.hits, result.error_kind) == ("error", (), "refused")
@@ -136,13 +180,13 @@ def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
 def test_an_upload_command_makes_a_picture_public(server, tmp_path):
     script = tmp_path / "up load.py"
     script.write_text("import sys; print('uploading'); print('https://up.example/' + sys.argv[-1].split('/')[-1])")
-    search = live(server, image_base_url="", image_upload=f"{sys.executable} '{script}'")
+    search = live(server, image_host=f"{sys.executable} '{script}'")
     assert search.search(IMAGE, question()).status == "ok"
     assert "url=https%3A%2F%2Fup.example%2F" in server.log[0][0]
     for body, kind in (("print('file:///etc/passwd')", "no_url"), ("raise SystemExit(3)", "no_url")):
         script.write_text(body)
         assert search.search(IMAGE, question(2)).error_kind == kind
-    assert live(server, image_base_url="").search(IMAGE, question()).error_kind == "no_url"
+    assert live(server, image_host="").search(IMAGE, question()).error_kind == "no_url"
 
 
 # ------------------------------------------------------------------------------------------------ what fails
@@ -180,12 +224,11 @@ def test_an_upload_command_makes_a_picture_public(server, tmp_path):
         ("/thumb", "drip", "timeout"),
     ],
 )
-def test_every_fault_is_typed(server, part, fault, kind):
+def test_every_fault_is_typed(server, monkeypatch, part, fault, kind):
     server.fault = only(part, fault)
-    patience = (0.2, 1.5) if fault in ("hang", "drip") else (10.0, 60.0)  # only these are about the clock
-    limits = dict(search_retries=1, image_results=1, text_results=1)
-    limits |= dict(zip(("read_timeout", "search_deadline"), patience, strict=True))
-    search = live(server, **limits, **summarized(server))
+    silence, deadline = (0.2, 1.5) if fault in ("hang", "drip") else (10.0, 60.0)  # only these are about the clock
+    hurry(monkeypatch, retries=1, read_timeout=silence)
+    search = live(server, search_deadline=deadline, **ONE_EACH, **summarized(server))
     result = search.search(IMAGE if part == "/thumb" else FOUNDER, question())
     assert (result.status, result.error_kind, result.hits) == ("error", kind, ()), result.error
     assert result.error and not any(secret in result.error for secret in SECRETS)
@@ -202,14 +245,15 @@ def test_a_redirect_never_reaches_a_private_address(server):
 
 
 @pytest.mark.parametrize("fault", ["hang", "429", "500", "503", "cut"])
-def test_what_passes_is_tried_again(server, fault):
+def test_what_passes_is_tried_again(server, monkeypatch, fault):
     server.fault = only("", fault, times=2)
-    patience = dict(read_timeout=0.5 if fault == "hang" else 10.0, search_deadline=60.0)
-    search = live(server, **patience, text_results=1, **summarized(server))
+    hurry(monkeypatch, read_timeout=0.5 if fault == "hang" else 10.0)
+    search = live(server, **ONE_EACH, **summarized(server))
     assert search.search(FOUNDER, question()).status == "ok"
     assert set(server.asked.values()) == {3}
     server.asked.clear()
-    live(server, **patience, search_retries=1).search(FOUNDER, question())
+    monkeypatch.setattr(Client, "retries", 1)
+    live(server).search(FOUNDER, question())
     assert set(server.asked.values()) == {2}
 
 
@@ -221,7 +265,7 @@ def test_what_does_not_pass_is_not_tried_again(server):
         assert set(server.asked.values()) == {1}
 
 
-def test_hostile_text_is_harmless_text(server, codec):
+def test_hostile_text_is_harmless_text(server, chat):
     server.fault = lambda *_: "evil"
     for call in (IMAGE, FOUNDER):
         for changes in ({}, summarized(server)):
@@ -230,15 +274,15 @@ def test_hostile_text_is_harmless_text(server, codec):
                 assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
                 text.encode()  # no half characters
             assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
-            ids, pictures = codec.result_turn(call, result, question(), codec.im_end)
+            ids, pictures = chat.result_turn(call, result, question(), chat.im_end)
             turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
-            bare, _ = codec.result_turn(call, turn, question(), codec.im_end)
-            for special in (codec.im_end, codec.image_pad, codec.vision_start):  # it opened no turn, added no image
+            bare, _ = chat.result_turn(call, turn, question(), chat.im_end)
+            for special in (chat.im_end, chat.image_pad, chat.vision_start):  # it opened no turn, added no image
                 assert ids.count(special) == bare.count(special)
     assert "<script>" in EVIL
 
 
-def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind():
+def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind(monkeypatch):
     """One search in five hangs; other requests are refused, broken, endless, hostile. 24 threads."""
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     others = ["429", "500", "truncated", "cut", "wrong types", "list", "redirects", "loopback", "bomb", "evil", "drip"]
@@ -250,9 +294,11 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind():
         return draw.choice(others) if draw.random() < 0.2 else None
 
     with LocalWeb(fault) as server:
-        limits = dict(read_timeout=0.4, search_deadline=4.0, search_retries=2, image_results=1, text_results=1)
-        search = live(server, **limits, serpapi_in_flight=64, reader_in_flight=64)
-        calls = [IMAGE if n % 2 else Call("text", f"query {n}") for n in range(1000)]
+        hurry(monkeypatch, read_timeout=0.4, retries=2)
+        monkeypatch.setattr(serpapi, "IN_FLIGHT", 64)
+        monkeypatch.setattr(search_live, "READER_IN_FLIGHT", 64)
+        search = live(server, search_deadline=4.0, **ONE_EACH)
+        calls = [IMAGE if n % 2 else Call("text_search", f"query {n}") for n in range(1000)]
         one = question()
         with ThreadPoolExecutor(24) as pool:
             futures = [pool.submit(search.search, call, one) for call in calls]
@@ -267,7 +313,7 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind():
 
 def test_the_budget_ends_live_calls_cleanly(server, monkeypatch):
     search = live(server, search_budget=3)
-    kinds = [search.search(Call("text", f"q{n}"), question()).error_kind for n in range(5)]
+    kinds = [search.search(Call("text_search", f"q{n}"), question()).error_kind for n in range(5)]
     assert kinds == ["", "", "", "budget", "budget"]
     assert sum("/search.json" in path for path, *_ in server.log) == 3
     monkeypatch.setenv("WORLD_SIZE", "2")  # two ranks share it
@@ -275,7 +321,7 @@ def test_the_budget_ends_live_calls_cleanly(server, monkeypatch):
     assert [search.search(FOUNDER, question()).error_kind for _ in range(3)] == ["", "", "budget"]
 
 
-def test_limits_hold_for_all_threads_together(server):
+def test_limits_hold_for_all_threads_together(server, monkeypatch):
     """Two in flight, and twenty begun a second: ten searches need at least 9/20 of a second."""
     at_once, most, lock = [0], [0], threading.Lock()
 
@@ -288,30 +334,55 @@ def test_limits_hold_for_all_threads_together(server):
             at_once[0] -= 1
 
     server.fault = count
-    search = live(server, serpapi_in_flight=2, serpapi_per_second=20.0)
+    monkeypatch.setattr(serpapi, "IN_FLIGHT", 2)
+    monkeypatch.setattr(serpapi, "PER_SECOND", 20.0)
+    search = live(server)
     started = time.monotonic()
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda n: search.search(Call("text", f"nothing {n}"), question()), range(10)))
+        list(pool.map(lambda n: search.search(Call("text_search", f"nothing {n}"), question()), range(10)))
     assert time.monotonic() - started > 9 / 20 and most[0] <= 2
-    search = live(server, serpapi_in_flight=2)
+    monkeypatch.setattr(serpapi, "PER_SECOND", 0.0)
+    search = live(server)
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda n: search.search(Call("text", f"nothing {n}"), question()), range(10)))
+        list(pool.map(lambda n: search.search(Call("text_search", f"nothing {n}"), question()), range(10)))
     assert most[0] == 2
 
 
-def test_keys_appear_nowhere(server, tmp_path, capfd):
+def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
     """Not in errors, even if a provider echoes them, not in the cache, not on the terminal."""
     cfg = Config(**settings(server, search="record", search_cache=str(tmp_path / "c.sqlite"), **summarized(server)))
     search = open_search(cfg)
     search.search(FOUNDER, question())
-    search.inner.keys["SERPAPI_API_KEY"] = "wrong-but-secret"  # the server repeats it in its message
-    result = search.search(Call("text", "another"), question())
+    search.inner.engine.secret = "wrong-but-secret"  # the server repeats it in its message
+    result = search.search(Call("text_search", "another"), question())
     assert result.error_kind == "refused" and "***" in result.error and "wrong-but-secret" not in result.error
+    server.fault = only("/search.json", "odd headers")  # urllib3 would warn, and name the URL
+    assert search.search(Call("text_search", "a third"), question()).status == "error"
     search.cache.close()
     written = b"".join(file.read_bytes() for file in tmp_path.iterdir()) + json.dumps(dataclasses.asdict(cfg)).encode()
     shown = capfd.readouterr()
     for secret in (*SECRETS, "wrong-but-secret"):
-        assert secret.encode() not in written and secret not in shown.out + shown.err
+        assert secret.encode() not in written and secret not in shown.out + shown.err + caplog.text
+
+
+def test_proxies_of_the_environment_are_for_endpoints_of_the_user_alone(server, monkeypatch):
+    """The search engine is known to the proxy alone; thumbnails are fetched without it, from addresses that were
+    checked."""
+    with proxy(server.url) as (address, asked):
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, address)
+        search = live(server, serpapi_url="http://engine.invalid")
+        assert search.search(IMAGE, question()).status == "ok"
+        assert [url.partition("?")[0] for url in asked] == ["http://engine.invalid/search.json"]
+        assert search.search(Call("text_search", "nothing"), question()).status == "no_results"
+        monkeypatch.setenv("NO_PROXY", "engine.invalid")
+        monkeypatch.setenv("no_proxy", "engine.invalid")
+        result = search.search(IMAGE, question(2))
+        assert (result.error_kind, len(asked)) == ("connection", 2)
+        monkeypatch.setattr(search.pictures, "allow_hosts", ())
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.delenv("no_proxy")
+        assert search.search(IMAGE, question(3)).error_kind == "blocked"  # the proxy could reach them
 
 
 # ------------------------------------------------------------------------------------------------- start-up
@@ -328,7 +399,7 @@ def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
     cfg = Config(**settings(server, **summarized(server)))
     open_search(cfg)
     assert sorted(p.split("?")[0] for p, *_ in server.log) == ["/account.json", "/read", "/v1/models"]
-    for name, words in zip(search_live.KEYS, ("SerpApi", "reader", "summariser"), strict=True):
+    for name, words in zip(KEYS, ("SerpApi", "reader", "summariser"), strict=True):
         with monkeypatch.context() as patch:
             patch.setenv(name, "not-the-key")
             message = refused(open_search, cfg)
@@ -338,24 +409,27 @@ def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     open_search(dataclasses.replace(cfg, search_budget=6000))
     assert "5,958 searches left" in capfd.readouterr().err
-    down = dataclasses.replace(cfg, serpapi_url="http://127.0.0.1:9", search_retries=0)
+    down = dataclasses.replace(cfg, serpapi_url="http://127.0.0.1:9")
     assert "connection" in refused(open_search, down).lower()
 
 
 def test_images_without_an_address_are_refused_at_start_up(server):
     questions = [question(0), dataclasses.replace(question(1), image_url="https://a.example/b.jpg")]
-    bytes_only = Config(**settings(server, image_base_url=""))
+    bytes_only = Config(**settings(server, image_host=""))
     message = refused(search.check_questions, questions, bytes_only)
-    assert "1 of 2" in message and "--image_base_url" in message and "--image_upload" in message
-    for changes in (dict(image_base_url="https://x.example"), dict(image_upload="up"), dict(max_image_searches=0)):
+    assert "1 of 2" in message and "--image_host" in message and "command" in message
+    for changes in (
+        dict(image_host="https://x.example"), dict(image_host="up"), dict(tool_limits=("image_search=0",)),
+    ):  # fmt: skip
         search.check_questions(questions, dataclasses.replace(bytes_only, **changes))
     search.check_questions(questions[1:], bytes_only)
     search.check_questions(questions, Config())
 
 
-def test_searches_are_estimated_before_a_run():
+def test_searches_are_estimated_before_a_run(monkeypatch):
+    monkeypatch.setattr(SerpApi, "price", 0.02)
     assert search.estimate(100, Config()) == ""
-    line = search.estimate(100, Config(search="live", price_search=0.02))
+    line = search.estimate(100, Config(search="live"))
     assert "at most 200 searches" in line and "4.00" in line and "no budget" in line
     assert "ends them earlier" in search.estimate(100, Config(search="live", search_budget=199))
     assert "within" in search.estimate(100, Config(search="live", search_budget=200))
@@ -378,7 +452,7 @@ def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_pat
     search_main.main(["images", "--files", str(tmp_path / "q.parquet"), "--out", str(tmp_path / "out")])
     base = live(server)
     for n, row in enumerate(rows):
-        url = base.public_url(Question("q", "", images=(row["images"][0]["bytes"],)), time.monotonic() + 1)
+        url = base.public_url(IMAGE, Question("q", "", images=(row["images"][0]["bytes"],)), Job(1))
         name = url.removeprefix("https://pictures.example/")
         assert name.endswith((".png", ".jpg")[n])
         assert (tmp_path / "out" / name).read_bytes() == row["images"][0]["bytes"]
@@ -399,6 +473,7 @@ def replay(path, **changes):
     return open_search(Config(search="replay", search_cache=str(path), **changes))
 
 
+TWO = {"tool_results": ("image_search=3", "text_search=2")}
 TURNS = [
     "<reason>?</reason><search><img></search>",
     "<reason>?</reason><text_search>{}</text_search>",
@@ -408,32 +483,33 @@ TURNS = [
 
 def episodes(search, folder, cfg):
     """Conversations of twelve questions, three samples each, that search by image and by words."""
-    codec = Codec(folder, dataclasses.replace(cfg, max_tokens=900, max_tokens_per_turn=100))
+    chat = Chat(folder, dataclasses.replace(cfg, max_tokens=900, max_tokens_per_turn=100))
     questions = [question(n) for n in range(12)]
-    number = {codec.picture(q.images[0]).key: n for n, q in enumerate(questions)}
+    number = {chat.picture(q.images[0]).key: n for n, q in enumerate(questions)}
 
     def script(prompt, images, sampling):
         n = number[images[0].key]
         return TURNS[prompt.count("<|im_start|>assistant") - 1].format("nothing" if n == 3 else f"founder {n}")
 
-    return run(questions, ScriptedEngine(codec, script), search, codec, codec.cfg, samples=3)
+    return run(questions, ScriptedEngine(chat, script), search, chat, chat.cfg, samples=3)
 
 
-def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_path, folder, cfg):
+def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_path, folder, cfg, monkeypatch):
+    monkeypatch.setattr(Client, "retries", 0)
     path = tmp_path / "c.sqlite"
     with LocalWeb(lambda path, _: "500" if "founder 7" in path or "-2.jpg" in path else None) as server:
-        search = record(server, path, text_results=2, search_retries=0)
+        search = record(server, path, **TWO)
         first = episodes(search, folder, cfg)
         asked = sum("/search.json" in p for p, *_ in server.log)
         assert asked <= 12 + 12 + 2  # one for each image and query, however many samples; errors are tried again
         search.cache.close()
-    again = episodes(replay(path, text_results=2), folder, cfg)
+    again = episodes(replay(path, **TWO), folder, cfg)
     assert {r.status for e in first for _, r in e.calls} == {"ok", "no_results", "error"}
     for a, b in zip(first, again, strict=True):
         assert (a.tokens, a.sampled, a.calls, a.stop) == (b.tokens, b.sampled, b.calls, b.stop)
         assert [p.data for p in a.images] == [p.data for p in b.images]
         for p, q in zip(a.images, b.images, strict=True):
-            assert bool((a.codec.pixels(p) == b.codec.pixels(q)).all())
+            assert bool((a.chat.pixels(p) == b.chat.pixels(q)).all())
     used = [r.usage for e in again for _, r in e.calls]
     assert all(u == Usage(cached=1) for u in used)
 
@@ -443,17 +519,18 @@ def test_a_miss_in_a_replay_is_an_error_that_says_so(server, tmp_path):
     record(server, path).search(FOUNDER, question())
     search = replay(path)
     assert search.search(FOUNDER, question()).status == "ok"
-    others = [{"text_results": 2}, {"search_language": "fr"}, {"summarizer_url": "http://x/v1"}]
-    for call, changes in ((IMAGE, {}), (Call("text", "?"), {}), *((FOUNDER, other) for other in others)):
+    others = [TWO, {"search_language": "fr"}, {"summarizer_url": "http://x/v1"}]
+    for call, changes in ((IMAGE, {}), (Call("text_search", "?"), {}), *((FOUNDER, other) for other in others)):
         result = replay(path, **changes).search(call, question())
         assert (result.status, result.error_kind) == ("error", "not_recorded") and "c.sqlite" in result.error
-    assert search.search(Call("text", " "), question()).error_kind == "bad_call"
+    assert search.search(Call("text_search", " "), question()).error_kind == "bad_call"
     with pytest.raises(InputError, match="no such search cache"):
         replay(tmp_path / "none.sqlite")
 
 
-def test_a_recording_finds_what_it_has_and_tries_errors_again(server, tmp_path):
-    search = record(server, tmp_path / "c.sqlite", search_retries=0)
+def test_a_recording_finds_what_it_has_and_tries_errors_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Client, "retries", 0)
+    search = record(server, tmp_path / "c.sqlite")
     server.fault = only("/search.json", "500", times=1)
     assert search.search(FOUNDER, question()).error_kind == "server"
     assert replay(tmp_path / "c.sqlite").search(FOUNDER, question()).error_kind == "server"
@@ -486,6 +563,66 @@ def test_a_call_that_comes_between_looking_and_asking_costs_nothing(server, tmp_
     assert first.hits == second.hits and (first.usage.searches, second.usage.searches) == (1, 0)
 
 
+def test_a_call_with_a_picture_of_its_own(server, tmp_path):
+    """A part of a picture, say: shown from where pictures are made public, not from the question's URL, kept under its
+    own bytes, and carried to the service."""
+    known = dataclasses.replace(question(), image_url="https://museum.example/a.jpg")
+    crop = Call("image_search", picture="img_1", box=(0.0, 250.0, 500.0, 1000.0), image=picture(9))
+    service = Service(record(server, tmp_path / "c.sqlite"))
+    try:
+        search = open_search(Config(search_url=service.url))
+        first, whole = search.search(crop, known), search.search(IMAGE, known)
+    finally:
+        service.close()
+    hidden = hashlib.sha256(picture(9)).hexdigest()
+    asked = [path for path, *_ in server.log if "/search.json" in path]
+    assert f"pictures.example%2F{hidden}.png" in asked[0] and "museum.example" in asked[1] and len(asked) == 2
+    there = replay(tmp_path / "c.sqlite")
+    assert [there.search(call, known) for call in (crop, IMAGE)] == [first, whole]
+    assert there.search(dataclasses.replace(crop, image=picture(8)), known).error_kind == "not_recorded"
+    assert there.search(crop, Question("q", "no picture of its own")) == first
+
+
+def test_the_service_hands_every_part_of_a_call_on():
+    calls = []
+
+    class Listening:
+        def search(self, call, about):
+            calls.append((call, call.image, about.images, about.image_url, about.data_id))
+            return Result("ok", (Hit("t", "u", "x", picture(3), full_size=True),))
+
+    service = Service(Listening())
+    crop = Call("image_search", picture="img_2", box=(1.0, 2.0, 3.0, 4.5), image=picture(9))
+    known = dataclasses.replace(question(), image_url="https://a.example/b.jpg", data_id="d")
+    try:
+        results = [RemoteSearch(Config(search_url=service.url)).search(call, known) for call in (crop, IMAGE, FOUNDER)]
+    finally:
+        service.close()
+    rest = (known.image_url, "d")
+    assert calls == [(crop, picture(9), (), *rest), (IMAGE, None, known.images, *rest), (FOUNDER, None, (), *rest)]
+    assert results == [Listening().search(IMAGE, known)] * 3 and results[0].hits[0].full_size
+
+
+@pytest.mark.parametrize("tool", ["video_search", "text", ""])
+def test_a_tool_that_is_not_known_is_a_typed_result_everywhere(server, tmp_path, tool):
+    recording = record(server, tmp_path / "c.sqlite")
+    service = Service(recording)
+    try:
+        searches = [
+            recording.inner,
+            recording,
+            replay(tmp_path / "c.sqlite"),
+            RemoteSearch(Config(search_url=service.url)),
+        ]
+        server.log.clear()
+        for search in searches:
+            result = search.search(Call(tool, "who?", image=picture(1)), question())
+            assert (result.status, result.error_kind) == ("error", "bad_call") and repr(tool) in result.error
+    finally:
+        service.close()
+    assert not server.log and recording.cache.stats()["results"] == 0
+
+
 def test_what_cannot_be_kept_is_an_error(server, tmp_path):
     search = record(server, tmp_path / "c.sqlite")
     with search.cache._connection() as db:
@@ -500,12 +637,12 @@ def test_what_cannot_be_kept_is_an_error(server, tmp_path):
 
 
 class Service:
-    """`tools.py serve` in threads of this process."""
+    """`python -m search serve` in threads of this process."""
 
     def __init__(self, search, address="127.0.0.1:0"):
         self.server = SearchServer(address, search)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
 
     def close(self):
@@ -516,18 +653,20 @@ class Service:
 
 def test_the_service_gives_the_same_results(server, tmp_path):
     service = Service(record(server, tmp_path / "c.sqlite", search_budget=3))
-    search = open_search(Config(search_url=service.url, retry_pause=0.01))
+    search = open_search(Config(search_url=service.url))
     try:
         assert isinstance(search, RemoteSearch)
         here = [
-            search.search(call, question()) for call in (IMAGE, FOUNDER, Call("text", "nothing"), Call("text", " "))
+            search.search(call, question())
+            for call in (IMAGE, FOUNDER, Call("text_search", "nothing"), Call("text_search", " "))
         ]
         there = replay(tmp_path / "c.sqlite")
         assert here == [
-            there.search(call, question()) for call in (IMAGE, FOUNDER, Call("text", "nothing"), Call("text", ""))
+            there.search(call, question())
+            for call in (IMAGE, FOUNDER, Call("text_search", "nothing"), Call("text_search", ""))
         ]
         assert here[0].usage.searches == 1 and search.search(IMAGE, question()).usage == Usage(cached=1)
-        assert search.search(Call("text", "one more"), question()).error_kind == "budget"  # one for all clients
+        assert search.search(Call("text_search", "one more"), question()).error_kind == "budget"  # one for all clients
     finally:
         service.close()
 
@@ -536,12 +675,12 @@ def test_a_restart_of_the_service_costs_retries_not_calls(server, tmp_path):
     inner = record(server, tmp_path / "c.sqlite")
     service = Service(inner)
     address = service.url.removeprefix("http://")
-    search = open_search(Config(search_url=service.url, retry_pause=0.02))
+    search = open_search(Config(search_url=service.url))
     results = []
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(search.search, Call("text", f"q{n % 5}"), question()) for n in range(20)]
+        futures = [pool.submit(search.search, Call("text_search", f"q{n % 5}"), question()) for n in range(20)]
         service.close()
-        futures += [pool.submit(search.search, Call("text", f"q{n % 5}"), question()) for n in range(5)]
+        futures += [pool.submit(search.search, Call("text_search", f"q{n % 5}"), question()) for n in range(5)]
         time.sleep(0.2)
         service = Service(inner, address)
         results = [future.result(30) for future in futures]
@@ -552,8 +691,16 @@ def test_a_restart_of_the_service_costs_retries_not_calls(server, tmp_path):
 def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
     service = Service(record(server, tmp_path / "c.sqlite"))
     try:
-        empty = {"kind": "image", "query": "", "image": None, "image_url": None, "data_id": None}
-        odd = [{**empty, "kind": "video"}, {**empty, "image": "?"}, {**empty, "data_id": 3}]
+        call = {"tool": "image_search", "query": "", "picture": "", "box": None, "image": None}
+        about = {"image": None, "image_url": None, "data_id": None}
+        odd = [{"call": {**call, name: value}, "question": about} for name, value in (
+            ("tool", 3), ("image", "?"), ("image", 3), ("query", None), ("box", 3), ("box", ["x"]), ("colour", "red"),
+        )]  # fmt: skip
+        odd += [
+            {"call": call, "question": {**about, "image": "?"}},
+            {"call": call, "question": {**about, "data_id": 3}},
+        ]
+        odd += [{"call": call}, {"call": [], "question": about}]
         for body in (b"", b"[]", b"{}", b"\xff", b"[" * 100_000, *(json.dumps(o).encode() for o in odd)):
             with closing(socket.create_connection(service.server.server_address, 5)) as raw:
                 raw.sendall(b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -565,10 +712,38 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
         service.close()
 
 
+def test_the_command_serves_until_ctrl_c(tmp_path):
+    """`python -m search serve`, in a process of its own."""
+    build(tmp_path / "i.sqlite", [{"title": "t", "text": "about founders"}])
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "search", "serve", "--address", address, f"--search_index={tmp_path}/i.sqlite"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
+        found = open_search(Config(search_url=f"http://{address}")).search(Call("text_search", "founders"), question())
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(30), process.stderr.read()) == (130, "")
+    assert [hit.title for hit in found.hits] == ["t"]
+
+
+def test_serve_says_what_is_wrong(tmp_path):
+    build(tmp_path / "i.sqlite")
+    index = f"--search_index={tmp_path}/i.sqlite"
+    for args, why in (
+        (["--search_url", "http://127.0.0.1:9"], "cannot ask another"),
+        (["--address", "nowhere", index], "address=nowhere: cannot listen"),
+        (["--address", "127.0.0.1:99999", index], "cannot listen"),
+        (["--addres", "127.0.0.1:99", index], "did you mean --address"),
+        ([], "no such search index"),
+    ):
+        with pytest.raises(InputError, match=why):
+            search_main.main(["serve", *args])
+
+
 def test_no_service_is_one_line_at_start_up(server):
     """Nobody there; somebody else there."""
-    with pytest.raises(InputError, match="tools.py serve"):
-        RemoteSearch(Config(search_url="http://127.0.0.1:9", retry_pause=0.1)).check(0.3)
+    with pytest.raises(InputError, match="python -m search serve"):
+        RemoteSearch(Config(search_url="http://127.0.0.1:9")).check(0.3)
     with pytest.raises(InputError, match="404"):
         RemoteSearch(Config(search_url=server.url)).check()
     with pytest.raises(InputError, match="cannot listen"):

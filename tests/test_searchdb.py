@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import sqlite3
 import subprocess
@@ -403,12 +404,12 @@ def test_what_is_not_an_index_is_refused_in_one_line(tmp_path, make, why):
 
 KILLED = """
 import os, sys
-from search import __main__ as searchdb
+from search.index import build
 def rows():
     for n in range(500):
         if n == 400: os._exit(9)
         yield {"title": f"t{n}", "text": "word " * 2000}
-searchdb.build(sys.argv[1], rows())
+build(sys.argv[1], rows())
 """
 
 
@@ -546,7 +547,10 @@ def test_empty_sides(tmp_path):
 
 
 def command(*args, cwd):
-    run = subprocess.run([sys.executable, "-m", "search", *map(str, args)], cwd=cwd, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-m", "search", *map(str, args)], cwd=cwd, capture_output=True, env=environment
+    )
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 
 
@@ -575,6 +579,55 @@ def test_command_line(tmp_path, jsonl):
         hits = db.image(noise_pictures(2)[1], 2)
         assert [(hit.title, hit.url) for hit in hits] == [("one", ""), ("zero", "u0")]
         assert db.text("w0", 9)
+
+
+def test_help_lists_the_commands(capsys):
+    search_main.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n    {name} " in out for name in search_main.COMMANDS)
+    for name in search_main.COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            search_main.main([name, "--help"])
+        assert end.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    search_main.main(["index", "--docs", "in/docs.jsonl", "--images", "in/images.jsonl", "--out", "s"])
+    capsys.readouterr()
+    search_main.main(["ask", "s", "--image", "in/pictures/1.png"])
+    assert capsys.readouterr().out.splitlines() == [
+        "1. one", "   (no URL)", "   thumbnail of 48 x 48 pixels", "2. zero", "   u0", "   thumbnail of 48 x 48 pixels",
+    ]  # fmt: skip
+    with closing(SearchDB(tmp_path / "s")) as db:
+        (hit,) = db.text("w0", 1)
+    search_main.main(["ask", "s", "--text", "w0", "--count", "1"])
+    assert capsys.readouterr().out.splitlines() == [f"1. {hit.title}", f"   {hit.url}", f"   {hit.text}"]
+    search_main.main(["ask", "s", "--text", "nobody"])
+    assert capsys.readouterr().out == "nothing found\n"
+    build(tmp_path / "lines", [{"title": "t", "text": "\n\nfirst\nsecond"}])
+    search_main.main(["ask", "lines", "--text", "second"])
+    assert capsys.readouterr().out == "1. t\n   (no URL)\n   first\n"
+
+
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["ask"], "FILE"),
+        (["ask", "s"], "--text WORDS or --image FILE"),
+        (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS or --image FILE"),
+        (["ask", "s", "--image", "none.png"], "none.png: No such file"),
+        (["ask", "s", "--image", "in/docs.jsonl"], "not a whole picture"),
+        (["ask", "s", "--text", " "], "the query is empty"),
+        (["ask", "s", "--text", "a", "--count", "0"], "count=0"),
+        (["ask", "in/docs.jsonl", "--text", "a"], "not a search index"),
+    ],
+)
+def test_ask_says_what_is_wrong(tmp_path, jsonl, monkeypatch, args, why):
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path / "s", [{"title": "a", "text": "b"}])
+    with pytest.raises(InputError, match=why):
+        search_main.main(args)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_options_out_of_range_are_refused(name, value):
 def test_options_stand_beside_those_of_a_run():
     cfg, recipe = parse(["--toy_seed", str(2**63 - 1), "--steps", "3", "--toy_named=48"], Config, Recipe)
     assert cfg == Config(steps=3) and recipe == Recipe(toy_seed=2**63 - 1, toy_named=48)
-    assert marked("may_change", Recipe) == marked("neutral", Recipe) == {"toy_dir"}
+    assert marked("resume", Recipe) == marked("neutral", Recipe) == {"toy_dir"}
     assert not {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(Recipe)}
 
 
@@ -254,6 +254,8 @@ def test_the_world_answers_searches_where_nothing_else_does():
     assert not toy.answers_searches(Config(search_index="a.sqlite"))
     assert not toy.answers_searches(Config(search_url="http://host:8000"))
     assert not toy.answers_searches(Config(search="live"))
+    with pytest.raises(InputError, match="search_index"):  # another preset's questions are not about toy things
+        toy.answers_searches(parse(["--preset", "qwen2.5-vl-7b"]))
 
 
 # ------------------------------------------------------------------------------------------------- building

@@ -1,6 +1,7 @@
 """HTTP from below: addresses, certificates, retries, limits of bytes; and text from the web."""
 
 import email.utils
+import errno
 import http.server
 import socket
 import ssl
@@ -75,6 +76,13 @@ def test_web_urls(url, sound):
     assert is_web_url(url) == sound
 
 
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 def fetch(url, seconds=5.0, retries=0, pause=0.01, **options):
     client = Client("it", Limit(4), **{"ours": False, "max_bytes": 1000, "types": ("text/*", "image/*"), **options})
     client.retries, client.pause = retries, pause
@@ -115,6 +123,17 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch):
     monkeypatch.setattr(search_web, "create_connection", connect)
     assert failure("http://rebind.example/").kind == "connection" and connected == [("93.184.216.34", 80)]
     assert failure("http://rebind.example/").kind == "blocked" and len(connected) == 1
+
+
+def test_a_connection_that_is_reset_while_it_is_made_is_typed(monkeypatch):
+    """urllib3 would go on without a socket."""
+
+    def reset(*_, **__):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(search_web, "create_connection", reset)
+    wrong = failure("http://127.0.0.1:9/", ours=True)
+    assert wrong.kind == "connection" and "ConnectionResetError" in str(wrong)
 
 
 def test_an_allowed_host_is_one_host_and_port():
@@ -220,7 +239,9 @@ def test_redirects_are_followed_a_few_times_and_never_with_a_key():
         assert "redirects" in str(failure(url, ours=True, bearer="secret")) and len(server.replies) == 1
 
 
-def test_certificates_are_checked(tmp_path):
+@pytest.fixture
+def certificate(tmp_path):
+    """(path of a certificate for localhost, a server's context that has its key)."""
     certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {certificate}"
     try:
@@ -229,13 +250,61 @@ def test_certificates_are_checked(tmp_path):
         pytest.skip("needs openssl to make a certificate")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
-    with replies(OK, OK, tls=tls) as (server, url), pytest.MonkeyPatch.context() as patch:
+    return certificate, tls
+
+
+def test_certificates_are_checked(certificate, monkeypatch):
+    with replies(OK, OK, tls=certificate[1]) as (server, url):
         wrong = failure(url, ours=True)
         assert wrong.kind == "connection" and "Cert" in str(wrong)
-        patch.setattr(search_web, "tls_context", lambda: ssl.create_default_context(cafile=certificate))
+        monkeypatch.setattr(search_web, "tls_context", lambda: ssl.create_default_context(cafile=certificate[0]))
         assert fetch(url, ours=True) == b"yes"
         wrong = failure(url.replace("localhost", "127.0.0.1"), ours=True)  # another name than the certificate's
         assert wrong.kind == "connection" and "Cert" in str(wrong)
+
+
+class Tunnel(http.server.BaseHTTPRequestHandler):
+    """A proxy that connects whatever it is asked for to the server's `target`, and then says no more."""
+
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        with closing(socket.create_connection(self.server.target)) as other:
+            back = threading.Thread(target=pipe, args=(other, self.connection))
+            back.start()
+            pipe(self.connection, other)
+            back.join()
+
+    def log_message(self, *_):
+        pass
+
+
+def pipe(source, sink):
+    try:
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def test_tls_goes_through_a_proxy_and_ends_at_the_deadline_there_too(certificate, monkeypatch):
+    monkeypatch.setattr(search_web, "tls_context", lambda: ssl.create_default_context(cafile=certificate[0]))
+    with replies(OK, tls=certificate[1]) as (server, url), closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tunnel)
+        proxy.asked, proxy.target, proxy.daemon_threads = [], server.server_address, True
+        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
+        for name in ("https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
+        assert fetch("https://localhost:1/", ours=True) == b"yes" and proxy.asked == ["localhost:1"]
+        proxy.target = silent.getsockname()
+        started = time.monotonic()
+        assert failure("https://localhost:2/", ours=True, seconds=0.5).kind == "timeout"
+        assert time.monotonic() - started < 5 and proxy.asked[1:] == ["localhost:2"]
+        assert failure(url).kind == "blocked" and len(proxy.asked) == 2  # not for what is not ours
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def test_a_handshake_that_hangs_ends_at_the_deadline():
