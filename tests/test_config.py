@@ -18,6 +18,7 @@ import toy
 import train
 from analysis.compare import CompareOptions
 from analysis.curves import CurvesOptions
+from analysis.judge import JudgeOptions
 from analysis.labels import LabelOptions
 from analysis.plan import PlanOptions
 from analysis.report import ReportOptions
@@ -27,7 +28,7 @@ from search.service import SearchServer
 
 COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
 KINDS = (
-    Config, EvalOptions, toy.Recipe, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
+    Config, EvalOptions, toy.Recipe, JudgeOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
     CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
 )  # fmt: skip
 FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -326,6 +327,10 @@ def limits(**values):
     ("attention dtype", Config, dict(attention="flash", dtype="fp32")),
     ("deterministic rollout_deadline", Config, dict(deterministic=True, rollout_deadline=5.0)),
     ("search_index", needs_index, dict(preset="qwen2.5-vl-7b")),
+    ("judges em llm", JudgeOptions, dict(judges=("em", "gpt"))),
+    ("judge_url", JudgeOptions, dict(judge_url="ftp://judge/v1")),
+    ("judge_url password", JudgeOptions, dict(judge_url="https://me:secret@judge/v1")),
+    ("judge_url", JudgeOptions, dict(judge_url="")),
     ("record search_cache", Config, dict(search="record")),
     ("replay search_cache", Config, dict(search="replay")),
     ("reader_url", Config, dict(reader_url="")),

@@ -298,6 +298,7 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
         main(*here, "--val_limit=30", f"--mode={mode}", "--samples=3", f"--out={path}")
         printed = capsys.readouterr().out
         analysis_main(["judge", str(path), "--judges", "em", "sub_em"])
+        capsys.readouterr()
         header, records = read(path)
         found[mode] = records
         assert header["config"]["mode"] == mode and len(records) == 90
@@ -314,7 +315,6 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
         assert [c["tool"] for c in r["calls"]] == ["image_search", "text_search"]
         assert r["stop"] in ("answered", "no_action")
         assert "<search><img></search>" in r["turns"][0]["text"]
-    capsys.readouterr()
     analysis_main(["compare", str(out["direct"]), str(out["agent"])])
     printed = capsys.readouterr().out
 
