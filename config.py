@@ -180,9 +180,8 @@ class Config(Options):
     keep_last: int = option(2, "checkpoints kept", "above 0", marks="resume")
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise InputError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
         super().__post_init__()
+        need(self.preset in PRESETS, f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
         _check_combinations(self)
 
     @property
@@ -424,7 +423,7 @@ class _Help(argparse.HelpFormatter):
 def _reading(kind):
     """How argparse reads a field of this type."""
     if kind == tuple[str, ...]:
-        return dict(nargs="*", action="extend", metavar="TEXT")
+        return dict(nargs="+", action="extend", metavar="TEXT")
     if bool in (kind, *get_args(kind)):
         words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
         if kind is not bool:

@@ -33,7 +33,7 @@ from tools import TOOLS, title
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
-    """The options of eval.py."""
+    """The options of an evaluation."""
 
     files: tuple[str, ...] = option((), "questions, PATH or BENCHMARK=PATH (none: the toy world's for validation)")
     out: str = option("", "file of the conversations (default: eval.jsonl in the model's folder)", marks="neutral")

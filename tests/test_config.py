@@ -12,32 +12,68 @@ import pytest
 from conftest import ROOT
 
 import config
-from config import PRESETS, SECTIONS, Config, InputError, parse, run_main, save
+import search.__main__ as search_commands
+import tools
+import toy
+import train
+from analysis.compare import CompareOptions
+from analysis.curves import CurvesOptions
+from analysis.judge import JudgeOptions
+from analysis.labels import LabelOptions
+from analysis.plan import PlanOptions
+from analysis.report import ReportOptions
+from config import PRESETS, Config, InputError, from_dict, marked, parse, run_main, save
+from eval import EvalOptions
+from search.service import SearchServer
 
-HINTS = get_type_hints(Config)
-FIELDS = dataclasses.fields(Config)
+COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
+KINDS = (
+    Config, EvalOptions, toy.Recipe, JudgeOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
+    CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
+)  # fmt: skip
+FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
+NUMBERS = [(kind, field) for kind, field in FIELDS if get_type_hints(kind)[field.name] in (int, float)]
+CHOICES = [(kind, field) for kind, field in FIELDS if isinstance(field.metadata["allowed"], tuple)]
+needed = {  # what an object cannot be made without, or a field not be set without
+    search_commands.FVQAOptions: {"file": "f", "out": "o"},
+    search_commands.AskOptions: {"file": "f"},
+    (EvalOptions, "image"): {"question": "q"},
+    (Config, "search"): {"search_cache": "c"},
+    (Config, "tensor_parallel"): {"engine": "vllm"},
+}
 
 
-def refused(*argv, **values) -> str:
+def each(pairs):
+    """Parameters kind and field of a test, with readable ids."""
+    ids = [f"{kind.__name__}.{field.name}" for kind, field in pairs]
+    return pytest.mark.parametrize(("kind", "field"), pairs, ids=ids)
+
+
+def made(kind, **values):
+    """An object of this kind, with what it needs."""
+    others = [needed.get(kind, {}), *(needed.get((kind, name), {}) for name in values)]
+    return kind(**{name: value for other in others for name, value in other.items()} | values)
+
+
+def refused(*argv, kind=Config, **values) -> str:
     """The message with which a command line, or a construction, is refused."""
     with pytest.raises(InputError) as error:
-        parse(list(argv)) if argv else Config(**values)
+        parse(list(argv), kind) if argv else made(kind, **values)
     message = str(error.value)
     assert message and "\n" not in message
     return message
 
 
-def another(field):
+def another(kind, field):
     """(text on the command line, value) of a field, valid and not its default."""
-    kinds, default = get_args(HINTS[field.name]) or (HINTS[field.name],), field.default
+    hint, default, allowed = get_type_hints(kind)[field.name], field.default, field.metadata["allowed"]
+    kinds = get_args(hint) or (hint,)
     if field.name == "preset":
         return "qwen2.5-vl-3b", "qwen2.5-vl-3b"
     if field.name == "judges":
         return "llm", ("llm",)
-    if field.name == "judge_url":
-        return "http://localhost:8000/v1", "http://localhost:8000/v1"
-    if field.metadata["choices"]:
-        value = next(c for c in reversed(field.metadata["choices"]) if c != default)
+    if isinstance(allowed, tuple):
+        value = next(c for c in reversed(allowed) if c != default)
         return value, value
     if bool in kinds:
         return str(not default).lower(), not default
@@ -48,21 +84,11 @@ def another(field):
         return "1.5", 1.5
     if float in kinds:
         return "0.375", 0.375
-    if HINTS[field.name] == tuple[str, ...]:
+    if hint == tuple[str, ...]:
         return "some file.pq", ("some file.pq",)
     if field.name.endswith("_url"):
         return "http://host:8000/v1", "http://host:8000/v1"
-    if field.name == "serve_address":
-        return "0.0.0.0:80", "0.0.0.0:80"
     return "some text", "some text"
-
-
-NEEDED = {  # by what a field has to be accompanied
-    "image": {"question": "q"},
-    "preset": {"search_index": "i"},
-    "search": {"search_cache": "c"},
-    "tensor_parallel": {"engine": "vllm"},
-}
 
 
 # ----------------------------------------------------------------------------------------------------- presets
@@ -77,7 +103,9 @@ def test_presets_construct_with_an_index_and_say_so_without(name):
     cfg = parse([f"--preset={name}", "--search_index=web.sqlite"])
     assert cfg.preset == name and cfg.run_dir == f"runs/{name}"
     assert all(getattr(cfg, key) == value for key, value in PRESETS[name].items())
-    assert "search_index" in refused("--preset", name)
+    assert not toy.answers_searches(cfg)
+    with pytest.raises(InputError, match=f"preset {name} needs --search_index"):
+        toy.answers_searches(parse([f"--preset={name}"]))
 
 
 def test_the_recipe_of_the_script_and_of_the_paper():
@@ -87,9 +115,10 @@ def test_the_recipe_of_the_script_and_of_the_paper():
     assert (script.prompts_per_step, script.samples_per_prompt, script.lr, script.kl_coef) == (32, 4, 2e-6, 0.001)
     assert (script.max_prompt_tokens, script.max_tokens_per_turn, script.max_tokens) == (4096, 2048, 8192)
     assert (script.min_pixels, script.max_pixels) == (512**2, 672**2 * 2)
-    assert (script.schedule, script.sigmoid_midpoint, script.min_lr_factor) == ("sigmoid", 45, 0.05)
+    assert (script.schedule, train.SIGMOID_MIDPOINT, script.min_lr_factor) == ("sigmoid", 45, 0.05)
     assert (script.search_penalty, script.format_weight, script.per_search_penalty) == (0.1, 0.1, False)
-    assert (script.max_turns, script.max_image_searches, script.max_text_searches) == (3, 1, 2)
+    assert (script.max_turns, tools.limits(script)) == (3, {"image_search": 1, "text_search": 2})
+    assert tools.results(script) == {"image_search": 5, "text_search": 5}
     assert (script.clip_low, script.clip_high, script.temperature, script.entropy_coef) == (0.2, 0.2, 1.0, 0.0)
     assert (paper.prompts_per_step, paper.samples_per_prompt, paper.updates_per_step) == (512, 8, 512 // 128)
 
@@ -110,16 +139,29 @@ def test_preset_folders_of_prompts_exist():
 # ------------------------------------------------------------------------------------------------ command line
 
 
-@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
+@each(FIELDS)
 @pytest.mark.parametrize("joined", [True, False], ids=["--key=value", "--key value"])
-def test_every_field_can_be_set_both_ways_and_changes_nothing_else(field, joined):
-    text, value = another(field)
-    needed = NEEDED.get(field.name, {})
+def test_every_field_can_be_set_both_ways_and_changes_nothing_else(kind, field, joined):
+    text, value = another(kind, field)
+    others = {**needed.get(kind, {}), **needed.get((kind, field.name), {})}
+    others.pop(field.name, None)
     argv = [f"--{field.name}={text}"] if joined else [f"--{field.name}", text]
-    cfg = parse([*argv, *(f"--{key}={needed[key]}" for key in needed)])
-    assert getattr(cfg, field.name) == value != field.default and type(getattr(cfg, field.name)) is type(value)
-    others = {**needed, **(PRESETS[value] if field.name == "preset" else {})}
-    assert cfg == Config(**{**others, field.name: value})
+    options = parse([*argv, *(f"--{key}={others[key]}" for key in others)], kind)
+    found = getattr(options, field.name)
+    assert found == value != field.default and type(found) is type(value)
+    if field.name == "preset":
+        others |= PRESETS[value]
+    assert options == kind(**{**others, field.name: value})
+
+
+def test_several_kinds_of_options_from_one_command_line():
+    cfg, options, recipe = parse(["--samples=2", "--toy_seed=3", "--steps=4"], Config, EvalOptions, toy.Recipe)
+    assert (cfg, options, recipe) == (Config(steps=4), EvalOptions(samples=2), toy.Recipe(toy_seed=3))
+    assert "--samples" in refused("--samples=2") and "--steps" in refused("--steps=2", kind=EvalOptions)
+    names = [field.name for kind in (Config, EvalOptions, toy.Recipe) for field in dataclasses.fields(kind)]
+    assert len(names) == len(set(names)) and len(dataclasses.fields(Config)) <= 90
+    values = config.as_dict(cfg, options, recipe)
+    assert values.keys() == set(names) and from_dict(Config, values) == cfg and from_dict(toy.Recipe, values) == recipe
 
 
 @pytest.mark.parametrize("text, value", [(t, True) for t in ("true", "1", "yes", "on", "True", "ON")]
@@ -172,137 +214,192 @@ def test_wrong_types_on_the_command_line_name_the_field(argv):
 
 
 def test_help_lists_every_field_with_default_and_meaning_in_groups(capsys):
+    kinds = {"The options of a run": Config, "The options of an evaluation": EvalOptions, "The toy world": toy.Recipe}
     with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
+        parse(["--help"], *kinds.values())
     assert stop.value.code == 0
     text = capsys.readouterr().out
     parts = re.split(r"^(\S.*):$", text, flags=re.M)
     groups = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert max(map(len, text.splitlines())) <= 120
-    group = None
-    for field in FIELDS:
-        group = SECTIONS.get(field.name, group)
-        entry = re.search(rf"^  --{field.name} .*?(?=^  -|\Z)", groups[group], re.M | re.S)
-        assert entry, f"{field.name} is not in group {group}"
-        words = " ".join(entry[0].split())
-        default = {None: "auto", "": "-", (): "-"}.get(field.default, field.default)
-        assert " ".join(field.metadata["help"].split()) in words and words.endswith(f"[{default}]")
-        for choice in PRESETS if field.name == "preset" else field.metadata["choices"] or ():
-            assert choice in words
-    assert set(SECTIONS.values()) <= set(groups)
+    for group, kind in kinds.items():
+        for field in dataclasses.fields(kind):
+            entry = re.search(rf"^  --{field.name} .*?(?=^  -|\Z)", groups[group], re.M | re.S)
+            assert entry, f"{field.name} is not in group {group}"
+            words = " ".join(entry[0].split())
+            default = {None: "auto", "": "-", (): "-"}.get(field.default, field.default)
+            default = " ".join(default) if isinstance(default, tuple) else default
+            assert " ".join(field.metadata["help"].split()) in words and words.endswith(f"[{default}]")
+            allowed = PRESETS if field.name == "preset" else field.metadata["allowed"]
+            for choice in allowed if not isinstance(allowed, str) else ():
+                assert choice in words
 
 
 # -------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
-def test_wrong_types_at_construction_name_the_field(field):
-    kinds = get_args(HINTS[field.name]) or (HINTS[field.name],)
+@each(FIELDS)
+def test_wrong_types_at_construction_name_the_field(kind, field):
+    hint = get_type_hints(kind)[field.name]
+    kinds = get_args(hint) or (hint,)
     wrong = [object(), b"x", {}] + ([] if str in kinds else ["x"]) + ([] if bool in kinds else [True])
     wrong += [] if type(None) in kinds else [None]
     wrong += [1.5] if float not in kinds else [float("nan"), float("inf"), -float("inf")]
-    wrong += [[1], "a.pq"] if HINTS[field.name] == tuple[str, ...] else [["x"]]
+    wrong += [[1], "a.pq"] if hint == tuple[str, ...] else [["x"]]
     for value in wrong:
-        assert field.name in refused(**{field.name: value})
+        assert field.name in refused(kind=kind, **{field.name: value})
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
-@pytest.mark.parametrize("name", [f.name for f in FIELDS if HINTS[f.name] is float])
-def test_every_float_must_be_finite(name, text):
-    assert f"{name}=" in refused(f"--{name}={text}")
+@each([(kind, field) for kind, field in NUMBERS if get_type_hints(kind)[field.name] is float])
+def test_every_float_must_be_finite(kind, field, text):
+    assert f"{field.name}=" in refused(f"--{field.name}={text}", kind=kind)
 
 
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
-    "tensor_parallel "
-    "tool_threads image_results text_results updates_per_step epochs_per_step max_tokens_per_batch keep_last "
+    "tensor_parallel tool_threads updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm dist_timeout "
-    "sigmoid_midpoint max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps "
-    "judge_concurrency judge_timeout gpu_memory "
-    "search_deadline connect_timeout read_timeout retry_pause page_characters serpapi_in_flight reader_in_flight "
-    "summarizer_in_flight"
+    "max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps gpu_memory search_deadline samples count"
 ).split()
-SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward max_failed_searches".split()
+SHARES = "search_penalty format_weight min_lr_factor clip_low balance sft_min_reward".split()
 
 
-def test_every_number_has_a_lower_bound_and_shares_an_upper_one():
-    for field in FIELDS:
-        if HINTS[field.name] in (int, float):
-            assert field.name in refused(**{field.name: -1})
-            if field.name in POSITIVE:
-                refused(**{field.name: 0})
-            else:
-                assert getattr(Config(**{field.name: 0}), field.name) == 0
-    for name in SHARES:
-        assert name in refused(**{name: 1.01}) and getattr(Config(**{name: 1}), name) == 1
-    for name in ("adam_beta1", "adam_beta2"):
+@each(NUMBERS)
+def test_every_number_has_a_lower_bound_and_shares_an_upper_one(kind, field):
+    name = field.name
+    assert name in refused(kind=kind, **{name: -1})
+    if name in POSITIVE:
+        assert name in refused(kind=kind, **{name: 0})
+    else:
+        assert getattr(made(kind, **{name: 0}), name) == 0
+    if name in SHARES:
+        assert name in refused(kind=kind, **{name: 1.01}) and getattr(made(kind, **{name: 1}), name) == 1
+    if name == "adam_beta2":
         assert name in refused(**{name: 1.0})
-    for name in ("seed", "toy_seed"):
-        assert name in refused(**{name: 2**63}) and getattr(Config(**{name: 2**63 - 1}), name) == 2**63 - 1
-    assert "toy_named" in refused(toy_named=49) and Config(toy_named=48).toy_named == 48
+    if name in ("seed", "toy_seed") and kind is not LabelOptions:
+        largest = 2**63 - 1
+        assert name in refused(kind=kind, **{name: largest + 1})
+        assert getattr(made(kind, **{name: largest}), name) == largest
+    if name == "toy_named":
+        assert name in refused(kind=kind, toy_named=49) and made(kind, toy_named=48).toy_named == 48
 
 
-@pytest.mark.parametrize("field", [f for f in FIELDS if f.metadata["choices"]], ids=lambda f: f.name)
-def test_choices(field):
-    message = refused(f"--{field.name}=other")
-    assert field.name in message and all(choice in message for choice in field.metadata["choices"])
-    for choice in field.metadata["choices"]:
-        needed = NEEDED["search"] if field.name == "search" else {}
-        assert getattr(Config(**{field.name: choice, **needed}), field.name) == choice
-    assert "qwen2.5-vl-7b-paper" in refused("--preset=qwen3") and "qwen2.5-vl-7b" in refused(preset="qwen3")
+@each([(Config, Config.__dataclass_fields__["preset"]), *CHOICES])
+def test_choices(kind, field):
+    message, allowed = refused(f"--{field.name}=other", kind=kind), field.metadata["allowed"] or PRESETS
+    assert field.name in message and all(choice in message for choice in allowed)
+    for choice in allowed:
+        assert getattr(made(kind, **{field.name: choice}), field.name) == choice
 
 
-@pytest.mark.parametrize("words, values", [
-    ("samples_per_prompt", dict(samples_per_prompt=1)),
-    ("min_pixels max_pixels", dict(min_pixels=7057, max_pixels=7056)),
-    ("min_pixels max_pixels", dict(min_pixels=785, max_pixels=1567)),  # no multiple of 784 in between
-    ("min_pixels max_pixels", dict(min_pixels=1, max_pixels=783)),
-    ("thumb_min_pixels thumb_max_pixels", dict(thumb_min_pixels=785)),
-    ("thumb_min_pixels thumb_max_pixels", dict(thumb_min_pixels=1, thumb_max_pixels=783)),
-    ("max_tokens_per_turn max_tokens", dict(max_tokens_per_turn=250)),
-    ("max_prompt_tokens max_tokens", dict(max_prompt_tokens=250)),
-    ("max_tokens_per_batch max_tokens", dict(max_tokens_per_batch=249)),
-    ("updates_per_step prompts_per_step", dict(updates_per_step=3)),
-    ("updates_per_step prompts_per_step", dict(updates_per_step=40)),
-    ("resume overwrite", dict(resume="auto", overwrite=True)),
-    ("image question", dict(image="a.jpg")),
-    ("files question", dict(files=("a.pq",), question="what?")),
-    ("files question", dict(files=("a.pq",), question="what?", image="a.jpg")),
-    ("attention device", dict(attention="flash", device="cpu")),
-    ("attention device", dict(attention="varlen", device="cpu")),
-    ("attention dtype", dict(attention="flash", dtype="fp32")),
-    ("deterministic rollout_deadline", dict(deterministic=True, rollout_deadline=5.0)),
-    ("search_index", dict(preset="qwen2.5-vl-7b")),
-    ("judges em llm", dict(judges=("em", "gpt"))),
-    ("judge_url", dict(judge_url="ftp://judge/v1")),
-    ("judge_url password", dict(judge_url="https://me:secret@judge/v1")),
-    ("label mode", dict(label=True, mode="direct")),
-    ("record search_cache", dict(search="record")),
-    ("replay search_cache", dict(search="replay")),
-    ("reader_url", dict(reader_url="")),
-    ("search_url", dict(search_url="localhost:8100")),
-    ("serpapi_url", dict(serpapi_url="https://name:word@host")),  # no secrets in config.json
-    ("serpapi_url", dict(serpapi_url="https://host/?api_key=x")),
-    ("serve_address", dict(serve_address="localhost")),
-    ("serve_address", dict(serve_address="localhost:99999")),
+def needs_index(**values):
+    """What train.py asks of the configuration before it opens the search."""
+    toy.answers_searches(Config(**values))
+
+
+def limits(**values):
+    """What is asked of the configuration before the first conversation."""
+    cfg = Config(**values)
+    return tools.limits(cfg), tools.results(cfg)
+
+
+@pytest.mark.parametrize("words, check, values", [
+    ("samples_per_prompt", Config, dict(samples_per_prompt=1)),
+    ("min_pixels max_pixels", Config, dict(min_pixels=7057, max_pixels=7056)),
+    ("min_pixels max_pixels", Config, dict(min_pixels=785, max_pixels=1567)),  # no multiple of 784 in between
+    ("min_pixels max_pixels", Config, dict(min_pixels=1, max_pixels=783)),
+    ("thumb_min_pixels thumb_max_pixels", Config, dict(thumb_min_pixels=785)),
+    ("thumb_min_pixels thumb_max_pixels", Config, dict(thumb_min_pixels=1, thumb_max_pixels=783)),
+    ("max_tokens_per_turn max_tokens", Config, dict(max_tokens_per_turn=250)),
+    ("max_prompt_tokens max_tokens", Config, dict(max_prompt_tokens=250)),
+    ("max_tokens_per_batch max_tokens", Config, dict(max_tokens_per_batch=249)),
+    ("updates_per_step prompts_per_step", Config, dict(updates_per_step=3)),
+    ("updates_per_step prompts_per_step", Config, dict(updates_per_step=40)),
+    ("tensor_parallel vllm", Config, dict(tensor_parallel=2)),
+    ("deterministic torch", Config, dict(deterministic=True, engine="vllm")),
+    ("resume overwrite", Config, dict(resume="auto", overwrite=True)),
+    ("image question", EvalOptions, dict(image="a.jpg")),
+    ("files question", EvalOptions, dict(files=("a.pq",), question="what?")),
+    ("files question", EvalOptions, dict(files=("a.pq",), question="what?", image="a.jpg")),
+    ("attention device", Config, dict(attention="flash", device="cpu")),
+    ("attention device", Config, dict(attention="varlen", device="cpu")),
+    ("attention dtype", Config, dict(attention="flash", dtype="fp32")),
+    ("deterministic rollout_deadline", Config, dict(deterministic=True, rollout_deadline=5.0)),
+    ("search_index", needs_index, dict(preset="qwen2.5-vl-7b")),
+    ("judges em llm", JudgeOptions, dict(judges=("em", "gpt"))),
+    ("judge_url", JudgeOptions, dict(judge_url="ftp://judge/v1")),
+    ("judge_url password", JudgeOptions, dict(judge_url="https://me:secret@judge/v1")),
+    ("judge_url", JudgeOptions, dict(judge_url="")),
+    ("record search_cache", Config, dict(search="record")),
+    ("replay search_cache", Config, dict(search="replay")),
+    ("reader_url", Config, dict(reader_url="")),
+    ("search_url", Config, dict(search_url="localhost:8100")),
+    ("serpapi_url", Config, dict(serpapi_url="https://name:word@host")),  # no secrets in config.json
+    ("serpapi_url", Config, dict(serpapi_url="https://host/?api_key=x")),
+    ("image_host", Config, dict(image_host="ftp://host")),
+    ("tool_limits image_search", limits, dict(tool_limits=("image_search=-1",))),
+    ("tool_limits text_search", limits, dict(tool_limits=("crop=1",))),
+    ("tool_results text_search=0.5", limits, dict(tool_results=("text_search=0.5",))),
+    ("tool_results text_search", limits, dict(tool_results=("text_search",))),
+    ("address", SearchServer, dict(address="localhost", search=None)),
+    ("address", SearchServer, dict(address="localhost:99999", search=None)),
 ])  # fmt: skip
-def test_impossible_combinations(words, values):
-    message = refused(**values)
-    assert all(word in message for word in words.split())
+def test_impossible_combinations(words, check, values):
+    with pytest.raises(InputError) as error:
+        check(**values)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words.split())
 
 
-@pytest.mark.parametrize("values", [
-    dict(samples_per_prompt=2), dict(min_pixels=784, max_pixels=784), dict(min_pixels=785, max_pixels=1568),
-    dict(max_tokens_per_turn=249), dict(max_prompt_tokens=249), dict(max_tokens_per_batch=250),
-    dict(updates_per_step=14), dict(resume="auto"), dict(question="what?"), dict(question="what?", image="a.jpg"),
-    dict(attention="flash", dtype="bf16"), dict(attention="segments", device="cpu", dtype="fp32"),
-    dict(rollout_deadline=5.0), dict(rollout_deadline=5.0, deterministic=False),
-    dict(preset="qwen2.5-vl-7b", search_index="i"), dict(preset="qwen2.5-vl-7b", search="live"),
-    dict(preset="qwen2.5-vl-7b", search_url="http://node0:8100"), dict(search="record", search_url="http://node0:8100"),
-    dict(search="replay", search_cache="c"), dict(summarizer_url="http://127.0.0.1:8000/v1"),
+@pytest.mark.parametrize("check, values", [
+    (Config, dict(samples_per_prompt=2)), (Config, dict(min_pixels=784, max_pixels=784)),
+    (Config, dict(min_pixels=785, max_pixels=1568)), (Config, dict(max_tokens_per_turn=249)),
+    (Config, dict(max_prompt_tokens=249)), (Config, dict(max_tokens_per_batch=250)),
+    (Config, dict(updates_per_step=14)), (Config, dict(resume="auto")), (EvalOptions, dict(question="what?")),
+    (EvalOptions, dict(question="what?", image="a.jpg")), (Config, dict(attention="flash", dtype="bf16")),
+    (Config, dict(attention="segments", device="cpu", dtype="fp32")), (Config, dict(rollout_deadline=5.0)),
+    (Config, dict(rollout_deadline=5.0, deterministic=False)), (Config, dict(tensor_parallel=2, engine="vllm")),
+    (Config, dict(search="record", search_url="http://node0:8100")),
+    (Config, dict(search="replay", search_cache="c")), (Config, dict(summarizer_url="http://127.0.0.1:8000/v1")),
+    (Config, dict(image_host="upload --to host")), (Config, dict(image_host="https://host/pictures")),
 ])  # fmt: skip
-def test_possible_combinations_at_the_edge(values):
-    assert dataclasses.asdict(Config(**values)).items() >= values.items()
+def test_possible_combinations_at_the_edge(check, values):
+    assert dataclasses.asdict(check(**values)).items() >= values.items()
+
+
+@pytest.mark.parametrize("values, toy_index", [
+    (dict(), True), (dict(search_index="i"), False), (dict(search="live"), False),
+    (dict(preset="qwen2.5-vl-7b", search_index="i"), False), (dict(preset="qwen2.5-vl-7b", search="live"), False),
+    (dict(preset="qwen2.5-vl-7b", search_url="http://node0:8100"), False),
+])  # fmt: skip
+def test_who_answers_searches(values, toy_index):
+    assert toy.answers_searches(Config(**values)) is toy_index
+
+
+def test_limits_and_results_of_tools():
+    assert limits() == ({"image_search": 1, "text_search": 2}, {"image_search": 3, "text_search": 3})
+    chosen = dict(tool_limits=("text_search=0", "image_search=4"), tool_results=("text_search=7",))
+    assert limits(**chosen) == ({"image_search": 4, "text_search": 0}, {"image_search": 5, "text_search": 7})
+
+
+@pytest.mark.parametrize("mark, names", [
+    ("resume", "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads "
+               "concurrency tool_threads rollout_deadline log search search_cache search_url search_budget "
+               "search_deadline serpapi_url reader_url summarizer_url image_host allow_hosts toy_dir"),
+    ("neutral", "run_dir resume overwrite threads dist_timeout log concurrency tool_threads toy_dir search_url "
+                "search_budget search_deadline image_host allow_hosts out"),
+    ("model", "prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens max_turns "
+              "tool_limits tool_results max_tokens_per_turn max_tokens"),
+])  # fmt: skip
+def test_marks(mark, names):
+    """What a resumed run may change, what an interrupted evaluation may continue with, what an export keeps."""
+    kinds = (Config, toy.Recipe) if mark == "resume" else (Config, EvalOptions, toy.Recipe)
+    assert marked(mark, *kinds) == set(names.split())
+
+
+def test_every_mark_is_known():
+    assert {mark for _, field in FIELDS for mark in field.metadata["marks"]} == {"resume", "neutral", "model"}
 
 
 def test_a_config_is_frozen_and_copies_are_checked_again():
@@ -316,7 +413,7 @@ def test_a_config_is_frozen_and_copies_are_checked_again():
 
 def test_no_field_holds_a_secret():
     """config.json is written into the run directory: keys and passwords come from the environment."""
-    words = {word for field in FIELDS for word in field.name.split("_")}
+    words = {word for _, field in FIELDS for word in field.name.split("_")}
     assert words.isdisjoint({"key", "keys", "secret", "password", "credential", "credentials", "auth", "token", "api"})
 
 
@@ -325,7 +422,7 @@ def test_no_field_holds_a_secret():
 
 def test_save_round_trips_and_replaces_in_one_go(tmp_path, monkeypatch):
     path, cfg = tmp_path / "config.json", Config(train_files=("ä.pq", "b"), deterministic=False, lr=1e-7, run_dir="x\n")
-    save(cfg, path)
+    save(path, cfg)
     assert Config(**json.loads(path.read_text())) == cfg and os.listdir(tmp_path) == ["config.json"]
     before = path.read_bytes()
 
@@ -336,7 +433,7 @@ def test_save_round_trips_and_replaces_in_one_go(tmp_path, monkeypatch):
 
     monkeypatch.setattr(config.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save(Config(), path)
+        save(path, Config())
     assert path.read_bytes() == before
 
 

@@ -13,14 +13,17 @@ from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
 from safetensors.torch import load_file, save_file
 from test_judge import Server, asked, says
 
+import checkpoint
 import config
 import eval as evaluation
+import policy
 import reward
 import rollout
-import toy
-from analysis import labels
+from analysis import figures, results
+from analysis.__main__ import main as analysis_main
 from chat import Chat
-from data import Hit, Result, Stop, load_questions
+from config import InputError
+from data import Hit, Result, Stop, load_questions, write_questions
 from rollout import ScriptedEngine, run
 
 
@@ -30,8 +33,8 @@ class OneHit:
     def search(self, call, question):
         if call.query == "fail":
             return Result("error", error="Timeout: 10 s")
-        image = picture(7, 40, 40) if call.kind == "image" else None
-        return Result("ok", (Hit("bako", "http://x", "founder gami" * (call.kind == "text"), image),))
+        image = picture(7, 40, 40) if call.tool == "image_search" else None
+        return Result("ok", (Hit("bako", "http://x", "founder gami" * (call.tool == "text_search"), image),))
 
 
 IMAGE, ANSWER = "<reason>?</reason><search><img></search>", "<reason>!</reason><answer> bako</answer>"
@@ -61,14 +64,15 @@ def records(folder, cfg):
 
 def test_figures_against_a_recount(records):
     records, cfg = records
-    figures = reward.summarize(records, cfg)["all"]
-    assert figures["n"] == 6 and figures["accuracy"] == 3 / 6
-    assert figures["search_ratio"] == pytest.approx((0 + 1 + 2 + 1 + 0 + 1) / (6 * 2))
-    assert (figures["image"], figures["text"], figures["both"]) == pytest.approx((3 / 6, 2 / 6, 1 / 6))
-    assert figures["format"] == pytest.approx(4 / 6)
-    assert figures["turns"] == pytest.approx((1 + 2 + 3 + 2 + 1 + 2) / 6)
-    assert figures["tool_failures"] == 1
-    assert figures["stops"] == {"answered": 4, "no_action": 1, "tool_limit": 1}
+    found = figures.summarize(records, cfg)["all"]
+    assert found["n"] == 6 and found["accuracy"] == 3 / 6
+    assert found["search_ratio"] == pytest.approx((0 + 1 + 2 + 1 + 0 + 1) / (6 * 2))
+    shares = found["image_search"], found["text_search"], found["combined"]
+    assert shares == pytest.approx((3 / 6, 2 / 6, 1 / 6))
+    assert found["format"] == pytest.approx(4 / 6)
+    assert found["turns"] == pytest.approx((1 + 2 + 3 + 2 + 1 + 2) / 6)
+    assert found["tool_failures"] == 1
+    assert found["stops"] == {"answered": 4, "no_action": 1, "tool_limit": 1}
     # toy preset: a tenth off for each search
     assert [r["reward"] for r in records] == pytest.approx([1.0, 0.91, 0.829, 0.1, 0.0, 0.0])
 
@@ -76,16 +80,16 @@ def test_figures_against_a_recount(records):
 def test_aborted_conversations_are_counted_apart(records):
     records, cfg = records
     aborted = {**records[4], "stop": Stop.ABORTED.value, "reward": None}
-    figures = reward.summarize([*records[:4], aborted], cfg)["all"]
-    assert figures["n"] == 4 and figures["accuracy"] == 3 / 4 and figures["stops"]["aborted"] == 1
-    assert reward.summarize([aborted], cfg)["all"]["n"] == 0
+    found = figures.summarize([*records[:4], aborted], cfg)["all"]
+    assert found["n"] == 4 and found["accuracy"] == 3 / 4 and found["stops"]["aborted"] == 1
+    assert figures.summarize([aborted], cfg)["all"]["n"] == 0
 
 
 def test_by_data_source(records):
     records, cfg = records
     for i, r in enumerate(records):
         r["data_source"] = "ab"[i % 2]
-    summary = reward.summarize(records, cfg)
+    summary = figures.summarize(records, cfg)
     assert list(summary) == ["a", "b", "all"] and summary["a"]["n"] == summary["b"]["n"] == 3
     text = evaluation.table(summary)
     assert len(text.splitlines()) == 4 and "0.500" in text
@@ -97,14 +101,14 @@ def test_records_are_readable_and_hold_no_pictures(records):
         line = json.dumps(r)
         assert len(line) < 4000 and "\\u0000" not in line
         assert [t["text"] for t in r["turns"] if t["role"] == "model"] == SCRIPTS[r["question_id"]]
-    assert [c["kind"] for c in records[2]["calls"]] == ["image", "text"]
+    assert [c["tool"] for c in records[2]["calls"]] == ["image_search", "text_search"]
     assert records[3]["calls"][0]["status"] == "error" and "failed" in records[3]["turns"][2]["text"]
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (5, 10), (50, 100), (1, 1)])
 def test_wilson(right, n):
     """The interval's ends are the shares p that solve |right/n - p| = 1.96 sqrt(p (1 - p) / n)."""
-    for p in reward.wilson(right, n):
+    for p in figures.wilson(right, n):
         assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
 
 
@@ -117,18 +121,14 @@ def main(*arguments):
 @pytest.fixture(scope="module")
 def here(world):
     """The command line of an evaluation in the short world."""
-    return [*SHORT_WORLD, f"--toy_dir={world[1].toy_dir}", "--threads=1"]
+    return [*SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1"]
 
 
 @pytest.fixture
 def guessing(monkeypatch):
     """eval.py with an engine that is right now and then; the short world's model never is."""
 
-    def engine(folder, chat, cfg, device, questions):
-        place = toy.locate(cfg)
-        return guesser(chat, load_questions(cfg.files or [place.val, place.train]))
-
-    monkeypatch.setattr(evaluation, "load_engine", engine)
+    monkeypatch.setattr(evaluation, "load_engine", lambda folder, chat, cfg, questions, _: guesser(chat, questions))
 
 
 def read(path):
@@ -153,7 +153,7 @@ def test_the_command_on_the_toy_world(here, tmp_path, capsys):
     assert second.read_bytes() == first.read_bytes()  # greedy, the same twice
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(here, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(here, tmp_path, capsys, monkeypatch):
     """A search breaks down, and with it the evaluation; the next one only holds the conversations that are missing."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     common = [*here, "--val_limit=10", "--samples=2", "--max_turns=2", "--concurrency=4"]
@@ -178,7 +178,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(here, tmp_path, caps
     whole_questions = {q for q, _ in kept if {(q, 0), (q, 1)} <= kept}
     held.clear()
     broken_after = None
+    capsys.readouterr()
     main(*common, f"--out={out}")
+    assert "warning" not in capsys.readouterr().err
     assert {q for q, _ in held} == {r["question_id"] for r in read(whole)[1]} - whole_questions
     assert out.read_bytes() == whole.read_bytes() and not (tmp_path / "out.jsonl.part0").exists()
     held.clear()
@@ -192,7 +194,22 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(here, tmp_path, caps
     assert read(out)[0]["config"]["max_tokens_per_turn"] == 5
 
 
-def test_results_of_other_weights_are_not_gone_on_with(here, world, tmp_path, capsys):
+def test_an_interrupted_evaluation_under_another_version_of_the_code_is_a_warning(here, tmp_path, capsys, monkeypatch):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    main(*here, "--val_limit=4", f"--out={whole}")
+    header, records = read(whole)
+    before = results.ResultFile(out, {**header, "code": "v1 0123456789"})
+    before.add(records[0])
+    before.close()
+    capsys.readouterr()
+    main(*here, "--val_limit=4", f"--out={out}")
+    printed = capsys.readouterr()
+    assert f"warning: {out}: resumed with code {header['code']}, begun with v1 0123456789" in printed.err
+    assert "1 of them from before" in printed.out
+    assert read(out) == ({**header, "code": " + ".join(sorted([header["code"], "v1 0123456789"]))}, records)
+
+
+def test_results_of_other_weights_are_not_resumed(here, world, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(world[0].model, model)
     main(*here, f"--model={model}", "--val_limit=1")
@@ -203,6 +220,65 @@ def test_results_of_other_weights_are_not_gone_on_with(here, world, tmp_path, ca
         main(*here, f"--model={model}", "--val_limit=1")
     assert "eval.jsonl: holds an evaluation with model_id=" in capsys.readouterr().err
     assert (model / "eval.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def export(world, tmp_path_factory):
+    """A model trained with larger pictures, fewer searches and prompts of its own."""
+    place, cfg, _ = world
+    prompts, folder = tmp_path_factory.mktemp("mine") / "prompts", tmp_path_factory.mktemp("export") / "final"
+    shutil.copytree(ROOT / "prompts" / "toy", prompts)
+    asked = prompts / "question.txt"
+    asked.write_text(asked.read_text().replace("think", "find"))
+    cfg = replace(cfg, max_pixels=112 * 112, tool_limits=("text_search=1",), prompts=str(prompts), lr=0.5)
+    chat = Chat(place.model, cfg)
+    model = policy.load_policy(place.model, chat, cfg, policy.init_distributed(cfg))
+    checkpoint.export_hf(folder, model, chat)
+    shutil.rmtree(prompts)  # the export has its own
+    return folder, chat
+
+
+def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path):
+    folder, trained = export
+    kept = json.loads((folder / "trained_as.json").read_text())
+    assert kept.keys() == config.marked("model", config.Config) and kept["max_pixels"] == 112 * 112
+    ours, out = trained.prompts_id("agent"), tmp_path / "out.jsonl"
+    main(*here, f"--model={folder}", "--val_limit=2", f"--out={out}")
+    header, records = read(out)
+    found = header["config"]
+    assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (112 * 112, ["text_search=1"], 2e-4)
+    assert found["prompts"] == str(folder / "prompts") and header["prompts_id"] == ours
+    assert all("find" in r["turns"][0]["text"] for r in records)
+    options = ["--max_pixels=7056", "--prompts=prompts/toy"]
+    main(*here, f"--model={folder}", "--val_limit=2", f"--out={tmp_path / 'b.jsonl'}", *options)
+    header, records = read(tmp_path / "b.jsonl")
+    found = header["config"]
+    assert (found["max_pixels"], found["tool_limits"]) == (7056, ["text_search=1"])
+    assert found["prompts"] == "prompts/toy" and header["prompts_id"] != ours
+    # a preset comes before what the model was trained with
+    argv = [f"--model={folder}", "--preset=qwen2.5-vl-7b"]
+    cfg = config.parse(argv, as_trained=True)
+    assert (cfg.max_pixels, cfg.lr) == (112 * 112, 2e-6) and config.parse(argv).max_pixels == 672 * 672 * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "trained_as.json: not what train.py wrote"),
+        ("[1]", "trained_as.json: not what train.py wrote"),
+        ('{"max_pixels": 7056}', "trained_as.json: not what train.py wrote"),  # no prompts
+        ('{"max_pixels": 7056, "prompts": 3}', "trained_as.json: not what train.py wrote"),
+        ('{"max_pixels": "large", "prompts": "prompts"}', "max_pixels='large': expected int"),
+        ('{"max_pixels": 7056, "prompts": "nowhere"}', "nowhere"),
+    ],
+)
+def test_a_damaged_trained_as_is_one_line(here, export, content, said, tmp_path, capfd):
+    shutil.copytree(export[0], tmp_path / "final")
+    (tmp_path / "final" / "trained_as.json").write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        main(*here, f"--model={tmp_path / 'final'}", "--val_limit=2", f"--out={tmp_path / 'out.jsonl'}")
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert exit.value.code == 2 and len(errors) == 1 and said in errors[0]
 
 
 def test_the_model_itself_in_all_modes(here, tmp_path):
@@ -219,8 +295,11 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
     out = {mode: tmp_path / f"{mode}.jsonl" for mode in ("agent", "direct", "pipeline")}
     found = {}
     for mode, path in out.items():
-        main(*here, "--val_limit=30", f"--mode={mode}", "--samples=3", f"--out={path}", "--judges", "em", "sub_em")
-        printed, (header, records) = capsys.readouterr().out, read(path)
+        main(*here, "--val_limit=30", f"--mode={mode}", "--samples=3", f"--out={path}")
+        printed = capsys.readouterr().out
+        analysis_main(["judge", str(path), "--judges", "em", "sub_em"])
+        capsys.readouterr()
+        header, records = read(path)
         found[mode] = records
         assert header["config"]["mode"] == mode and len(records) == 90
         done = [r for r in records if r["stop"] != "aborted"]
@@ -233,9 +312,10 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
     for r in found["direct"]:
         assert not r["calls"] and sum(t["role"] == "model" for t in r["turns"]) == 1
     for r in found["pipeline"]:
-        assert [c["kind"] for c in r["calls"]] == ["image", "text"] and r["stop"] in ("answered", "no_action")
+        assert [c["tool"] for c in r["calls"]] == ["image_search", "text_search"]
+        assert r["stop"] in ("answered", "no_action")
         assert "<search><img></search>" in r["turns"][0]["text"]
-    main("compare", out["direct"], out["agent"])
+    analysis_main(["compare", str(out["direct"]), str(out["agent"])])
     printed = capsys.readouterr().out
 
     def share(mode):
@@ -261,10 +341,16 @@ def test_the_three_modes_and_their_comparison(here, guessing, tmp_path, capsys):
 def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeypatch):
     """The command with a judge that fails over the answers of four letters, the right ones, and denies all others."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
-    answers = lambda body, _: (400, {}, b"") if len(asked(body)["response"]) == 4 else says("no")  # noqa: E731
+
+    def answers(body, _):
+        return (400, {}, b"") if len(asked(body)["response"]) == 4 else says("no")
+
     server, out = Server(answers), tmp_path / "out.jsonl"
-    judges = ["--judges", "em", "llm", f"--judge_url={server.url}", f"--judge_cache={tmp_path / 'c.sqlite'}"]
-    main(*here, "--val_limit=20", f"--out={out}", *judges)
+    options = [f"--judge_url={server.url}", f"--judge_cache={tmp_path / 'c.sqlite'}"]
+    command = ["judge", str(out), "--judges", "em", "llm", *options]
+    main(*here, "--val_limit=20", f"--out={out}")
+    capsys.readouterr()
+    analysis_main(command)
     printed, records = capsys.readouterr().out, read(out)[1]
     failed = [r for r in records if len(r["answer"]) == 4]
     assert 0 < len(failed) < 20 and all(r["judged"] == {"em": True, "llm": None} for r in failed)
@@ -274,9 +360,9 @@ def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeyp
     assert f"em and llm agree on {20 - len(failed)} of {20 - len(failed)}" in printed
     assert f"not judged: HTTP 400 {len(failed)}" in printed and "sk-very-secret" not in out.read_text() + printed
     server.reply = lambda *_: says("yes")  # asked again, it says what it could not say before, and only that
-    main(*here, "--val_limit=20", f"--out={out}", *judges)
+    analysis_main(command)
     assert [r["judged"]["llm"] for r in read(out)[1]] == [r in failed for r in records]
-    main("compare", out, out, "--judge=llm")
+    analysis_main(["compare", str(out), str(out), "--judge=llm"])
     assert f"20  {len(failed) / 20:.3f}" in capsys.readouterr().out
     server.shutdown()
     server.server_close()
@@ -285,64 +371,67 @@ def test_an_llm_judge_beside_the_match(here, guessing, tmp_path, capsys, monkeyp
 def test_labelling(folder, cfg, tmp_path, capsys):
     """Scripted conversations: the labels, the pass rates and the balanced subset as parquet in veRL layout."""
     chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
-    cfg = replace(chat.cfg, label=True, out=str(tmp_path / "l.parquet"), balance=0.5)
-    questions = [question(i) for i in range(6)]
-    key = {chat.picture(q.images[0]).key: q.id for q in questions}
+    write_questions(tmp_path / "q.parquet", [question(i) for i in range(6)], {})
+    questions = load_questions([tmp_path / "q.parquet"])
+    number = {chat.picture(q.images[0]).key: i for i, q in enumerate(questions)}
 
     def script(prompt, images, sampling):
-        return SCRIPTS[key[images[0].key]][prompt.count("<|im_start|>assistant") - 1]
+        return SCRIPTS[f"q{number[images[0].key]}"][prompt.count("<|im_start|>assistant") - 1]
 
-    episodes = run(questions, ScriptedEngine(chat, script), OneHit(), chat, cfg, samples=2)
-    records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
-    labels.write_labels(questions, records, cfg)
-    assert "3 of 6 questions never right" in capsys.readouterr().out
+    episodes = run(questions, ScriptedEngine(chat, script), OneHit(), chat, chat.cfg, samples=2)
+    records = [reward.record(e, reward.score_episode(e, chat.cfg)) for e in episodes]
+    header = {"config": {"mode": "agent", "files": [str(tmp_path / "q.parquet")]}}
+    results.ResultFile(tmp_path / "r.jsonl", header).finish(records)
+    analysis_main(["label", str(tmp_path / "r.jsonl"), f"--out={tmp_path / 'l.parquet'}", "--balance=0.5"])
+    assert "3 of 6 questions never answered right" in capsys.readouterr().out
     rows = pq.read_table(tmp_path / "l.parquet").to_pylist()
-    assert [(r["label"], r["pass_rate"]) for r in rows] == [("search-free", 1.0), ("image", 1.0), ("both", 1.0)]
-    back = load_questions([str(tmp_path / "l.parquet")])
+    both = "image_search+text_search"
+    assert [(r["label"], r["pass_rate"]) for r in rows] == [("search_free", 1.0), ("image_search", 1.0), (both, 1.0)]
+    back = load_questions([tmp_path / "l.parquet"])
     assert [vars(q) | {"id": 0} for q in back] == [vars(q) | {"id": 0} for q in questions[:3]]
     few = pq.read_table(tmp_path / "l.balanced.parquet").to_pylist()
-    assert [r["label"] == "search-free" for r in few] == [True, False]
+    assert [r["label"] == "search_free" for r in few] == [True, False]
 
 
-def test_the_label_command(here, guessing, tmp_path, capsys):
-    rows = pq.read_table(toy.locate(config.parse(here)).train).slice(0, 30).to_pylist()
+def test_the_label_command(here, world, guessing, tmp_path, capsys):
+    """From an evaluation with eight conversations about each question to labels and their balanced subset."""
+    rows = pq.read_table(world[0].train).slice(0, 30).to_pylist()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    files, out = ["--files", tmp_path / "train.parquet"], tmp_path / "l.parquet"
-    main(*here, "--label", *files, f"--out={out}", "--balance=0.5")
-    printed, (header, records) = capsys.readouterr().out, read(tmp_path / "l.jsonl")
+    file, out = tmp_path / "r.jsonl", tmp_path / "l.parquet"
+    main(*here, "--files", tmp_path / "train.parquet", "--samples=8", f"--out={file}")
+    header, records = read(file)
     assert header["config"]["eval_temperature"] == 1.0 and len(records) == 8 * 30
-    expected = {}
+    capsys.readouterr()
+    analysis_main(["label", str(file), f"--out={out}", "--balance=0.5"])
+    printed, expected = capsys.readouterr().out, {}
     for i, row in enumerate(rows):
         right = [r for r in records if r["question_id"] == f"train.parquet:{i}" and r["correct"]]
-        kinds = [{c["kind"] for c in r["calls"]} for r in right]
-        need = "search-free" if set() in kinds else "image" if {"image"} in kinds else "both"
+        called = [{c["tool"] for c in r["calls"]} for r in right]
+        both = "image_search+text_search"
+        need = "search_free" if set() in called else "image_search" if {"image_search"} in called else both
         if right:
             expected[row["data_id"]] = (need, len(right) / 8)
     table = pq.read_table(out).to_pylist()
     assert {r["data_id"]: (r["label"], r["pass_rate"]) for r in table} == expected and len(expected) < 31
     few = [r["label"] for r in pq.read_table(tmp_path / "l.balanced.parquet").to_pylist()]
-    rare = min(sum(need == "search-free" for need, _ in expected.values()), len(table) - few.count("search-free"))
+    rare = min(sum(need == "search_free" for need, _ in expected.values()), len(table) - few.count("search_free"))
     assert len({need for need, _ in expected.values()}) > 1 and f"{len(few)} questions in" in printed
-    assert few.count("search-free") * 2 == len(few) and rare
-    with pytest.raises(SystemExit):
-        main(*here, "--label", *files, "--out=x.jsonl")
-    assert "label needs --out NAME.parquet" in capsys.readouterr().err
+    assert few.count("search_free") * 2 == len(few) and rare
+    with pytest.raises(InputError, match="label needs --out NAME.parquet"):
+        analysis_main(["label", str(file), "--out=x.jsonl"])
 
 
-def test_the_command_on_real_photos(world, tmp_path, capsys):
-    place, cfg = world
+def test_the_command_on_real_photos(here, world, tmp_path, capsys):
     photos = ROOT.parent / "shared" / "data" / "mini_data.pq"
     if not photos.exists():
         pytest.skip("the five real photos are not at hand")
-    here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1"]
-    main(*here, f"--model={place.model}", "--files", photos, f"--out={tmp_path / 'out.jsonl'}")
+    main(*here, f"--model={world[0].model}", "--files", photos, f"--out={tmp_path / 'out.jsonl'}")
     assert "mmsearch_r1/infoseek_train_split     5" in capsys.readouterr().out
 
 
-def test_one_question(world, tmp_path, capsys):
-    place, cfg = world
+def test_one_question(here, world, tmp_path, capsys):
     (tmp_path / "photo.png").write_bytes(picture(3, 300, 200))
-    here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--model={place.model}"]
+    here = [*here, f"--model={world[0].model}"]
     main(*here, f"--image={tmp_path / 'photo.png'}", "--question=what is it called?")
     printed = capsys.readouterr().out
     assert "turn 1" in printed and "answer" in printed and "stop:" in printed
@@ -351,26 +440,31 @@ def test_one_question(world, tmp_path, capsys):
     assert printed.index("image search: ok") < printed.index("turn 1")
 
 
+def ask(chat, script, mode="agent"):
+    """Hold and print a conversation about question 1, as eval.py does."""
+    holder = rollout.Rollout(ScriptedEngine(chat, script), OneHit(), chat, chat.cfg)
+    evaluation.ask(holder, question(1), evaluation.EvalOptions(mode=mode))
+
+
 def test_the_searches_of_one_question_are_shown(folder, cfg, capsys):
     chat = Chat(folder, replace(cfg, max_tokens=600, max_tokens_per_turn=100))
     turns = iter(SCRIPTS["q2"])
-    engine = ScriptedEngine(chat, lambda *_: next(turns))
-    evaluation.ask(question(1), engine, OneHit(), chat, chat.cfg)
+    ask(chat, lambda *_: next(turns))
     printed = capsys.readouterr().out
     assert "image search: ok" in printed and "text search for 'bako founder': ok" in printed
     assert "- bako <http://x>: founder gami" in printed and "answer    bako" in printed
 
 
 def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg, capsys):
-    chat = Chat(folder, replace(cfg, max_tokens=900, max_tokens_per_turn=100, mode="pipeline"))
+    chat = Chat(folder, replace(cfg, max_tokens=900, max_tokens_per_turn=100))
     turns = iter(["<text_search>bako founder</text_search>", "<answer>gami</answer>"])
-    evaluation.ask(question(1), ScriptedEngine(chat, lambda *_: next(turns)), OneHit(), chat, chat.cfg)
+    ask(chat, lambda *_: next(turns), "pipeline")
     printed = capsys.readouterr().out
     order = ["image search: ok", "turn 1", "text search for 'bako founder': ok", "turn 2", "answer    gami"]
     places = [printed.index(part) for part in order]
     assert places == sorted(places)
-    chat = Chat(folder, replace(cfg, max_tokens=60, max_prompt_tokens=59, max_tokens_per_turn=20, mode="pipeline"))
-    evaluation.ask(question(1), ScriptedEngine(chat, lambda *_: "-"), OneHit(), chat, chat.cfg)
+    chat = Chat(folder, replace(cfg, max_tokens=60, max_prompt_tokens=59, max_tokens_per_turn=20))
+    ask(chat, lambda *_: "-", "pipeline")
     assert "(stop: max_tokens)" in capsys.readouterr().out  # there was no room for the model's first turn
 
 
@@ -383,12 +477,10 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
         (["--image", "README.md", "--question", "what?"], "README.md: not a whole picture"),
     ],
 )
-def test_bad_input(world, arguments, said, capfd, monkeypatch):
+def test_bad_input(here, world, arguments, said, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    place, cfg = world
-    here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--model={place.model}"]
     with pytest.raises(SystemExit) as exit:
-        main(*here, *arguments)
+        main(*here, f"--model={world[0].model}", *arguments)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert exit.value.code == 2 and len(errors) == 1 and said in errors[0]
 
@@ -405,7 +497,7 @@ def test_search_ratio_counts_calls_over_calls_allowed(cfg):
         "turns": [],
         "data_source": "x",
     }
-    call = {"kind": "image", "status": "ok"}
+    call = {"tool": "image_search", "status": "ok"}
     records = [{**base, "calls": [call]}, {**base, "calls": []}]
-    assert reward.summarize(records, replace(cfg, max_turns=2))["all"]["search_ratio"] == 0.5
-    assert reward.summarize(records, replace(cfg, max_turns=3))["all"]["search_ratio"] == 0.25
+    assert figures.summarize(records, replace(cfg, max_turns=2))["all"]["search_ratio"] == 0.5
+    assert figures.summarize(records, replace(cfg, max_turns=3))["all"]["search_ratio"] == 0.25

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import SHORT_WORLD, question, replace
-from local_web import SERPAPI, LocalWeb, settings
+from local_web import SERPAPI, LocalWeb, hurry, settings
 from safetensors.torch import load_file
 
 import config
@@ -17,7 +17,9 @@ import eval as evaluation
 import policy
 import reward
 import rollout
+import toy
 import train
+from analysis import figures
 from chat import Chat, Episode
 from data import Call, Hit, Result, Usage
 from rollout import ScriptedEngine, run
@@ -56,20 +58,24 @@ class Talker(ScriptedEngine):
             pass
 
 
+def options_of(values):
+    """A dictionary of options as a command line."""
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    return [word for name, words in given.items() for word in (f"--{name}", *map(str, words))]
+
+
 def live_run(world, server, tmp_path, monkeypatch, *more):
-    place, cfg = world
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     monkeypatch.delenv("JINA_API_KEY", raising=False)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
-    values = settings(server, search_retries=0, read_timeout=0.3)
-    values["allow_hosts"] = values["allow_hosts"][0]
+    hurry(monkeypatch, retries=0, read_timeout=0.3)
     arguments = [
-        *SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--run_dir={tmp_path / 'run'}", "--steps=2",
-        "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900", "--image_results=1",
-        "--text_results=1", "--max_mismatch=1e9", *(f"--{name}={value}" for name, value in values.items()), *more,
+        *SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / 'run'}", "--steps=2",
+        "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900", "--max_mismatch=1e9",
+        "--tool_results", "image_search=1", "text_search=1", *options_of(settings(server)), *more,
     ]  # fmt: skip
-    whole = train.Run(config.parse(arguments))
-    whole.engine = Talker(whole.chat, [*whole.train, *whole.val])
+    whole = train.Run(*config.parse(arguments, config.Config, toy.Recipe))
+    whole.engine = whole.rollout.engine = Talker(whole.chat, [*whole.train, *whole.val])
     return whole
 
 
@@ -110,9 +116,12 @@ def test_the_toy_preset_trains_while_one_search_in_five_fails(world, tmp_path, m
     assert max(float((before[n] - w).abs().max()) for n, w in after.items()) > 1e-5  # it has learned from the others
 
 
-def test_a_run_stops_when_most_searches_fail_and_can_go_on(world, tmp_path, monkeypatch):
+def test_a_run_stops_when_most_searches_fail_and_can_be_resumed(world, tmp_path, monkeypatch):
     """The search engine goes down in the second step: one line, a checkpoint of the first."""
-    down = lambda path, _: "500" if "/search.json" in path and server.down else None  # noqa: E731
+
+    def down(path, number):
+        return "500" if "/search.json" in path and server.down else None
+
     with LocalWeb(down) as server:
         server.down = False
         whole = live_run(world, server, tmp_path, monkeypatch, "--save_every=0")
@@ -123,8 +132,10 @@ def test_a_run_stops_when_most_searches_fail_and_can_go_on(world, tmp_path, monk
             return step(number)
 
         whole.step = then_down
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
         with pytest.raises(SystemExit) as exit:
-            whole.loop()
+            train.main()
     message = str(exit.value)
     assert message.startswith("error: step 1: ") and "server" in message and "--resume auto" in message
     assert "\n" not in message and [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
@@ -132,27 +143,29 @@ def test_a_run_stops_when_most_searches_fail_and_can_go_on(world, tmp_path, monk
 
 
 def failed(kind, count, ok):
-    bad = [(Call("text", "x"), Result("error", error="why", error_kind=kind))] * count
-    return [*bad, *[(Call("text", "x"), Result("no_results"))] * ok]
+    bad = [(Call("text_search", "x"), Result("error", error="why", error_kind=kind))] * count
+    return [*bad, *[(Call("text_search", "x"), Result("no_results"))] * ok]
 
 
 @pytest.mark.parametrize(
-    "calls, changes, stops",
+    "calls, share, stops",
     [
-        (failed("timeout", 6, 5), {}, True),
-        (failed("timeout", 5, 5), {}, False),  # half is not most
-        (failed("timeout", 4, 0), {}, False),  # too few to tell
-        (failed("bad_call", 20, 0), {}, False),  # the model's own
-        (failed("budget", 20, 1), {}, True),
-        (failed("timeout", 20, 0), {"max_failed_searches": 1.0}, False),
-        (failed("timeout", 6, 20), {"max_failed_searches": 0.2}, True),
-        ([], {}, False),
+        (failed("timeout", 6, 5), 0.5, True),
+        (failed("timeout", 5, 5), 0.5, False),  # half is not most
+        (failed("timeout", 4, 0), 0.5, False),  # too few to tell
+        (failed("bad_call", 20, 0), 0.5, False),  # the model's own
+        (failed("budget", 20, 1), 0.5, True),
+        (failed("timeout", 20, 0), 1.0, False),
+        (failed("timeout", 6, 20), 0.2, True),
+        ([], 0.5, False),
     ],
 )
-def test_when_a_step_s_searches_stop_the_run(folder, chat, cfg, device, calls, changes, stops):
+def test_when_a_step_s_searches_stop_the_run(chat, device, monkeypatch, calls, share, stops):
+    assert rollout.MAX_FAILED_CALLS == 0.5
+    monkeypatch.setattr(rollout, "MAX_FAILED_CALLS", share)
     episode = Episode(question(), chat, calls=calls)
     try:
-        rollout.check_searches([episode], replace(cfg, **changes), device)
+        rollout.check_calls([episode], device)
         assert not stops
     except rollout.SearchDown as error:
         assert stops and calls[0][1].error_kind in str(error)
@@ -178,23 +191,23 @@ def test_accounts_in_records_and_in_the_table(folder, cfg):
     records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     usage = [call["usage"] for r in records for call in r["calls"]]
     assert len(usage) == 12 and sum(u["cached"] for u in usage) == 6
-    figures = reward.summarize(records, cfg)["all"]
-    assert figures["cost"] == pytest.approx(6 * 0.03 / 6) and figures["cached"] == 0.5 and figures["errors"] == {}
-    assert figures["usage"]["pages"] == 12 and figures["usage"]["tokens"] == 2400 and figures["usage"]["seconds"] == 9
-    heads, line = evaluation.table({"all": figures}).splitlines()
+    found = figures.summarize(records, cfg)["all"]
+    assert found["cost"] == pytest.approx(6 * 0.03 / 6) and found["cached"] == 0.5 and found["errors"] == {}
+    assert found["usage"]["pages"] == 12 and found["usage"]["tokens"] == 2400 and found["usage"]["seconds"] == 9
+    heads, line = evaluation.table({"all": found}).splitlines()
     assert "cost" in heads and "cached" in heads and "0.030" in line and "0.500" in line
 
 
 def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     """One question about a picture, live, recorded, replayed with the server gone; and the table of a replay."""
-    place, cfg = world
+    place, _, recipe = world
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     monkeypatch.delenv("JINA_API_KEY", raising=False)
+    hurry(monkeypatch)
     (tmp_path / "photo.png").write_bytes(question(1).images[0])
-    here = [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", "--threads=1", f"--model={place.model}", "--max_tokens=900"]
+    here = [*SHORT_WORLD, f"--toy_dir={recipe.toy_dir}", "--threads=1", f"--model={place.model}", "--max_tokens=900"]
     asked = [*here, f"--image={tmp_path / 'photo.png'}", "--question=who founded it?"]
-    talker = lambda folder, chat, cfg, device, questions: Talker(chat, [question(1)])  # noqa: E731
-    monkeypatch.setattr(evaluation, "load_engine", talker)
+    monkeypatch.setattr(evaluation, "load_engine", lambda folder, chat, *_: Talker(chat, [question(1)]))
     monkeypatch.setattr(Talker, "step", ScriptedEngine.step)
 
     def main(*arguments):
@@ -203,8 +216,9 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     with LocalWeb() as server:
-        values = settings(server, search_cache=tmp_path / "c.sqlite", allow_hosts=server.host)
-        online = [f"--{name}={value}" for name, value in values.items() if name != "search"]
+        values = settings(server, search_cache=tmp_path / "c.sqlite")
+        del values["search"]
+        online = options_of(values)
         shown = [main(*asked, *online, f"--search={way}") for way in ("live", "record")]
     shown.append(main(*asked, "--search=replay", f"--search_cache={tmp_path / 'c.sqlite'}"))
     assert "image search: ok" in shown[0] and "text search" in shown[0] and "pages.example" in shown[0]

@@ -1,6 +1,8 @@
 """The training loop: schedules, resuming to the bit, kills and signals, run directories, the whole command."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -25,8 +27,11 @@ import checkpoint
 import config
 import policy
 import reward
+import tools
+import toy
 import train
-from analysis import curves, results
+from analysis import imitation, results
+from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions
@@ -40,8 +45,27 @@ TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 @pytest.fixture(scope="module")
 def arguments(world):
     """The command line of a short run in the short world."""
-    place, cfg = world
-    return [*SHORT_WORLD, f"--toy_dir={cfg.toy_dir}", *SHORT_RUN]
+    return [*SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", *SHORT_RUN]
+
+
+def parsed(arguments):
+    """The options of train.py."""
+    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe)
+
+
+def started(monkeypatch, *arguments):
+    """A run in this process, before its first step."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    whole = train.Run(*parsed(arguments))
+    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
+    return whole
+
+
+def main_with(monkeypatch, whole):
+    """train.main, with a run that is there already."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
+    train.main()
 
 
 def run_train(arguments, *more, kill_at=None):
@@ -190,9 +214,47 @@ def test_resume_from_a_path_into_another_directory(undisturbed, arguments, tmp_p
 def test_checkpoints_are_pruned_but_for_the_best(undisturbed):
     path, _ = undisturbed
     kept = {int(p.name.split("-")[1]) for p in (path / "checkpoints").iterdir()}
-    evals = [(line["step"], line["greedy"]["all"]["accuracy"]) for line in metrics(path) if line["phase"] == "eval"]
+    evals = [(line["step"], line["greedy"]["all"]["reward"]) for line in metrics(path) if line["phase"] == "eval"]
     best = max(evals, key=lambda e: (e[1], -e[0]))[0]
     assert kept == {3, 4} | ({best} - {0})
+
+
+def test_the_best_model_is_the_one_with_the_best_validation_reward(arguments, tmp_path, monkeypatch):
+    """As right as before but no longer searching is better, searching again is worse: the penalty of searching counts,
+    the accuracy alone does not. The reward of the samples has no say."""
+    run_dir = tmp_path / "run"
+    whole = started(monkeypatch, *arguments, f"--run_dir={run_dir}", "--steps=0")
+    always, never = ["image_search"], []
+    said = {
+        0: (always, 2),
+        1: (never, 2),
+        2: (always, 2),
+        3: (never, 1),
+        4: (never, 3),
+    }  # (searches, how many are right)
+
+    def script(prompt, images, sampling):
+        searches, right = said[step] if sampling.temperature == 0 else (never, 3 - step % 2)
+        if len(searches) > prompt.count("<information>"):
+            return "<reason> hm.</reason><search><img></search>"
+        q = asked[images[0].key]
+        answer = q.answers[0] if whole.val.index(q) < right else "unknown"
+        return f"<reason> well.</reason><answer> {answer}</answer>"
+
+    asked = {whole.chat.picture(q.images[0]).key: q for q in whole.val}
+    assert len(asked) == 3
+    whole.rollout.engine = ScriptedEngine(whole.chat, script)
+    exported = []
+    monkeypatch.setattr(whole, "export", lambda name: exported.append((name, step)))
+    monkeypatch.setattr(whole, "save", lambda: exported.append(("checkpoint", step)))
+    for step in said:
+        whole.validate(step)
+    greedy = {line["step"]: line["greedy"]["all"] for line in metrics(run_dir)}
+    assert [greedy[step]["accuracy"] * 3 for step in said] == pytest.approx([2, 2, 2, 1, 3])
+    rewards = [greedy[step]["reward"] for step in said]
+    assert rewards[3] < rewards[0] == rewards[2] < rewards[1] < rewards[4]
+    assert exported == [("best", 0), ("best", 1), ("checkpoint", 1), ("best", 4), ("checkpoint", 4)]
+    assert whole.state["best"] == {"step": 4, "reward": rewards[4]}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
@@ -211,7 +273,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
 def test_learning_rate(cfg, schedule):
-    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, sigmoid_midpoint=45.0, min_lr_factor=0.05)
+    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, min_lr_factor=0.05)
     rates = [train.learning_rate(step, cfg) for step in range(101)]
     if schedule == "constant":
         assert set(rates) == {2.0}
@@ -250,31 +312,34 @@ def batch(model, chat):
     return run(questions, engine, None, chat, replace(chat.cfg, max_turns=1, max_tokens_per_turn=6), samples=2)
 
 
-def after_step(folder, chat, cfg, episodes, advantages, parts, device, reference=None):
-    """The weights after one train_step from the same beginning, and the metrics."""
-    policy_model = policy.load_policy(folder, chat, cfg, device)
-    optimizer = torch.optim.SGD(policy_model.parameters(), lr=1.0)
-    advantages = torch.tensor(advantages)
-    metrics = train.train_step(policy_model, reference, optimizer, episodes, advantages, parts, chat, cfg, device)
-    return {n: p.detach().clone() for n, p in policy_model.named_parameters()}, metrics
+def samples_of(episodes, advantages):
+    """What `train.rate` makes of them: two samples of each question."""
+    pairs = zip(episodes, advantages, strict=True)
+    return [train.Sample(episode, i // 2, advantage=value) for i, (episode, value) in enumerate(pairs)]
+
+
+def after_step(folder, chat, cfg, episodes, advantages, device, reference=None):
+    """The weights after one `train.update_policy` from the same beginning, and the metrics."""
+    model = policy.load_policy(folder, chat, cfg, device)
+    optimizer, samples = torch.optim.SGD(model.parameters(), lr=1.0), samples_of(episodes, advantages)
+    metrics = train.update_policy(model, reference, optimizer, samples, len(samples) // 2, chat, cfg, device)
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, metrics
 
 
 def test_each_conversation_s_gap_between_sampler_and_trainer(folder, chat, cfg, device, batch):
     """Against a forward of each conversation alone; what is not run has none."""
     for episode in batch:
         episode.logprobs = [logp - 0.01 * (1 + episode.sample) for logp in episode.logprobs]
-    plain, gaps = policy.load_policy(folder, chat, cfg, device), {}
-    expected = {}
+    plain, expected = policy.load_policy(folder, chat, cfg, device), {}
     for episode in batch[:2] + batch[4:6]:
-        (row,) = policy.pack([episode], chat, plain, 250)
+        (packed,) = policy.pack([episode], chat, plain, 250)
         with torch.no_grad():
-            gap = plain.packed_logprobs(row, 1.0)[0] - row.sampler_logp
-        expected[train.episode_name(episode)] = pytest.approx(gap.tolist(), abs=1e-5)
+            gap = plain.packed_logprobs(packed, 1.0)[0] - packed.sampler_logp
+        expected[episode.name] = pytest.approx(gap.tolist(), abs=1e-5)
     optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
-    parts = [0] * 4 + [1] * 4
     cfg = replace(cfg, updates_per_step=2, epochs_per_step=2)  # later ones do not count
-    train.train_step(plain, None, optimizer, batch, torch.tensor(ADVANTAGES), parts, chat, cfg, device, gaps)
-    assert {name: gap.tolist() for name, gap in gaps.items()} == expected
+    train.update_policy(plain, None, optimizer, samples_of(batch, ADVANTAGES), 4, chat, cfg, device)
+    assert {e.name: e.logp_gap.tolist() for e in batch if e.logp_gap is not None} == expected
 
 
 def difference(a, b):
@@ -287,10 +352,10 @@ ADVANTAGES = [0.7, -0.7, 0.0, 0.0, 0.7, -0.7, 0.0, 0.0]
 @pytest.mark.parametrize("norm", ["tokens", "sequence"])
 def test_conversations_without_a_signal_count_without_being_run(folder, chat, cfg, device, batch, norm):
     cfg = replace(cfg, loss_norm=norm, max_grad_norm=1e9)
-    skipped, _ = after_step(folder, chat, cfg, batch, ADVANTAGES, [0] * 8, device)
+    skipped, _ = after_step(folder, chat, cfg, batch, ADVANTAGES, device)
     run_all = replace(cfg, entropy_coef=1e-30)  # an entropy bonus, however small, needs all of them
-    everything, _ = after_step(folder, chat, run_all, batch, ADVANTAGES, [0] * 8, device)
-    left_out, _ = after_step(folder, chat, cfg, batch[:2] + batch[4:6], [0.7, -0.7] * 2, [0] * 4, device)
+    everything, _ = after_step(folder, chat, run_all, batch, ADVANTAGES, device)
+    left_out, _ = after_step(folder, chat, cfg, batch[:2] + batch[4:6], [0.7, -0.7] * 2, device)
     assert difference(skipped, everything) < 1e-6 < 1e-4 < difference(skipped, left_out)
 
 
@@ -302,15 +367,15 @@ def test_a_step_against_a_plain_loop(folder, chat, cfg, device, batch, norm):
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.01)
-    stepped, metrics = after_step(folder, chat, cfg, batch, ADVANTAGES, [0] * 8, device, reference)
+    stepped, metrics = after_step(folder, chat, cfg, batch, ADVANTAGES, device, reference)
     plain = policy.load_policy(folder, chat, cfg, device)
     before = {n: p.detach().clone() for n, p in plain.named_parameters()}
     tokens = sum(sum(e.sampled) for e in batch)
     for episode, advantage in zip(batch, ADVANTAGES, strict=True):
-        (row,) = policy.pack([episode], chat, plain, 250)
-        logp, entropy, _ = plain.packed_logprobs(row, 1.0, True)
+        (packed,) = policy.pack([episode], chat, plain, 250)
+        logp, entropy, _ = plain.packed_logprobs(packed, 1.0, True)
         with torch.no_grad():
-            ref = reference.packed_logprobs(row, 1.0)[0]
+            ref = reference.packed_logprobs(packed, 1.0)[0]
         per_token = -advantage * torch.exp(logp - logp.detach()) + 0.1 * (logp - ref) ** 2 / 2 - 0.05 * entropy
         (per_token.sum() / tokens if norm == "tokens" else per_token.mean() / len(batch)).backward()
     expected = {n: before[n] - p.grad for n, p in plain.named_parameters()}
@@ -322,27 +387,23 @@ def test_several_updates_use_the_log_probs_from_before_the_first(folder, chat, c
     """Two mini-batches are two SGD steps; in the second the ratio is no longer 1 and the clip can bite."""
     cfg = replace(cfg, updates_per_step=2, max_grad_norm=1e9, clip_low=0.01, clip_high=0.01)
     advantages = [1.0, -1.0] * 4
-    twice, metrics = after_step(folder, chat, cfg, batch, advantages, [0, 0, 0, 0, 1, 1, 1, 1], device)
+    twice, metrics = after_step(folder, chat, cfg, batch, advantages, device)
     assert metrics["trained_tokens"] == sum(sum(e.sampled) for e in batch)
     assert metrics["ratio"] != pytest.approx(1.0, abs=1e-4)
-    first, _ = after_step(folder, chat, replace(cfg, updates_per_step=1), batch[:4], advantages[:4], [0] * 4, device)
+    first, _ = after_step(folder, chat, replace(cfg, updates_per_step=1), batch[:4], advantages[:4], device)
     assert difference(twice, first) > 1e-5
     epochs = replace(cfg, updates_per_step=1, epochs_per_step=2)
-    assert after_step(folder, chat, epochs, batch, advantages, [0] * 8, device)[1]["clip_high"] > 0
+    assert after_step(folder, chat, epochs, batch, advantages, device)[1]["clip_high"] > 0
 
 
 def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path, monkeypatch):
     """One of three samples is aborted: it has no advantage, and the two others are compared with each other alone."""
-    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
-    whole = train.Run(cfg)
-    whole.first = 0
-    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
-    episodes = whole.rollout(0)
+    whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1")
+    episodes = whole.roll_out(train.questions_of_step(whole.train, 0, whole.cfg), 0)
     episodes[0].stop = Stop.ABORTED
     rewards = iter([0.9, 1.0, 0.1] + [0.5] * 6)
     scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
-    monkeypatch.setattr(whole, "rollout", lambda step: episodes)
+    monkeypatch.setattr(whole, "roll_out", lambda questions, step: episodes)
     monkeypatch.setattr(train, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
     metrics = whole.step(0)
     lines = [json.loads(line) for line in (tmp_path / "run/rollouts/step-000000.jsonl").read_text().splitlines()]
@@ -358,7 +419,7 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     def fails(*_):
         raise policy.NonFinite("loss nan", [])
 
-    monkeypatch.setattr(train, "train_step", fails)
+    monkeypatch.setattr(train, "update_policy", fails)
     (tmp_path / "run/rollouts/step-000000.jsonl").unlink()
     whole.first = -1  # the sampler's weights are no longer the trainer's: no first look
     with pytest.raises(policy.NonFinite):
@@ -407,7 +468,7 @@ def test_bad_inputs(arguments, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(capfd, *arguments, run_dir, f"--model={tmp_path / 'empty'}")
     assert "is left" in refused(capfd, *arguments, run_dir, "--max_prompt_tokens=3")
-    assert "mode=direct is for eval.py" in refused(capfd, *arguments, run_dir, "--mode=direct")
+    assert "'--mode=direct'; did you mean --model?" in refused(capfd, *arguments, run_dir, "--mode=direct")
     assert "search index" in refused(capfd, *arguments, run_dir, f"--search_index={ROOT / 'README.md'}")
     assert not (tmp_path / "run").exists()
 
@@ -433,50 +494,56 @@ def test_corrections_against_a_plain_loop(folder, chat, cfg, device, batch):
         if abs(sum(gaps) / len(gaps)) <= math.log(1.15):
             kept += [-advantage * min(math.exp(gap), 1.03) for gap in gaps]
     settings = replace(cfg, importance_cap=1.03, trust_bound=1.15)
-    metrics = after_step(folder, chat, settings, batch, advantages, [0] * 8, device)[1]
+    metrics = after_step(folder, chat, settings, batch, advantages, device)[1]
     assert 0 < len(kept) < tokens and metrics["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-3)
     assert metrics["mismatch/masked"] == pytest.approx(1 - len(kept) / tokens)
     assert metrics["mismatch/max"] == pytest.approx(1.8, rel=1e-3) and metrics["mismatch/ratio_p1"] < 0.6
 
 
-def test_which_conversations_train(arguments, tmp_path):
-    """Four groups of three: one aborted, one cut by its length, a dead group, and one whole."""
+def test_which_conversations_train(arguments, monkeypatch):
+    """Four groups of three: one aborted, one cut by its length, one without variance, and one whole."""
 
     def of(*changes):
-        run = object.__new__(train.Run)
-        run.cfg = config.parse([*arguments, *changes])
-        return run._advantages(episodes, scores)
-
-    def episode(stop, failed=False):
-        return SimpleNamespace(stop=stop, calls=[(None, Result("error" if failed else "ok"))])
+        """({number: advantage} of those that are compared, the numbers of those that are trained on)"""
+        cfg, _ = parsed([*arguments, *changes])
+        samples.extend(train.rate(episodes, {str(n): n for n in range(4)}, 0, cfg))
+        kept = train.trained(samples[-12:], cfg)
+        rated = {i: s.advantage for i, s in enumerate(samples[-12:]) if s.advantage is not None}
+        return rated, [episodes.index(s.episode) for s in kept]
 
     stops = [Stop.ABORTED, *[Stop.ANSWERED] * 2, Stop.MAX_TOKENS, *[Stop.ANSWERED] * 2, *[Stop.NO_ACTION] * 6]
-    episodes = [episode(stop, failed=i == 10) for i, stop in enumerate(stops)]
+    episodes, samples = [], []
+    for i, stop in enumerate(stops):
+        calls = [(None, Result("error" if i == 10 else "ok"))]
+        episodes.append(SimpleNamespace(number=i, question_id=str(i // 3), stop=stop, calls=calls))
     rewards = [1.0, 1.0, 0.1, 0.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 0.5, 0.0]
-    scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
+    monkeypatch.setattr(train, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
     advantages, kept = of()
     assert kept == list(advantages) == list(range(1, 12)) and advantages[3] < 0 < advantages[4]
+    assert train.advantage_metrics(samples, torch.device("cpu")) == {
+        "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
+    }  # fmt: skip
     assert of("--train_on_truncated=false") == (advantages, [i for i in kept if i != 3])
     assert of("--drop_zero_variance_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
     without, kept = of("--train_on_failed_tools=false")
     assert 10 not in without and kept == list(without) and without[9] == pytest.approx(0.7071, 1e-3)
-    assert of("--leave_one_out", "--normalize_advantages=false")[0][9] == pytest.approx(0.75)
-    assert train.signal_metrics(advantages, config.Config(samples_per_prompt=3), torch.device("cpu")) == {
-        "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
-    }  # fmt: skip
+    assert of("--advantage=rloo")[0][9] == pytest.approx(0.75)
+    assert of("--advantage=dr_grpo")[0][9] == pytest.approx(0.5)
 
 
 def test_conversations_are_spread_evenly():
     """Mini-batch by mini-batch, whatever order they are told in; what may stay, stays."""
     rng = random.Random(0)
     loads = [(n, rng.randrange(100, 4000), n % 4) for n in range(64)]
-    goal = train.spread(loads, 32, 4)
-    assert goal == train.spread(loads[::-1], 32, 4) and sorted(goal) == list(range(64))
+    goal = train.assign_ranks(loads, 32, 4)
+    assert goal == train.assign_ranks(loads[::-1], 32, 4) and sorted(goal) == list(range(64))
     for part in (0, 1):
         totals = [sum(load for n, load, _ in loads if n // 32 == part and goal[n] == rank) for rank in range(4)]
         assert max(totals) < 1.03 * min(totals)
-    assert train.spread([(0, 5, 1), (1, 5, 0)], 2, 2) == {0: 1, 1: 0}
-    assert set(train.spread([(n, 0, 1) for n in range(4)], 4, 2).values()) == {1}  # nothing to train on: nothing moves
+    assert train.assign_ranks([(0, 5, 1), (1, 5, 0)], 2, 2) == {0: 1, 1: 0}
+    assert set(train.assign_ranks([(n, 0, 1) for n in range(4)], 4, 2).values()) == {
+        1
+    }  # nothing to train on: nothing moves
 
 
 def balance_worker(rank, store, folder, results):
@@ -497,19 +564,22 @@ def balance_worker(rank, store, folder, results):
     for n, episode in enumerate(episodes):
         episode.logprobs = [-0.001 * n - rank for _ in episode.logprobs]
     # The last question of each rank tells nothing; the others' samples are told apart.
-    advantages = [0.0 if numbers[e.question_id] > 9 else numbers[e.question_id] + e.sample / 2 for e in episodes]
-    pairs = train.balance(episodes, advantages, numbers, {q.id: q for q in questions}, chat, cfg)
-    results.put(
-        (rank, [told(*pair) for pair in zip(episodes, advantages, strict=True)], [told(*pair) for pair in pairs])
-    )
+    samples = []
+    for e in episodes:
+        number = numbers[e.question_id]
+        samples.append(train.Sample(e, number, advantage=0.0 if number > 9 else number + e.sample / 2))
+    mine = train.rebalance(samples, len(questions), {q.id: q for q in questions}, chat, cfg)
+    results.put((rank, [told(sample) for sample in samples], [told(sample) for sample in mine]))
     dist.destroy_process_group()
 
 
-def told(episode, advantage):
+def told(sample):
     """Everything of a conversation that training on it needs."""
+    episode = sample.episode
+    assert int(episode.question_id[1:]) == sample.number
     images = [(p.key, p.grid, p.tokens) for p in episode.images]
     turns = [(t.start, t.end, t.version) for t in episode.turns]
-    name = (int(episode.question_id[1:]), episode.sample, advantage)
+    name = (sample.number, episode.sample, sample.advantage)
     return *name, episode.tokens, episode.sampled, episode.logprobs, images, turns, episode.stop
 
 
@@ -521,7 +591,10 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
     assert all(part == sorted(part) for part in after)  # in the order of the questions, sample by sample
     homes = [{number for number, *_ in part} for part in after]
     assert not homes[0] & homes[1]  # a question's conversations stay together
-    load = lambda part, half: sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)  # noqa: E731
+
+    def load(part, half):
+        return sum(len(t[3]) for t in part if t[2] and t[0] // 6 == half)
+
     for half in (0, 1):  # the mini-batches
         uneven, even = ([load(part, half) for part in side] for side in (before, after))
         assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.15 * min(even), (uneven, even)
@@ -530,30 +603,25 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
 def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch):
     """The whole step, from rollout to new weights, on a random model and a reward that any model can learn to earn: the
     share of even ids in what it says."""
-    place, _ = world
-    cfg = config.parse(
-        [f"--model={folder}", f"--train_files={place.train}", f"--val_files={place.val}", f"--run_dir={tmp_path}/run",
-         f"--search_index={place.index}", "--max_turns=1", "--max_tokens_per_turn=4", "--prompts_per_step=6",
-         "--steps=16", "--lr=3e-3", "--threads=1"]
-    )  # fmt: skip
+    place = world[0]
+    options = [
+        f"--model={folder}", f"--train_files={place.train}", f"--val_files={place.val}", f"--run_dir={tmp_path}/run",
+        f"--search_index={place.index}", "--max_turns=1", "--max_tokens_per_turn=4", "--prompts_per_step=6",
+        "--steps=16", "--lr=3e-3", "--threads=1",
+    ]  # fmt: skip
 
     def evenness(episode, cfg, penalty=None):
         ids = [id for id, sampled in zip(episode.tokens, episode.sampled, strict=True) if sampled]
         return reward.Score(sum(id % 2 == 0 for id in ids) / len(ids), False, True, 0, None)
 
     monkeypatch.setattr(train, "score_episode", evenness)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    whole = train.Run(cfg)
-    whole.first = 0
-    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
-    rewards = [whole.step(step)["reward"] for step in range(cfg.steps)]
+    whole = started(monkeypatch, *options)
+    rewards = [whole.step(step)["reward"] for step in range(16)]
     assert 0.4 < rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.75, rewards
 
 
 def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
-    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=3"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    whole = train.Run(cfg)
+    whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=3")
     step, calls = whole.engine.step, []
 
     def dies():
@@ -563,20 +631,17 @@ def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
         return step()
 
     monkeypatch.setattr(whole.engine, "step", dies)
-    with pytest.raises(SystemExit, match="step 1: vLLM failed: RuntimeError: out of sorts; .*--resume auto goes on"):
-        whole.loop()
+    with pytest.raises(SystemExit, match="step 1: vLLM failed: RuntimeError: out of sorts; .*--resume auto continues"):
+        main_with(monkeypatch, whole)
     assert [p.name for p in whole.dir.saved()] == ["step-000001"]
 
 
 def test_a_gap_at_the_first_step_stops_the_run(arguments, tmp_path, monkeypatch):
     """The sampler holds other weights than the trainer."""
-    cfg = config.parse([*arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1", "--max_mismatch=0.01"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    whole = train.Run(cfg)
-    whole.first = 0
+    whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1", "--max_mismatch=0.01")
     stale = [(name, value + 0.05 * torch.randn_like(value)) for name, value in policy.full_weights(whole.policy)]
     whole.engine.load_weights(stale, version=0)
-    with pytest.raises(InputError, match="sampler and trainer disagree .* check that both hold the same weights"):
+    with pytest.raises(InputError, match="sampler and trainer disagree .* check that both have the same weights"):
         whole.step(0)
 
 
@@ -624,23 +689,16 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the curves
 
 
-def test_plot(tmp_path, capfd, monkeypatch):
+def test_plot(undisturbed, tmp_path, capfd):
+    """What a run has written is drawn: its charts hold lines of the first colour."""
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    for name, slope in (("a", 0.1), ("b", -0.1)):
-        (tmp_path / name).mkdir()
-        log = [{"step": i, "phase": "train", "reward": slope * i, "loss": None} for i in range(5)]
-        log.append({"step": 5, "phase": "eval", "greedy": {"all": {"reward": 1.0}}})
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    monkeypatch.setattr("sys.argv", ["train.py", "--plot", str(tmp_path / "a"), str(tmp_path / "b")])
-    train.main()
-    assert capfd.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
-    image = Image.open(tmp_path / "a" / "curves.png").convert("RGB")
-    colours = {colour for _, colour in image.getcolors(image.width * image.height)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
-    with pytest.raises(InputError, match="nowhere.metrics.jsonl: cannot read"):
-        curves.plot((str(tmp_path / "nowhere"),))
+    analysis_main(["curves", str(undisturbed[0]), "--out", str(tmp_path / "curves.png")])
+    assert capfd.readouterr().out.strip() == str(tmp_path / "curves.png")
+    image = Image.open(tmp_path / "curves.png").convert("RGB")
+    colours = {colour: count for count, colour in image.getcolors(image.width * image.height)}
+    assert colours[31, 119, 180] > 500  # matplotlib's first
 
 
 # ------------------------------------------------------------------------------------------ supervised cold start
@@ -650,9 +708,9 @@ def test_plot(tmp_path, capfd, monkeypatch):
 def talks(world, tmp_path_factory):
     """Two conversations about each of 40 toy questions, some right: (folder with them as files, the episodes). The
     files train and test hold different questions."""
-    place, cfg = world
+    place, cfg, _ = world
     chat, questions = Chat(place.model, cfg), load_questions([place.train])[:40]
-    search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
+    search = OfflineSearch(SearchDB(place.index), tools.results(cfg))
     episodes = run(questions, guesser(chat, questions), search, chat, cfg, samples=2)
     records = [reward.record(e, reward.score_episode(e, cfg)) for e in episodes]
     path, header = tmp_path_factory.mktemp("talks"), {"config": {"mode": "agent", "files": [str(place.train)]}}
@@ -662,17 +720,21 @@ def talks(world, tmp_path_factory):
 
 
 def loaded(world, *files, **changes):
-    place, cfg = world
+    """(the episodes to imitate in these files, how many conversations it says are left out)"""
+    place, cfg, _ = world
     chat, cfg = Chat(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)), **changes)
-    search = OfflineSearch(SearchDB(place.index), image_results=cfg.image_results, text_results=cfg.text_results)
-    return train.load_conversations(cfg, chat, search, (str(place.train), str(place.val)))
+    search = OfflineSearch(SearchDB(place.index), tools.results(cfg))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        episodes = imitation.load_conversations(cfg, chat, search, (str(place.train), str(place.val)))
+    (line,) = [line for line in said.getvalue().splitlines() if "left out" in line] or [""]
+    return episodes, sum(int(part.split()[0]) for part in line.partition("left out: ")[2].split("; ") if part)
 
 
 def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
     path, episodes = talks
     right = [e for e in episodes[:60] if reward.score_episode(e, world[1]).reward >= 0.5]
     read, left_out = loaded(world, path / "train.jsonl")
-    assert 10 < len(right) < 50 and sum(left_out.values()) == 60 - len(right)
+    assert 10 < len(right) < 50 and left_out == 60 - len(right)
     assert [e.tokens for e in read] == [e.tokens for e in right]
     assert [e.sampled for e in read] == [e.sampled for e in right]
     assert [[p.key for p in e.images] for e in read] == [[p.key for p in e.images] for e in right]
@@ -681,21 +743,21 @@ def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
 
 
 def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, talks, chat):
-    """The targets of the packed rows, written by hand for a conversation with both searches."""
+    """The targets of the packed batch, written by hand for a conversation with both searches."""
     read, _ = loaded(world, talks[0] / "train.jsonl", talks[0] / "test.jsonl")
     chosen = next(e for e in read if len(e.turns) == 3)
     answer = chosen.question.answers[0]
     model = policy.load_policy(world[0].model, chat, chat.cfg, torch.device("cpu"))
-    (row,) = policy.pack([chosen], chat, model, 1000)
-    assert chat.show(row.target.tolist()) == (
+    (packed,) = policy.pack([chosen], chat, model, 1000)
+    assert chat.show(packed.target.tolist()) == (
         "<reason> hm.</reason><search><img></search><|im_end|>"
         f"<reason> hm.</reason><text_search> {answer}</text_search><|im_end|>"
         f"<reason> well.</reason><answer> {answer}</answer><|im_end|>"
     )
     shown = chat.show(chosen.tokens)
     assert shown.count("<information>") == 2 and shown.count("<image>") == 4  # what is there and not learned
-    logp = torch.arange(1.0, len(row.target) + 1)
-    loss, count, stats = policy.imitation_loss("tokens", 0, row, logp, None)
+    logp = torch.arange(1.0, len(packed.target) + 1)
+    loss, count, stats = policy.imitation_loss("tokens", packed, logp, None)
     assert (float(loss), float(count)) == (-float(logp.sum()), len(logp)) and float(stats["nll"]) == float(loss)
 
 
@@ -716,15 +778,10 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
     for folder in (world[0].model, whole / "final"):
         chat = held_out[0].chat
         model = policy.load_policy(folder, chat, world[1], device)
-        rows = policy.pack(held_out, chat, model, 4096)
-        logps = policy.logprobs(model, rows, 1.0, device)
-        means.append(
-            [
-                float(lp[row.sequence == n].mean())
-                for lp, row in zip(logps, rows, strict=True)
-                for n in range(len(row.episodes))
-            ]
-        )
+        batches = policy.pack(held_out, chat, model, 4096)
+        logps = policy.logprobs(model, batches, 1.0, device)
+        pairs = zip(batches, logps, strict=True)
+        means.append([float(part.mean()) for batch, logp in pairs for part in batch.split(logp.cpu())])
     assert len(means[0]) == len(held_out) > 3
     assert all(after > before + 0.2 for before, after in zip(*means, strict=True))
 
@@ -734,7 +791,11 @@ def test_bad_conversations(world, talks, arguments, tmp_path, capfd):
     header, records = results.read_results(path / "test.jsonl")
     cases = {
         "pipeline": ({"config": {"mode": "pipeline"}}, records, "only the agent's can be imitated"),
-        "other": (header, [records[0] | {"question": "who are you?"}], "say with --files what it is about"),
+        "other": (
+            header,
+            [records[0] | {"question": "who are you?"}],
+            "the files of the questions as --sft_questions",
+        ),
         "wrong": (header, [r for r in records if not r["correct"]], "earned less than 0.5"),
     }
     for name, (its_header, its_records, said) in cases.items():
