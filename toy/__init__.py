@@ -29,6 +29,7 @@ from pathlib import Path
 from config import Config, Options, as_dict, need, option
 
 ROOT = Path(__file__).parent.parent
+PROMPTS = ("after_image_search", "after_text_search", "question", "search_failed")  # it is warmed up with these
 VERSION = 1  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -68,8 +69,7 @@ def locate(recipe: Recipe) -> Toy:
     """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
     options = as_dict(recipe)
     folder = Path(options.pop("toy_dir"))
-    files = sorted((ROOT / "prompts" / "toy").glob("*.txt"))
-    prompts = [f.read_text(encoding="utf-8") for f in files if not f.name.startswith(("direct", "pipeline"))]
+    prompts = [(ROOT / "prompts" / "toy" / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS]
     content = json.dumps([VERSION, options, prompts])
     return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])
 
