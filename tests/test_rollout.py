@@ -642,8 +642,8 @@ def test_logprobs_are_those_of_the_trainer(engine, sharp, wide, device, monkeypa
     for version in (1, 2):
         engine.load_weights(policy.full_weights(model), version)
         episodes = rolled(engine)
-        (row,) = policy.pack(episodes, engine.chat, model, 100000)
-        assert_close(policy.logprobs(model, [row], 1.0, device)[0].tolist(), row.sampler_logp.tolist())
+        (batch,) = policy.pack(episodes, engine.chat, model, 100000)
+        assert_close(policy.logprobs(model, [batch], 1.0, device)[0].tolist(), batch.sampler_logp.tolist())
         assert {turn.version for e in episodes for turn in e.turns} == {version}
         sampled.append([e.logprobs[e.turns[0].start] for e in episodes])
         with torch.no_grad():
@@ -1051,7 +1051,7 @@ def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, bo
 
 
 @pytest.mark.parametrize("place", ["img_3", "img_0", "img_", "img_01", "2", "picture"])
-def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, place):
+def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, device, place):
     """Nobody is asked, it is no fault of the tools, and the conversation continues."""
     cfg, asked, _ = zooming
     episode, search = hold(cfg, folder, [IMAGE, f"<zoom>{place}</zoom>", ANSWER])
@@ -1061,12 +1061,12 @@ def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, place
     assert layout(episode).endswith(failed("failed") + said(ANSWER)) and episode.stop == Stop.ANSWERED
     again = imitated(json.loads(json.dumps(episode.record())), question(0), episode.chat, search)
     assert again.tokens == episode.tokens and again.record() == episode.record()
-    rollout.check_calls([episode] * 20, torch.device("cpu"))
+    rollout.check_calls([episode] * 20, device)
 
 
 @pytest.mark.parametrize("full_size", [False, True])
 @pytest.mark.parametrize("own", [False, True], ids=["another picture", "the question's picture"])
-def test_pictures_and_boxes_of_a_tool_survive_a_record(zooming, folder, device, full_size, own):
+def test_pictures_and_boxes_of_a_tool_survive_a_record(zooming, folder, full_size, own):
     cfg, asked, hits = zooming
     shown = question(0).images[0] if own else PICTURES["large"]
     hits[:] = [Hit("closer", image=shown, full_size=full_size)]
