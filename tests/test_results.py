@@ -9,7 +9,7 @@ import pytest
 
 import data
 import eval as evaluation
-import reward
+from analysis import figures as figures_of
 from analysis import results
 from analysis.results import ResultFile
 from config import InputError
@@ -187,12 +187,12 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right, n):
     samples = [True] * right + [False] * (n - right)
     for k in range(1, n + 1):
         subsets = [any(s) for s in itertools.combinations(samples, k)]
-        assert reward.pass_at_k(right, n, k) == pytest.approx(sum(subsets) / len(subsets))
+        assert figures_of.pass_at_k(right, n, k) == pytest.approx(sum(subsets) / len(subsets))
 
 
 def test_several_samples_against_a_recount(cfg):
     records = some(1, questions=9, samples=5, share=0.3)
-    figures = reward.summarize(records, cfg)["all"]
+    figures = figures_of.summarize(records, cfg)["all"]
     right = {q: [r["correct"] for r in records if r["question_id"] == f"q{q}"] for q in range(9)}
     assert list(figures["pass"]) == ["1", "2", "4", "5"]
     for k, share in figures["pass"].items():
@@ -201,27 +201,27 @@ def test_several_samples_against_a_recount(cfg):
     assert figures["accuracy"] == pytest.approx(figures["pass"]["1"])
     by_sample = [statistics.mean(v[i] for v in right.values()) for i in range(5)]
     assert figures["spread"] == pytest.approx(statistics.stdev(by_sample))
-    assert "pass" not in reward.summarize([r for r in records if r["sample"] == 0], cfg)["all"]
+    assert "pass" not in figures_of.summarize([r for r in records if r["sample"] == 0], cfg)["all"]
     line = next(line for line in evaluation.table({"all": figures}).splitlines() if "pass@k" in line)
     assert f"5: {figures['pass']['5']:.3f}" in line and f"{figures['spread']:.3f}" in line
 
 
 def test_the_bootstrap_of_a_share_is_the_binomials_interval():
     """200 questions, half right: the percentiles of a binomial share, 0.5 +- 1.96 sqrt(0.25 / 200)."""
-    low, high = reward.bootstrap([1] * 100 + [0] * 100, [1] * 200)
+    low, high = figures_of.bootstrap([1] * 100 + [0] * 100, [1] * 200)
     assert (low, high) == pytest.approx((0.5 - 0.0693, 0.5 + 0.0693), abs=0.006)
-    assert reward.bootstrap([1] * 100 + [0] * 100, [1] * 200) == (low, high)
+    assert figures_of.bootstrap([1] * 100 + [0] * 100, [1] * 200) == (low, high)
 
 
 def test_conversations_about_one_question_are_no_independent_evidence():
     """Eight copies of each conversation leave the interval as it is."""
-    one = reward.accuracy({f"q{i}": [i % 3 == 0] for i in range(60)})
-    assert reward.accuracy({f"q{i}": [i % 3 == 0] * 8 for i in range(60)}) == pytest.approx(one)
+    one = figures_of.accuracy({f"q{i}": [i % 3 == 0] for i in range(60)})
+    assert figures_of.accuracy({f"q{i}": [i % 3 == 0] * 8 for i in range(60)}) == pytest.approx(one)
     assert one["accuracy_low"] < 1 / 3 < one["accuracy_high"]
 
 
 def test_all_right_is_not_certainty():
-    figures = reward.accuracy({f"q{i}": [True] * 4 for i in range(10)})
+    figures = figures_of.accuracy({f"q{i}": [True] * 4 for i in range(10)})
     assert figures["accuracy"] == figures["accuracy_high"] == 1.0
     assert figures["accuracy_low"] == pytest.approx(1 / (1 + 1.96**2 / 10))  # Wilson's, of ten
-    assert reward.accuracy({}) == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0}
+    assert figures_of.accuracy({}) == {"accuracy": 0.0, "accuracy_low": 0.0, "accuracy_high": 1.0}
