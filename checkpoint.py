@@ -29,7 +29,7 @@ from chat import Chat
 from config import Config, InputError, Options
 from data import first_line, path_of, prompt_path, read_jsonl
 from policy import NonFinite, all_max, full_weights
-from tools import TOOLS, title
+from tools import TOOLS, limits, results, title
 
 # ------------------------------------------------------------------------------------------ checkpoints and exports
 
@@ -147,9 +147,10 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
 def save_trained_as(folder: Path, chat: Chat) -> None:
     """Write the options that belong to the model, and copies of its prompt files."""
     shutil.copytree(prompt_path(chat.cfg.prompts), folder / "prompts", dirs_exist_ok=True)
-    options = {
-        name: value for name, value in config.as_dict(chat.cfg).items() if name in config.marked("model", Config)
-    }
+    of_model = config.marked("model", Config)
+    options = {name: value for name, value in config.as_dict(chat.cfg).items() if name in of_model}
+    for name, numbers in (("tool_limits", limits(chat.cfg)), ("tool_results", results(chat.cfg))):
+        options[name] = [f"{tool}={number}" for tool, number in numbers.items()]
     (folder / config.TRAINED_AS).write_text(json.dumps({**options, "prompts": "prompts"}, indent=1) + "\n")
 
 

@@ -355,6 +355,9 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     defaults = PRESETS.get(given.get("preset"), {})
     if as_trained:
         defaults = defaults | _trained_as(given.get("model", ""))
+    for name in ("tool_limits", "tool_results"):  # what is given of one tool leaves the others as they are
+        if name in given:
+            given[name] = [*defaults.get(name, getattr(Config, name)), *given[name]]
     made = [from_dict(kind, {**(defaults if kind is Config else {}), **given}) for kind in kinds]
     return made[0] if len(made) == 1 else tuple(made)
 

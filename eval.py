@@ -28,7 +28,7 @@ from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search
-from tools import TOOLS, title
+from tools import TOOLS, limits, title
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class EvalOptions(Options):
 
 def main() -> None:
     cfg, options, recipe = parse(sys.argv[1:], Config, EvalOptions, toy.Recipe, as_trained=True)
+    allowed = limits(cfg)
+    both = allowed["image_search"] and allowed["text_search"]
+    need(options.mode != "pipeline" or both, "mode=pipeline makes both searches: tool_limits must allow them")
     device = init_distributed(cfg)
     uses_index = options.mode != "direct" and toy.answers_searches(cfg)
     world = toy.locate(recipe)

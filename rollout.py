@@ -28,7 +28,7 @@ from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
 from engines import Engine, Reply, Sampling
 from policy import all_gather, all_sum
 from reward import Score, record, score_episode
-from tools import TOOLS, allowed_calls, has_answer, limits, parse_call, run_tool
+from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, parse_call, run_tool
 
 
 @dataclass(frozen=True)
@@ -404,17 +404,19 @@ def evaluate(
     left = [q for q in questions if not all((q.id, sample) in done for sample in range(samples))]
     mine = share(left, cfg)
 
+    records = []
+
     def finished(episode):
         bar.update()
+        records.append(record(episode, score_episode(episode, cfg)))
         if episode.stop != Stop.ABORTED:
-            keep(record(episode, score_episode(episode, cfg)))
+            keep(records[-1])
 
     quiet = not progress or dist.get_rank() > 0
     how = dict(samples=samples, step=step, temperature=temperature, mode=mode, progress=finished)
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
-        episodes = guard(lambda: rollout.run(mine, **how))
-    records = all_gather([record(e, score_episode(e, cfg)) for e in episodes])
-    found = done | {key_of(r): r for r in records}
+        guard(lambda: rollout.run(mine, **how))
+    found = done | {key_of(r): r for r in all_gather(records)}
     return [found[q.id, sample] for q in questions for sample in range(samples)]
 
 
@@ -458,19 +460,23 @@ def call_metrics(results: list[Result]) -> dict[str, float]:
 
 
 class SearchDown(Exception):
-    """Most calls of a step failed: its conversations say nothing about the policy."""
+    """Most searches of a step failed: its conversations say nothing about the policy."""
 
 
-MAX_FAILED_CALLS = 0.5  # of a step's calls
+MAX_FAILED_CALLS = 0.5  # of a step's searches
 FEW_FAILURES = 5  # by themselves no reason to stop
 
 
 def check_calls(episodes: list[Episode], device) -> None:
-    """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's calls failed, and more than a few.
+    """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's searches failed, and more than a few.
     What the model asked wrongly is not counted."""
-    kinds = Counter(r.error_kind for e in episodes for _, r in e.calls if r.error_kind != "bad_call")
+    kinds = Counter()
+    for episode in episodes:
+        for call, result in episode.calls:
+            if TOOLS[call.tool].answer is ask_search and result.error_kind != "bad_call":
+                kinds[result.error_kind] += 1
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
     calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
     if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:
         said = ", ".join(f"{kind} {n:.0f}" for kind, n in sums.items() if n)
-        raise SearchDown(f"{failed:.0f} of {calls:.0f} calls of tools failed ({said})")
+        raise SearchDown(f"{failed:.0f} of {calls:.0f} searches failed ({said})")

@@ -1,6 +1,6 @@
 """Second opinions on answers: exact match, sub-match, and a language model that sees the picture.
 
-    python eval.py --model DIR --files a.parquet --judges em sub_em llm --judge_url http://localhost:8000/v1
+    python -m analysis judge RESULTS --judges em sub_em llm --judge_url http://localhost:8000/v1
 
 The llm judge is any OpenAI-compatible chat endpoint, asked at temperature 0 with the picture, the question, the
 accepted answers and the response, for yes or no (MMSearch-R1's authors: GPT-4o). Its key is read from the environment,

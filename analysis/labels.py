@@ -94,6 +94,7 @@ def write_labels(results: str | Path, options: LabelOptions) -> None:
         )
     for path, indices in chosen.items():
         need(indices, f"{path}: no question is left to write")
+    for path, indices in chosen.items():
         columns = {"label": [labels[i] for i in indices], "pass_rate": [pass_rates[i] for i in indices]}
         write_questions(path, [questions[i] for i in indices], columns)
         print(f"{len(indices)} questions in {path}")

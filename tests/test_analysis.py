@@ -288,7 +288,9 @@ def test_labels_follow_the_table_of_tools(monkeypatch):
     monkeypatch.setattr(labels, "TOOLS", first)
     records = [conversation(0, True) | {"calls": [{"tool": name} for name in names]} for names in ([TEXT], ["crop"])]
     assert labels.least_needed(records) == ("crop", 1.0)
-    assert labels.label_of({"calls": [{"tool": name} for name in (TEXT, IMAGE, "crop", TEXT)]}) == "+".join(first)
+    assert (
+        labels.label_of({"calls": [{"tool": name} for name in (TEXT, IMAGE, "crop", TEXT)]}) == f"crop+{IMAGE}+{TEXT}"
+    )
 
 
 @pytest.mark.parametrize(("free", "needing", "share"), [(30, 30, 2 / 3), (5, 90, 2 / 3), (90, 5, 0.5), (4, 4, 1.0)])

@@ -148,6 +148,8 @@ def test_every_field_can_be_set_both_ways_and_changes_nothing_else(kind, field, 
     argv = [f"--{field.name}={text}"] if joined else [f"--{field.name}", text]
     options = parse([*argv, *(f"--{key}={others[key]}" for key in others)], kind)
     found = getattr(options, field.name)
+    if field.name in ("tool_limits", "tool_results"):  # what is given is added to what is there
+        value = (*field.default, *value)
     assert found == value != field.default and type(found) is type(value)
     if field.name == "preset":
         others |= PRESETS[value]
@@ -471,3 +473,11 @@ def test_the_command_line_of_a_script():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown argument '--lrr'; did you mean --lr?\n"
+
+
+def test_what_is_given_of_one_tool_leaves_the_others_as_they_are():
+    cfg = parse(["--tool_results", "text_search=1", "--tool_limits", "image_search=0"])
+    assert tools.results(cfg) == {**tools.results(Config()), "text_search": 1}
+    assert tools.limits(cfg) == {**tools.limits(Config()), "image_search": 0}
+    assert tools.results(parse(["--preset=qwen2.5-vl-7b", "--tool_results=text_search=1"]))["image_search"] == 5
+    assert tools.results(Config(tool_results=("text_search=1",)))["image_search"] == 5  # the tool's own

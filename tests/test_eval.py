@@ -246,14 +246,18 @@ def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path
     main(*here, f"--model={folder}", "--val_limit=2", f"--out={out}")
     header, records = read(out)
     found = header["config"]
-    assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (112 * 112, ["text_search=1"], 2e-4)
+    assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (
+        112 * 112,
+        ["image_search=1", "text_search=1"],
+        2e-4,
+    )
     assert found["prompts"] == str(folder / "prompts") and header["prompts_id"] == ours
     assert all("find" in r["turns"][0]["text"] for r in records)
     options = ["--max_pixels=7056", "--prompts=prompts/toy"]
     main(*here, f"--model={folder}", "--val_limit=2", f"--out={tmp_path / 'b.jsonl'}", *options)
     header, records = read(tmp_path / "b.jsonl")
     found = header["config"]
-    assert (found["max_pixels"], found["tool_limits"]) == (7056, ["text_search=1"])
+    assert (found["max_pixels"], found["tool_limits"]) == (7056, ["image_search=1", "text_search=1"])
     assert found["prompts"] == "prompts/toy" and header["prompts_id"] != ours
     # a preset comes before what the model was trained with
     argv = [f"--model={folder}", "--preset=qwen2.5-vl-7b"]

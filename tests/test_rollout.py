@@ -33,6 +33,7 @@ PROMPTS = {
     "after_text_search": "<information>\n{results}</information> again: {question}",
     "search_failed": "the search {outcome}.",
 }
+PROMPTS |= {f"after_{name}": PROMPTS["after_text_search"] for name in TOOLS if f"after_{name}" not in PROMPTS}
 IMAGE, TEXT, ANSWER = "<search><img></search>", "<text_search> bako river</text_search>", "<answer> bako</answer>"
 
 
