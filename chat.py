@@ -106,8 +106,8 @@ class Chat:
         for name in agent_prompts(cfg):
             self.template(name)
         self._sizes = Cache(2**16)
-        self._pixels = Cache(2**28, size=tensor_bytes)
-        self.layouts = Cache(2**26, size=tensor_bytes)  # positions by layout, see backbone.rope_positions
+        self._pixels = Cache(2**28, size=lambda tensor: tensor.nbytes)
+        self.layouts = Cache(2**26, size=lambda tensor: tensor.nbytes)  # see backbone.rope_positions
 
     def _check_tokenizer(self):
         for name in SPECIAL:
@@ -361,10 +361,7 @@ class Episode:
 
     def picture(self, name: str) -> Picture | None:
         """A picture by its name: img_1 is the question's first, the others follow in order of appearance."""
-        for number, picture in enumerate(self.images, 1):
-            if name == f"img_{number}":
-                return picture
-        return None
+        return {f"img_{number}": picture for number, picture in enumerate(self.images, 1)}.get(name)
 
     def add_reply(self, reply) -> None:
         """Append what the model said: `reply.ids`, `reply.logprobs` (one each), `reply.version`."""
@@ -525,19 +522,11 @@ def final_size(height: int, width: int, factor: int, low: int, high: int) -> tup
     return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 
-def tensor_bytes(tensor) -> int:
-    return tensor.nbytes
-
-
-def one(value) -> int:
-    return 1
-
-
 class Cache:
     """Values made on first use; when their sizes add up to more than the limit, the least recently used ones are
     dropped. size: of a value (default: each counts as one)."""
 
-    def __init__(self, limit: int, size: Callable[[object], int] = one):
+    def __init__(self, limit: int, size: Callable[[object], int] = lambda value: 1):
         self.limit, self.size = limit, size
         self.clear()
 

@@ -38,18 +38,15 @@ def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
     `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
     path, temporary = Path(path), Path(f"{path}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "rng": torch.get_rng_state(),
-    }
+    weights, moments = get_state_dict(model, optimizer)
+    tensors = {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
     dcp.save(tensors, checkpoint_id=temporary)
     if dist.get_rank() == 0:
         (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
@@ -87,30 +84,21 @@ def load_state(path: Path, model, optimizer) -> dict:
     it is incomplete or of another model."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     state = read_state(path)
     if state["model"] != fingerprint(model):
         raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
     if not (Path(path) / ".metadata").is_file():
         raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "rng": torch.get_rng_state(),
-    }
+    weights, moments = get_state_dict(model, optimizer)
+    tensors = {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
     try:
         dcp.load(tensors, checkpoint_id=path)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
-    set_model_state_dict(model, tensors["model"])
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     torch.set_rng_state(tensors["rng"])
     return state
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import string
 import sys
 import warnings
@@ -304,8 +305,11 @@ def _read_row(numbered, label, folder, benchmark):
         system, text = _messages(row.get("prompt"))
         images = _images(row.get("images"), folder)
         split_at_images(text, len(images))
-        for image in images:
-            decode_image(image)
+        try:
+            for image in images:
+                decode_image(image)
+        except InputError as error:
+            raise InputError(f"field images: {error}") from None
         return number, Question(
             id=f"{label}:{number}",
             text=text,
@@ -404,15 +408,15 @@ def _answers(reward_model):
     if not all(isinstance(a, str | int | float) for a in answers):
         raise InputError("field reward_model: an answer is not text")
     answers = tuple(dict.fromkeys(map(str, answers)))
-    if not any(map(_usable, answers)):
+    if not any(map(normalize_answer, answers)):
         raise InputError("field reward_model: no usable answer")
     return answers
 
 
-def _usable(answer):
-    """False for an answer that the reward normalises to nothing."""
-    words = answer.lower().translate(str.maketrans("", "", string.punctuation)).split()
-    return not {"a", "an", "the"}.issuperset(words)
+def normalize_answer(text: str) -> str:
+    """Lower-case, drop ASCII punctuation, drop the words a/an/the, squeeze white space: "The  U.S.A." -> "usa"."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -436,15 +440,15 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
         if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
             raise Image.DecompressionBombError
         if max(image.size) > MAX_ASPECT * min(image.size):
-            raise InputError(f"field images: {image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
+            raise InputError(f"{image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError("field images: too many pixels: a decompression bomb?") from None
+        raise InputError("too many pixels: a decompression bomb?") from None
     except Exception as error:  # on broken files, Pillow's readers raise about anything
-        raise InputError(f"field images: not a whole picture ({type(error).__name__})") from None
+        raise InputError(f"not a whole picture ({type(error).__name__})") from None
 
 
 def _to_rgb(image):

@@ -184,7 +184,7 @@ class TorchEngine(Engine):
             self.cache.expect(slot.index, positions)
             self.slots.remove(slot)
             self.slots.append(slot)  # least recently used first
-            request.start(slot)
+            request.slot = slot
             width = max(width, len(request.prompt) - slot.length)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
@@ -241,7 +241,7 @@ class TorchEngine(Engine):
             raise NonFinite("the policy's logits are not finite while sampling")
         # Weights are whole numbers: their cumulative sum is exact, and the same on every device and in every run.
         cumulative = (logp.double().exp() * 2**50).long().cumsum(-1)
-        draws = torch.tensor([r.draw() for r in batch], dtype=torch.float64, device=logits.device)
+        draws = torch.tensor([r.draws[len(r.ids)] for r in batch], dtype=torch.float64, device=logits.device)
         aims = (draws * cumulative[:, -1]).long()[:, None]
         drawn = torch.searchsorted(cumulative, aims, right=True)[:, 0]
         tokens = torch.where(greedy, logp.argmax(-1), drawn)
@@ -272,14 +272,8 @@ class _Request:
         self.logprobs: list[float] = []
         self.finished = ""
         self.slot = None
-
-    def start(self, slot):
-        self.slot = slot
-        generator = torch.Generator().manual_seed(self.sampling.seed)
-        self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
-
-    def draw(self):
-        return self.draws[len(self.ids)]
+        generator = torch.Generator().manual_seed(sampling.seed)
+        self.draws = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
 
     def pending(self):
         """(ids, pictures) that the cache does not hold yet."""

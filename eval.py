@@ -102,7 +102,7 @@ def asked_question(options: EvalOptions) -> Question:
     try:
         decode_image(data)
     except InputError as error:
-        raise InputError(f"{options.image}: {str(error).removeprefix('field images: ')}") from None
+        raise InputError(f"{options.image}: {error}") from None
     return Question(id="asked", text=options.question, images=(data,))
 
 

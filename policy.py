@@ -219,13 +219,8 @@ def full_weights(model):
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         if hasattr(value, "full_tensor"):
-            value = value.to(dist_device(value)).full_tensor()
+            value = value.to(value.device_mesh.device_type).full_tensor()  # offloaded shards are gathered on the GPU
         yield name, value
-
-
-def dist_device(tensor):
-    """Where a sharded tensor can be gathered: offloaded shards are copied to the GPU first."""
-    return "cuda" if tensor.device_mesh.device_type == "cuda" else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------- packing

@@ -14,17 +14,15 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 """
 
 import re
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from chat import Episode
 from config import Config
-from data import Stop
+from data import Stop, normalize_answer
 from tools import ANSWER, ANSWER_TAGS, TOOLS, find_actions
 
 REASON_TAGS = ("<reason>", "</reason>")
-STRIP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,6 @@ class Score:
 
 
 # ------------------------------------------------------------------------------------------------------- matching
-
-
-def normalize_answer(text: str) -> str:
-    """Lower-case, drop ASCII punctuation, drop the words a/an/the, squeeze white space: "The  U.S.A." -> "usa"."""
-    text = text.lower().translate(STRIP_PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def extract_answer(turn: str) -> str | None:

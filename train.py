@@ -119,24 +119,21 @@ def rebalance(
     """Spread the step's samples over the ranks by what there is to train on; this rank's new part, in the order of the
     questions. A question's samples stay together, because they share an image. count: questions in the step;
     questions: by id. All ranks must call it."""
-    here, rank = [], dist.get_rank()
-    if dist.get_world_size() > 1:
-        load = Counter({s.number: 0 for s in samples})
-        for s in samples:
-            load[s.number] += 0 if has_no_gradient(s, cfg) else len(s.episode.tokens)
-        loads = all_gather([(number, tokens, rank) for number, tokens in load.items()])
-        target = assign_ranks(loads, count // cfg.updates_per_step, dist.get_world_size())
-        outbox = [[] for _ in range(dist.get_world_size())]
-        for s in samples:
-            if target[s.number] == rank:
-                here.append(s)
-            else:
-                outbox[target[s.number]].append((s.number, s.advantage, s.episode.serialize()))
-        for received in policy.all_to_all(outbox):
-            for number, advantage, sent in received:
-                here.append(Sample(Episode.deserialize(sent, questions, chat), number, advantage=advantage))
-    else:
-        here = samples
+    here, rank, ranks = [], dist.get_rank(), dist.get_world_size()
+    load = Counter({s.number: 0 for s in samples})
+    for s in samples:
+        load[s.number] += 0 if has_no_gradient(s, cfg) else len(s.episode.tokens)
+    loads = all_gather([(number, tokens, rank) for number, tokens in load.items()])
+    target = assign_ranks(loads, count // cfg.updates_per_step, ranks)
+    outbox = [[] for _ in range(ranks)]
+    for s in samples:
+        if target[s.number] == rank:
+            here.append(s)
+        else:
+            outbox[target[s.number]].append((s.number, s.advantage, s.episode.serialize()))
+    for received in policy.all_to_all(outbox):
+        for number, advantage, sent in received:
+            here.append(Sample(Episode.deserialize(sent, questions, chat), number, advantage=advantage))
     return sorted(here, key=lambda s: (s.number, s.episode.sample))
 
 
@@ -355,8 +352,11 @@ class Run:
             for step in bar:
                 if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
                     self.validate(step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, cfg)
                 metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
-                self.dir.log(metrics)
+                common = {"lr": learning_rate(step, cfg), "memory_gb": peak_memory_gb(self.device)}
+                self.dir.log({"step": step, "phase": "train", **metrics, **common})
                 self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
                 bar.set_postfix_str(progress(metrics))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
@@ -380,8 +380,6 @@ class Run:
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
             self.first_look(episodes)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
         mine = rebalance(trained(samples, cfg), len(numbers), self.questions, self.chat, cfg)
         models = self.policy, self.reference, self.optimizer
         try:
@@ -397,14 +395,13 @@ class Run:
         finished = time.monotonic()
         tokens = rolled["tokens"] * len(questions) * cfg.samples_per_prompt
         return {
-            **{"step": step, "phase": "train", **rolled, **advantages, **learned, "lr": learning_rate(step, cfg)},
+            **{**rolled, **advantages, **learned},
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
             "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
             "seconds/sync": finished - updated,
             "seconds/checkpoint": self.checkpoint_seconds,
             "tokens_per_second": tokens / (finished - started),
-            "memory_gb": peak_memory_gb(self.device),
         }
 
     def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
@@ -437,12 +434,8 @@ class Run:
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
         """rollouts/step-N.jsonl: the conversations of all ranks. They were trained on wherever there was room."""
-        gaps = []
-        for sample in trained_here:
-            gap = sample.episode.logp_gap
-            if gap is not None:
-                gaps.append((sample.episode.name, gap.abs().sum().item() / max(1, len(gap))))
-        gaps = dict(all_gather(gaps))
+        episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
+        gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []
         for s in samples:
             more = {"step": step, "advantage": s.advantage, "logp_gap": gaps.get(s.episode.name)}
@@ -455,8 +448,6 @@ class Run:
         """One supervised step; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
         mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
         batches = pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch)
         batches = equal_counts(batches, self.chat, self.policy, self.device)
         plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature
@@ -466,16 +457,12 @@ class Run:
             self.engine.load_weights(full_weights(self.policy), version=step + 1)
         seconds = time.monotonic() - started
         return {
-            "step": step,
-            "phase": "train",
             "loss": sums["loss"] / max(sums["count"], 1.0),
             "nll": sums["nll"] / max(sums["tokens"], 1.0),
             "grad_norm": sums["grad_norm"],
             "trained_tokens": sums["tokens"],
-            "lr": learning_rate(step, cfg),
             "seconds/update": seconds,
             "tokens_per_second": sums["tokens"] / seconds,
-            "memory_gb": peak_memory_gb(self.device),
         }
 
     def validate(self, step: int) -> None:

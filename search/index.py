@@ -273,8 +273,8 @@ def _image_values(row, folder, embedder):
         raise InputError("field image: expected the path of a picture")
     try:
         image = decode_image(data)
-    except InputError as error:  # names the field of a question
-        raise InputError(f"field image: {str(error).removeprefix('field images: ')}") from None
+    except InputError as error:
+        raise InputError(f"field image: {error}") from None
     format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
     return *strings, thumbnail(image, format), embedder(image).astype(np.float32).tobytes()
 

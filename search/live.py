@@ -25,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from config import Config, InputError
-from data import Call, Hit, Question, Result, Usage, decode_image
+from data import Call, Hit, Question, Result, Usage, decode_image, read_prompt
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
 from search.serpapi import SerpApi
@@ -126,7 +126,7 @@ class WebSearch:
             try:
                 thumbnail = web_thumbnail(self.pictures.fetch(match["thumbnail"], job))
             except InputError as error:
-                raise Failure("bad_response", "thumbnail", note=_about(error)) from None
+                raise Failure("bad_response", "thumbnail", note=str(error)) from None
             job.add(pages=1)
             return Hit(match["title"], match["link"], image=thumbnail)
 
@@ -140,7 +140,7 @@ class WebSearch:
         try:
             name = picture_name(data)
         except InputError as error:
-            raise Failure("bad_call", _about(error)) from None
+            raise Failure("bad_call", str(error)) from None
         if "://" in host:
             return f"{host.rstrip('/')}/{name}"
         if not host:
@@ -239,19 +239,10 @@ def _count(usage, name):
     return max(0, number) if isinstance(number, int) and not isinstance(number, bool) else 0
 
 
-def _about(error):
-    """What `decode_image` says, without the name of a question's field."""
-    return str(error).removeprefix("field images: ")
-
-
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
-    path = Path("prompts/summarize.txt")
-    path = path if path.exists() else Path(__file__).parents[1] / path
-    try:
-        text = path.read_text(encoding="utf-8").strip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this prompt ({error})") from None
+    path = "prompts/summarize.txt"
+    text = read_prompt(path)
     for hole in ("{query}", "{page}"):
         if hole not in text:
             raise InputError(f"{path}: expected {hole}")

