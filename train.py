@@ -384,8 +384,10 @@ class Run:
         models = self.policy, self.reference, self.optimizer
         try:
             learned = update_policy(*models, mine, len(numbers), self.chat, cfg, self.device)
-        finally:  # also if the loss is not finite, to be looked at
+        except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
+            raise
+        self.write_rollouts(step, samples, mine)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
         self.engine.load_weights(full_weights(self.policy), version=step + 1)
@@ -395,7 +397,9 @@ class Run:
         finished = time.monotonic()
         tokens = rolled["tokens"] * len(questions) * cfg.samples_per_prompt
         return {
-            **{**rolled, **advantages, **learned},
+            **rolled,
+            **advantages,
+            **learned,
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
             "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
