@@ -49,7 +49,7 @@ SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learnin
 
 @dataclass
 class Sample:
-    """An episode of the step, and what it is to the update."""
+    """An episode of the step, and its role in the update."""
 
     episode: Episode
     number: int  # of its question in the step: the samples of one question are a group
@@ -264,6 +264,7 @@ def questions_of_step(questions: list, step: int, cfg: Config) -> list:
     """The step's questions (or conversations to imitate): every epoch is a new permutation, of which an incomplete last
     batch is left out."""
     size = min(cfg.prompts_per_step, len(questions))
+    size -= size % cfg.updates_per_step  # mini-batches are equally large
     epoch, batch = divmod(step, len(questions) // size)
     order = random.Random(f"{cfg.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
     return [questions[i] for i in order[batch * size : (batch + 1) * size]]
@@ -323,6 +324,10 @@ class Run:
         else:
             self.train = about = load_prompts(train_files, "training", self.chat, cfg)
         self.val = load_prompts(val_files, "validation", self.chat, cfg)[: cfg.val_limit or None] if val_files else []
+        if len(about) < cfg.updates_per_step:
+            raise InputError(
+                f"updates_per_step={cfg.updates_per_step}, but there are only {len(about)} questions to train on"
+            )
         self.questions = {q.id: q for q in about}
         check_questions([*about, *self.val], cfg)
 
@@ -437,7 +442,7 @@ class Run:
             )
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
-        """rollouts/step-N.jsonl: the conversations of all ranks. They were trained on wherever there was room."""
+        """rollouts/step-N.jsonl: the conversations of all ranks. Training may have been on another rank."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
         gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []

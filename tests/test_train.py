@@ -34,7 +34,7 @@ from analysis import imitation, results
 from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
-from data import Hit, Result, Stop, load_questions
+from data import Hit, Result, Stop, load_questions, write_questions
 from engines import EngineDied, TorchEngine
 from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
@@ -854,3 +854,24 @@ def test_wandb_offline(cfg, device, tmp_path, monkeypatch):
     assert (run.summary["greedy/all/accuracy"], run.summary["loss"]) == (0.25, 1.5)
     assert run.id == (path / "wandb.id").read_text() and list(path.glob(f"wandb/offline-run-*-{run.id}"))
     run.finish()
+
+
+def test_mini_batches_are_equally_large():
+    """Fewer questions than a step asks for are cut to a multiple of its updates; ranks and updates cut them alike."""
+    cfg = config.Config(prompts_per_step=12, updates_per_step=4)
+    step = train.questions_of_step(list(range(10)), 0, cfg)
+    assert len(step) == len(set(step)) == 8
+    target = train.assign_ranks([(number, 1, 0) for number in range(8)], 8 // 4, 2)
+    for part in range(4):
+        numbers = [number for number in range(8) if number * 4 // 8 == part]
+        assert sorted(target[number] for number in numbers) == [0, 1]
+
+
+def test_fewer_questions_than_updates_are_refused(world, tmp_path):
+    _, _, recipe = world
+    path = tmp_path / "one.parquet"
+    write_questions(path, [question()], {})
+    argv = ["--threads=1", f"--toy_dir={recipe.toy_dir}", *SHORT_WORLD, f"--run_dir={tmp_path / 'run'}"]
+    options = config.parse([*argv, f"--train_files={path}", "--updates_per_step=2"], config.Config, toy.Recipe)
+    with pytest.raises(InputError, match="updates_per_step=2, but there are only 1 questions"):
+        train.Run(*options)
