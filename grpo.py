@@ -63,13 +63,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    sequence_ids: Tensor | None = None,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence_ids=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of each sampled token (arXiv 2402.03300, eq. 3): -min(r·A, clip(r, 1 - low, 1 + high)·A).
 
@@ -137,9 +131,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
 
 
-def token_weights(
-    sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget: int = 1
-) -> tuple[Tensor, Tensor]:
+def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget=1) -> tuple[Tensor, Tensor]:
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
