@@ -56,8 +56,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
     if normalize:
         variance = _segment_sum(centred.square(), index, size) / (size - 1).clamp(min=1)  # [G]
         advantages = advantages / (variance.sqrt().index_select(0, index) + STD_EPSILON)
-    lowest = mean.scatter_reduce(0, index, rewards, "amin", include_self=False)  # [G]
-    highest = mean.scatter_reduce(0, index, rewards, "amax", include_self=False)  # [G]
+    lowest, highest = (mean.scatter_reduce(0, index, rewards, e, include_self=False) for e in ("amin", "amax"))  # [G]
     all_equal = (lowest == highest).index_select(0, index)  # [N]
     return advantages.masked_fill(all_equal, 0.0).float()
 
@@ -89,8 +88,7 @@ def policy_loss(
                     0.5 -2.0   1.6    0        clipped (clip_low)
     """
     _check_shapes(logp=logp, old_logp=old_logp, advantages=advantages, sequence_ids=sequence_ids)
-    token_log_ratio = logp - old_logp.detach()  # [S]
-    log_ratio = token_log_ratio
+    token_log_ratio = log_ratio = logp - old_logp.detach()  # [S]
     if sequence_ids is not None:
         index, length = _segments(sequence_ids)
         log_ratio = (_segment_sum(token_log_ratio, index, length) / length).index_select(0, index)  # [B] -> [S]
