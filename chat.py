@@ -26,7 +26,7 @@ from PIL import Image
 
 import data
 import tools
-from config import Config, InputError
+from config import Config, InputError, need
 from data import Call, Question, Result, Stop, decode_image, first_line, picture_key, read_prompt, split_at_images
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -85,7 +85,7 @@ class Chat:
         self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
         self.vision_ids = frozenset(special[name] for name in SPECIAL[2:])
         self.stop_ids = (special["im_end"], special["endoftext"])
-        self._frames = {}
+        self._read_frame = functools.cache(self._read_frame)
         self.frame()
         self._check_pixel_range()
         self._prompts: dict[str, str] = {}
@@ -146,13 +146,11 @@ class Chat:
         """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
         text, from there to the model's turn, and from the model's turn, its end token included, to the next user text.
         """
-        if (system is None) not in self._frames:
-            self._frames[system is None] = self._read_frame(system)
-        head, to_model, to_user = self._frames[system is None]
+        head, to_model, to_user = self._read_frame(system is not None)
         return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
 
-    def _read_frame(self, system):
-        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
+    def _read_frame(self, has_system):
+        roles = ("system", "user", "model", "again") if has_system else ("user", "model", "again")
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
@@ -281,8 +279,7 @@ class Chat:
             path = Path(self.cfg.prompts) / f"{name}.txt"
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
-                if text.count(placeholder) != 1:
-                    raise InputError(f"{path}: expected {placeholder} exactly once")
+                need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")
             self._prompts[name] = text
         return self._prompts[name]
 

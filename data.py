@@ -211,9 +211,9 @@ def _rows(file, benchmark=None) -> Iterator[dict]:
             if benchmark and BENCHMARKS[benchmark] and not set(needed) <= set(names):
                 question, answers, image, id = BENCHMARKS[benchmark]
                 needed, wanted = (question, answers[0], image), (question, *answers, image, id)
+            present = ", ".join(names) or "an empty table"
             for column in needed:
-                if column not in names:
-                    raise InputError(f"{file}: no column {column!r}, only {', '.join(names) or 'an empty table'}")
+                need(column in names, f"{file}: no column {column!r}, only {present}")
             for batch in table.iter_batches(batch_size=64, columns=[c for c in wanted if c in names]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -226,20 +226,17 @@ def _json_rows(file):
         text = Path(file).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
         for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise InputError(f"row {number} of {file}: not a JSON object")
+            need(isinstance(row, dict), f"row {number} of {file}: not a JSON object")
             yield row
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: not a readable JSON file ({first_line(error)})") from None
 
 
 def _as_verl(row, benchmark):
-    """A row of a benchmark in veRL layout; None if it has no picture."""
+    """A row of a benchmark in veRL layout."""
     question, answers, image, id = BENCHMARKS[benchmark]
-    if not row.get(image):
-        return None
     values = [row.get(column) for column in answers]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
     texts = [v for v in flat if isinstance(v, str | int | float)]  # InfoSeek's ranges of numbers are not text
@@ -262,17 +259,12 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         ("reward_model", pa.struct([(n, pa.string()) for n in ("ground_truth", "candidate_answers", "style")])),
         *((name, pa.string()) for name in ("data_source", "image_urls", "data_id")),
     ]
-    rows = [
-        {
-            "prompt": [{"role": r, "content": c} for r, c in (("system", q.system), ("user", q.text)) if c is not None],
-            "images": [{"bytes": image} for image in q.images],
-            "reward_model": {
-                "ground_truth": q.answers[0], "candidate_answers": json.dumps(q.answers[1:]), "style": "rule",
-            },
-            "data_source": q.data_source, "image_urls": q.image_url, "data_id": q.data_id,
-        }
-        for q in questions
-    ]  # fmt: skip
+    rows = []
+    for q in questions:
+        said = [{"role": r, "content": c} for r, c in (("system", q.system), ("user", q.text)) if c is not None]
+        graded = dict(ground_truth=q.answers[0], candidate_answers=json.dumps(q.answers[1:]), style="rule")
+        row = dict(prompt=said, images=[{"bytes": image} for image in q.images], reward_model=graded)
+        rows.append(row | dict(data_source=q.data_source, image_urls=q.image_url, data_id=q.data_id))
     table = pa.Table.from_pylist(rows, pa.schema(fields))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
@@ -293,9 +285,9 @@ def _read_row(numbered, label, folder, benchmark):
     """(number of the row, a Question, or a string that says what is wrong, or None if it is none of the benchmark's)"""
     number, row = numbered
     if benchmark and BENCHMARKS[benchmark] and "prompt" not in row:
-        row = _as_verl(row, benchmark)
-        if row is None:
+        if not row.get(BENCHMARKS[benchmark][2]):  # no picture
             return number, None
+        row = _as_verl(row, benchmark)
     data_id = row.get("data_id")
     try:
         system, text = _messages(row.get("prompt"))
