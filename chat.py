@@ -9,7 +9,7 @@ conversation, append-only. It holds image placeholders *expanded* (one `<|image_
     sampled    .     .      .    .     .      .       .        x       x
 """
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,20 +24,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import data
 import tools
-from config import Config, InputError
-from data import (
-    MAX_ASPECT,
-    Call,
-    Question,
-    Result,
-    Stop,
-    decode_image,
-    first_line,
-    picture_key,
-    read_prompt,
-    split_at_images,
-)
+from config import Config, InputError, need
+from data import Call, Question, Result, Stop, decode_image, first_line, picture_key, read_prompt, split_at_images
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
@@ -53,11 +43,8 @@ MODE_PROMPTS = {  # of the evaluation's other modes, read when one of them is us
 
 def agent_prompts(cfg: Config) -> dict[str, list[str]]:
     """The prompt files of a conversation with tools, and what each has to hold."""
-    files = {"question": ["{question}"], "search_failed": ["{outcome}"]}
-    for name, limit in tools.limits(cfg).items():
-        if limit:
-            files[f"after_{name}"] = ["{results}", "{question}"]
-    return files
+    after = {f"after_{name}": ["{results}", "{question}"] for name, limit in tools.limits(cfg).items() if limit}
+    return {"question": ["{question}"], "search_failed": ["{outcome}"]} | after
 
 
 @dataclass(frozen=True)
@@ -98,7 +85,7 @@ class Chat:
         self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
         self.vision_ids = frozenset(special[name] for name in SPECIAL[2:])
         self.stop_ids = (special["im_end"], special["endoftext"])
-        self._frames = {}
+        self._read_frame = functools.cache(self._read_frame)
         self.frame()
         self._check_pixel_range()
         self._prompts: dict[str, str] = {}
@@ -159,13 +146,11 @@ class Chat:
         """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
         text, from there to the model's turn, and from the model's turn, its end token included, to the next user text.
         """
-        if (system is None) not in self._frames:
-            self._frames[system is None] = self._read_frame(system)
-        head, to_model, to_user = self._frames[system is None]
+        head, to_model, to_user = self._read_frame(system is not None)
         return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
 
-    def _read_frame(self, system):
-        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
+    def _read_frame(self, has_system):
+        roles = ("system", "user", "model", "again") if has_system else ("user", "model", "again")
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
@@ -194,9 +179,7 @@ class Chat:
             segments += [self.picture(image), text]
         return self._encode_segments([*segments, *to_model])
 
-    def result_turn(
-        self, call: Call, result: Result, question: Question, last: int, template: str | None = None
-    ) -> tuple[list[int], list[Picture]]:
+    def result_turn(self, call: Call, result: Result, question: Question, last: int, template: str | None = None):
         """(expanded ids, pictures) of the user turn that hands a result to the model; `last` is the token before it.
 
         The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
@@ -225,30 +208,23 @@ class Chat:
     def _hit_segments(self, hit):
         segments = []
         if hit.image is not None:
-            try:
+            with contextlib.suppress(InputError):  # of a broken picture on the web, the title is still worth reading
                 segments.append(self.picture(hit.image, thumbnail=not hit.full_size))
-            except InputError:
-                pass  # a broken picture on the web is no reason to stop: its title is still worth reading
-        line = f" {hit.title}"
-        if hit.url:
-            line += f" ({hit.url})"
-        if hit.text:
-            line += f": {hit.text}"
-        return [*segments, f"{line}\n"]
+        url, text = f" ({hit.url})" if hit.url else "", f": {hit.text}" if hit.text else ""
+        return [*segments, f" {hit.title}{url}{text}\n"]
 
     def _encode_segments(self, segments):
         """Ids, texts and pictures to expanded ids; neighbouring texts are joined, so that they tokenise as one."""
         ids, pictures = [], []
-        for is_text, run in itertools.groupby(segments, key=lambda segment: isinstance(segment, str)):
-            if is_text:
+        for kind, run in itertools.groupby(segments, key=type):
+            if kind is str:
                 ids += self.encode("".join(run))
-                continue
-            for segment in run:
-                if isinstance(segment, Picture):
-                    ids += [self.vision_start, *[self.image_pad] * segment.tokens, self.vision_end]
-                    pictures.append(segment)
-                else:
-                    ids.append(segment)
+            elif kind is Picture:
+                for picture in run:
+                    ids += [self.vision_start, *[self.image_pad] * picture.tokens, self.vision_end]
+                    pictures.append(picture)
+            else:
+                ids += run
         return ids, pictures
 
     def expand(self, ids: list[int], pictures: list[Picture]) -> list[int]:
@@ -270,12 +246,8 @@ class Chat:
 
     def pixels(self, picture: Picture):
         """float32 [P, C*T*p*p]: the P patches of a picture, as the vision tower takes them."""
-
-        def make():
-            batch = self.processor.preprocess([self.final_image(picture)], do_resize=False, return_tensors="pt")
-            return batch["pixel_values"]
-
-        return self._pixels.get(picture.key, make)
+        prepare = functools.partial(self.processor.preprocess, do_resize=False, return_tensors="pt")
+        return self._pixels.get(picture.key, lambda: prepare([self.final_image(picture)])["pixel_values"])
 
     def final_image(self, picture: Picture) -> Image.Image:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
@@ -307,8 +279,7 @@ class Chat:
             path = Path(self.cfg.prompts) / f"{name}.txt"
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
-                if text.count(placeholder) != 1:
-                    raise InputError(f"{path}: expected {placeholder} exactly once")
+                need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")
             self._prompts[name] = text
         return self._prompts[name]
 
@@ -422,27 +393,18 @@ class Episode:
 
     def bracketed(self) -> str:
         """The conversation as text, what the policy sampled (and is trained on) in brackets."""
-        text = ""
-        for sampled, ids in self.pieces():
-            shown = self.chat.show(ids)
-            text += f"⟦{shown}⟧" if sampled else shown
-        return text
+        shown = [(sampled, self.chat.show(ids)) for sampled, ids in self.pieces()]
+        return "".join(f"⟦{text}⟧" if sampled else text for sampled, text in shown)
 
     def serialize(self) -> dict:
         """What another rank needs to train on this conversation, without what it has: of the question only the id, of
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
         images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
-        return {
-            "question_id": self.question.id,
-            "sample": self.sample,
-            "tokens": np.array(self.tokens, np.int32),
-            "sampled": np.array(self.sampled, bool),
-            "logprobs": np.array(self.logprobs, np.float64),
-            "images": images,
-            "turns": self.turns,
-            "stop": self.stop,
-        }
+        sent = dict(question_id=self.question.id, sample=self.sample, images=images, turns=self.turns, stop=self.stop)
+        for name, kind in (("tokens", np.int32), ("sampled", bool), ("logprobs", np.float64)):
+            sent[name] = np.array(getattr(self, name), kind)
+        return sent
 
     @classmethod
     def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
@@ -452,47 +414,28 @@ class Episode:
         for name in ("tokens", "sampled", "logprobs"):
             setattr(episode, name, sent[name].tolist())
         for image, thumbnail in sent["images"]:
-            data = question.images[image] if isinstance(image, int) else image
-            episode.images.append(chat.picture(data, thumbnail))
+            encoded = question.images[image] if isinstance(image, int) else image
+            episode.images.append(chat.picture(encoded, thumbnail))
         return episode
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
         turns = []
         for sampled, ids in self.pieces():
-            if sampled:
-                turns.append({"role": "model", "text": self.chat.decode_reply(ids)})
-            else:
-                turns.append({"role": "context", "text": self.chat.show(ids)})
-        return {
-            "question_id": self.question.id,
-            "data_source": self.question.data_source,
-            "question": self.question.text,
-            "answers": list(self.question.answers),
-            "sample": self.sample,
-            "turns": turns,
-            "calls": [_call_record(call, result) for call, result in self.calls],
-            "stop": self.stop.value if self.stop else None,
-            "tokens": len(self.tokens),
-            "sampled_tokens": sum(self.sampled),
-        }
+            text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
+            turns.append({"role": "model" if sampled else "context", "text": text})
+        asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
+        record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
+        record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
+        record |= dict(stop=self.stop.value if self.stop else None)
+        return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))
 
 
 def _call_record(call, result):
-    hits = []
-    for hit in result.hits:
-        hits.append({**vars(hit), "image": hit.image and picture_key(hit.image)})
-    return {
-        "tool": call.tool,
-        "query": call.query,
-        "picture": call.picture,
-        "box": call.box,
-        "status": result.status,
-        "error": result.error,
-        "error_kind": result.error_kind,
-        "usage": dataclasses.asdict(result.usage),
-        "hits": hits,
-    }
+    asked = {name: getattr(call, name) for name in ("tool", "query", "picture", "box")}
+    outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
+    hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
+    return asked | outcome | {"usage": dict(vars(result.usage)), "hits": hits}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -507,7 +450,7 @@ def final_size(height: int, width: int, factor: int, low: int, high: int) -> tup
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     def fits(h, w):
-        return h and w and low <= h * w <= high and max(h, w) <= MAX_ASPECT * min(h, w)
+        return h and w and low <= h * w <= high and max(h, w) <= data.MAX_ASPECT * min(h, w)
 
     size = smart_resize(height, width, factor, min_pixels=low, max_pixels=high)
     if fits(*size):
@@ -555,16 +498,11 @@ def _load_parts(folder):
     try:
         return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:  # on broken files, transformers raises about anything
-        what = f"cannot load tokenizer and image processor ({first_line(error)})"
-        raise InputError(f"{folder}: {what}") from None
+        raise InputError(f"{folder}: cannot load tokenizer and image processor ({first_line(error)})") from None
 
 
 def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
     template = chat.template(FIRST_PROMPTS[mode])
-    kept = []
-    for question in questions:
-        ids, _ = chat.prompt(question, template)
-        if len(ids) <= chat.cfg.max_prompt_tokens:
-            kept.append(question)
+    kept = [q for q in questions if len(chat.prompt(q, template)[0]) <= chat.cfg.max_prompt_tokens]
     return kept, len(questions) - len(kept)

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -114,17 +115,11 @@ class Config(Options):
 
     # -- search
     search_index: str = option("", "offline index, from `python -m search index` (none: the toy world's)")
-    search: str = option(
-        "offline", "the index, the web, the web and recorded, or the recorded", SEARCHES, marks="resume"
-    )
+    search: str = option("offline", "the index, the web, the web recorded, or the record", SEARCHES, marks="resume")
     search_cache: str = option("", "file of recorded results, for record and replay", marks="resume")
     search_url: str = option("", "a running `python -m search serve` that answers instead", marks="resume neutral")
-    search_budget: int = option(
-        0, "live searches of a run, at most (0: no limit)", "at least 0", marks="resume neutral"
-    )
-    search_deadline: float = option(
-        120.0, "seconds a search may take, retries included", "above 0", marks="resume neutral"
-    )
+    search_budget: int = option(0, "live searches of a run (0: no limit)", "at least 0", marks="resume neutral")
+    search_deadline: float = option(120.0, "seconds for a search and its retries", "above 0", marks="resume neutral")
     search_language: str = option("en", "language of live search results, two letters")
     serpapi_url: str = option("https://serpapi.com", "live search engine; key: SERPAPI_API_KEY", marks="resume")
     reader_url: str = option("https://r.jina.ai", "reads pages; key, if any: JINA_API_KEY", marks="resume")
@@ -196,51 +191,22 @@ class Config(Options):
 
 
 # The authors' script: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
-_QWEN = dict(
-    model="Qwen/Qwen2.5-VL-7B-Instruct",
-    engine="vllm",
-    run_dir="runs/qwen2.5-vl-7b",
-    prompts="prompts",
-    gradient_checkpointing=True,
-    steps=100,
-    min_pixels=512 * 512,
-    max_pixels=672 * 672 * 2,
-    thumb_min_pixels=112 * 112,
-    thumb_max_pixels=224 * 224,
-    max_prompt_tokens=4096,
-    max_tokens_per_turn=2048,
-    max_tokens=8192,
-    concurrency=32,
-    max_tokens_per_batch=16384,
-    prompts_per_step=32,
-    samples_per_prompt=4,
-    tool_results=(),
-    per_search_penalty=False,
-    kl_coef=0.001,
-    entropy_coef=0.0,
-    loss_norm="sequence",
-    lr=2e-6,
-    adam_beta2=0.999,
-    weight_decay=0.01,
-    schedule="sigmoid",
-    offload="reference",
-    save_every=10,
-    eval_every=10,
+_QWEN = (
+    dict(model="Qwen/Qwen2.5-VL-7B-Instruct", engine="vllm", run_dir="runs/qwen2.5-vl-7b", prompts="prompts")
+    | dict(min_pixels=512 * 512, max_pixels=672 * 672 * 2, thumb_min_pixels=112 * 112, thumb_max_pixels=224 * 224)
+    | dict(max_prompt_tokens=4096, max_tokens_per_turn=2048, max_tokens=8192, max_tokens_per_batch=16384)
+    | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
+    | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
+    | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
+    | dict(gradient_checkpointing=True, offload="reference")
 )
+# the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
+_PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
 PRESETS = {
     "toy": {},
-    "qwen2.5-vl-3b": {**_QWEN, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "run_dir": "runs/qwen2.5-vl-3b"},
+    "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
-    # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
-    "qwen2.5-vl-7b-paper": {
-        **_QWEN,
-        "run_dir": "runs/qwen2.5-vl-7b-paper",
-        "prompts_per_step": 512,
-        "samples_per_prompt": 8,
-        "updates_per_step": 4,
-        "schedule": "constant",
-        "steps": 50,
-    },
+    "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
 }
 
 
@@ -257,10 +223,8 @@ def _converted(value, kind, name):
     else:
         kinds = get_args(kind) or (kind,)
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-    if not fits:
-        raise InputError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{name}={value}: expected a finite number")
+    need(fits, f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
+    need(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: expected a finite number")
     return value
 
 
@@ -318,10 +282,8 @@ def _check_lengths(c):
 def check_url(name: str, url: str, required: bool = False) -> None:
     """Raise InputError unless it is a plain http(s) URL, or empty and not required."""
     sound = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)
-    need(
-        sound or not (url or required),
-        f"{name}={url!r}: expected http(s)://host[:port][/path], without user, password or query",
-    )
+    expected = "http(s)://host[:port][/path], without user, password or query"
+    need(sound or not (url or required), f"{name}={url!r}: expected {expected}")
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -338,7 +300,8 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     program = Path(sys.argv[0])
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
     usage = f"{name} [--key value | --key=value] ..."
-    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=_Help, usage=usage)
+    help_format = partial(argparse.HelpFormatter, max_help_position=34, width=120)
+    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=help_format, usage=usage)
     names = []
     for kind in kinds:
         hints = get_type_hints(kind)
@@ -416,11 +379,6 @@ def run_main(main) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=120)
 
 
 def _reading(kind):

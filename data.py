@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from config import InputError
+from config import InputError, need
 
 
 class Stop(enum.Enum):
@@ -123,9 +123,7 @@ class Result:
 # ---------------------------------------------------------------------------------------------- question files
 
 
-def load_questions(
-    files, *, skip_bad_rows: bool = False, progress: bool = True, only: set[str] | None = None
-) -> list[Question]:
+def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] | None = None) -> list[Question]:
     """Read questions from parquet, JSONL or JSON files (a list), each PATH in veRL layout or BENCHMARK=PATH.
 
     veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path}, or either as it is, or base64], `reward_model`
@@ -147,11 +145,9 @@ def load_questions(
             for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
                     questions.append(outcome)
-                elif outcome is None:
-                    continue
-                elif skip_bad_rows:
+                elif outcome and skip_bad_rows:
                     bad.append(f"row {number} of {file}: {outcome}")
-                else:
+                elif outcome:
                     raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
     if bad and progress:
         print(f"left out {len(bad)} bad rows, the first: {bad[0]}", file=sys.stderr)
@@ -215,9 +211,9 @@ def _rows(file, benchmark=None) -> Iterator[dict]:
             if benchmark and BENCHMARKS[benchmark] and not set(needed) <= set(names):
                 question, answers, image, id = BENCHMARKS[benchmark]
                 needed, wanted = (question, answers[0], image), (question, *answers, image, id)
+            present = ", ".join(names) or "an empty table"
             for column in needed:
-                if column not in names:
-                    raise InputError(f"{file}: no column {column!r}, only {', '.join(names) or 'an empty table'}")
+                need(column in names, f"{file}: no column {column!r}, only {present}")
             for batch in table.iter_batches(batch_size=64, columns=[c for c in wanted if c in names]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -230,20 +226,17 @@ def _json_rows(file):
         text = Path(file).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
         for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise InputError(f"row {number} of {file}: not a JSON object")
+            need(isinstance(row, dict), f"row {number} of {file}: not a JSON object")
             yield row
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: not a readable JSON file ({first_line(error)})") from None
 
 
 def _as_verl(row, benchmark):
-    """A row of a benchmark in veRL layout; None if it has no picture."""
+    """A row of a benchmark in veRL layout."""
     question, answers, image, id = BENCHMARKS[benchmark]
-    if not row.get(image):
-        return None
     values = [row.get(column) for column in answers]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
     texts = [v for v in flat if isinstance(v, str | int | float)]  # InfoSeek's ranges of numbers are not text
@@ -266,17 +259,12 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         ("reward_model", pa.struct([(n, pa.string()) for n in ("ground_truth", "candidate_answers", "style")])),
         *((name, pa.string()) for name in ("data_source", "image_urls", "data_id")),
     ]
-    rows = [
-        {
-            "prompt": [{"role": r, "content": c} for r, c in (("system", q.system), ("user", q.text)) if c is not None],
-            "images": [{"bytes": image} for image in q.images],
-            "reward_model": {
-                "ground_truth": q.answers[0], "candidate_answers": json.dumps(q.answers[1:]), "style": "rule",
-            },
-            "data_source": q.data_source, "image_urls": q.image_url, "data_id": q.data_id,
-        }
-        for q in questions
-    ]  # fmt: skip
+    rows = []
+    for q in questions:
+        said = [{"role": r, "content": c} for r, c in (("system", q.system), ("user", q.text)) if c is not None]
+        graded = dict(ground_truth=q.answers[0], candidate_answers=json.dumps(q.answers[1:]), style="rule")
+        row = dict(prompt=said, images=[{"bytes": image} for image in q.images], reward_model=graded)
+        rows.append(row | dict(data_source=q.data_source, image_urls=q.image_url, data_id=q.data_id))
     table = pa.Table.from_pylist(rows, pa.schema(fields))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
@@ -297,13 +285,14 @@ def _read_row(numbered, label, folder, benchmark):
     """(number of the row, a Question, or a string that says what is wrong, or None if it is none of the benchmark's)"""
     number, row = numbered
     if benchmark and BENCHMARKS[benchmark] and "prompt" not in row:
-        row = _as_verl(row, benchmark)
-        if row is None:
+        if not row.get(BENCHMARKS[benchmark][2]):  # no picture
             return number, None
+        row = _as_verl(row, benchmark)
     data_id = row.get("data_id")
     try:
         system, text = _messages(row.get("prompt"))
-        images = _images(row.get("images"), folder)
+        need(isinstance(row.get("images"), list | None), "field images: expected a list")
+        images = tuple(_image_bytes(image, folder) for image in row.get("images") or ())
         split_at_images(text, len(images))
         try:
             for image in images:
@@ -325,12 +314,12 @@ def _read_row(numbered, label, folder, benchmark):
 
 
 def _messages(prompt):
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
-        raise InputError("field prompt: expected a list of {role, content}")
+    sound = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
+    need(sound, "field prompt: expected a list of {role, content}")
     system = [m.get("content") for m in prompt if m.get("role") == "system"]
     user = [m.get("content") for m in prompt if m.get("role") == "user"]
-    if len(user) != 1 or len(system) > 1 or len(user) + len(system) != len(prompt):
-        raise InputError("field prompt: expected one user message and at most one system message")
+    sound = len(user) == 1 and len(system) <= 1 and len(user) + len(system) == len(prompt)
+    need(sound, "field prompt: expected one user message and at most one system message")
     for role, content in (("user", user), ("system", system)):
         if content and not (isinstance(content[0], str) and content[0].strip()):
             raise InputError(f"field prompt: the {role} message has no text")
@@ -342,15 +331,8 @@ def split_at_images(text: str, images: int) -> list[str]:
     parts = text.split("<image>")
     if len(parts) == 1:
         return [""] * images + parts
-    if len(parts) - 1 != images:
-        raise InputError(f"field prompt: {len(parts) - 1} <image> placeholders for {images} images")
+    need(len(parts) - 1 == images, f"field prompt: {len(parts) - 1} <image> placeholders for {images} images")
     return parts
-
-
-def _images(images, folder):
-    if not isinstance(images, list | None):
-        raise InputError("field images: expected a list")
-    return tuple(_image_bytes(image, folder) for image in images or ())
 
 
 def _image_bytes(image, folder):
@@ -363,8 +345,7 @@ def _image_bytes(image, folder):
         except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
             name = repr(path)[:100]
             raise InputError(f"field images: cannot read {name} ({getattr(error, 'strerror', error)})") from None
-    if not isinstance(data, bytes) or not data:
-        raise InputError("field images: neither bytes nor a path")
+    need(isinstance(data, bytes) and data, "field images: neither bytes nor a path")
     return data
 
 
@@ -388,28 +369,23 @@ def _find(path, folder):
 def _url(urls):
     """The first of a list of URLs, or the only one; None if there is none."""
     url = next(iter(urls), None) if isinstance(urls, list) else urls
-    if not isinstance(url, str | None):
-        raise InputError("field image_urls: expected text, or a list of it")
+    need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
     return url
 
 
 def _answers(reward_model):
-    if not isinstance(reward_model, dict):
-        raise InputError("field reward_model: expected {ground_truth, candidate_answers}")
+    need(isinstance(reward_model, dict), "field reward_model: expected {ground_truth, candidate_answers}")
     candidates = reward_model.get("candidate_answers")
     if isinstance(candidates, str):
         try:
             candidates = json.loads(candidates) if candidates.strip() else None
         except (ValueError, RecursionError):
             raise InputError("field reward_model.candidate_answers: a string that is not a JSON list") from None
-    if not isinstance(candidates, list | None):
-        raise InputError("field reward_model.candidate_answers: not a list")
+    need(isinstance(candidates, list | None), "field reward_model.candidate_answers: not a list")
     answers = [a for a in (reward_model.get("ground_truth"), *(candidates or ())) if a is not None]
-    if not all(isinstance(a, str | int | float) for a in answers):
-        raise InputError("field reward_model: an answer is not text")
+    need(all(isinstance(a, str | int | float) for a in answers), "field reward_model: an answer is not text")
     answers = tuple(dict.fromkeys(map(str, answers)))
-    if not any(map(normalize_answer, answers)):
-        raise InputError("field reward_model: no usable answer")
+    need(any(map(normalize_answer, answers)), "field reward_model: no usable answer")
     return answers
 
 
@@ -481,8 +457,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "w") as file:
-            for r in records:
-                file.write(json.dumps(r) + "\n")
+            file.writelines(json.dumps(r) + "\n" for r in records)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot write ({error.strerror})") from None

@@ -6,7 +6,8 @@ GRPO (arXiv 2402.03300, eq. 3) as MMSearch-R1 (arXiv 2506.20670) uses it. For on
 
 where A compares the conversation's reward with those of the other conversations about the same question. Nothing here
 knows of models, episodes or ranks. Functions return one value a token, or sums over tokens, never means: only the
-caller knows the global denominator (all micro-batches of all ranks). A training step puts them together as
+caller knows the global denominator (all micro-batches of all ranks). They raise ValueError where tensors of one axis
+differ in shape. A training step puts them together as
 
     per_token, stats = policy_loss(logp, old_logp, advantages, clip_low=0.2, clip_high=0.2)
     weights, count = token_weights(sequence_ids, "tokens")
@@ -39,7 +40,6 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
     leave_one_out: the mean is that of the others (RLOO, arXiv 2402.14740, eq. 8): no episode moves its own bar.
     Returns float32 [N]. The standard deviation has Bessel's correction. An episode alone in its group, or in a group of
     equal rewards, gets exactly 0: rounding of the mean must not become a signal.
-    Raises ValueError if the shapes differ.
 
         rewards 1.0 0.1 0.5 1.0       mean of group 7: 0.55, std 0.6364       group 3: equal rewards
         groups  7   7   3   3    ->   0.7071 -0.7071 0 0
@@ -56,20 +56,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
     if normalize:
         variance = _segment_sum(centred.square(), index, size) / (size - 1).clamp(min=1)  # [G]
         advantages = advantages / (variance.sqrt().index_select(0, index) + STD_EPSILON)
-    lowest = mean.scatter_reduce(0, index, rewards, "amin", include_self=False)  # [G]
-    highest = mean.scatter_reduce(0, index, rewards, "amax", include_self=False)  # [G]
+    lowest, highest = (mean.scatter_reduce(0, index, rewards, e, include_self=False) for e in ("amin", "amax"))  # [G]
     all_equal = (lowest == highest).index_select(0, index)  # [N]
     return advantages.masked_fill(all_equal, 0.0).float()
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    sequence_ids: Tensor | None = None,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence_ids=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of each sampled token (arXiv 2402.03300, eq. 3): -min(r·A, clip(r, 1 - low, 1 + high)·A).
 
@@ -86,7 +79,6 @@ def policy_loss(
         clip_low   ... and with A < 0 (r < 1 - low)
         approx_kl  k3 estimate of KL(old || new), of single tokens even where sequence_ids are given
     Log-ratios are clamped to [-20, 20]; a token beyond has a finite loss and no gradient.
-    Raises ValueError if the shapes differ.
 
         clip 0.2:   r    A    loss   gradient to logp
                     1.0  2.0  -2.0   -2.0      on-policy: REINFORCE
@@ -95,8 +87,7 @@ def policy_loss(
                     0.5 -2.0   1.6    0        clipped (clip_low)
     """
     _check_shapes(logp=logp, old_logp=old_logp, advantages=advantages, sequence_ids=sequence_ids)
-    token_log_ratio = logp - old_logp.detach()  # [S]
-    log_ratio = token_log_ratio
+    token_log_ratio = log_ratio = logp - old_logp.detach()  # [S]
     if sequence_ids is not None:
         index, length = _segments(sequence_ids)
         log_ratio = (_segment_sum(token_log_ratio, index, length) / length).index_select(0, index)  # [B] -> [S]
@@ -124,7 +115,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
     k1's gradient is grad logp, whose expectation over the policy's own tokens is zero: in a loss it only adds noise.
     k3's value is clamped to [-10, 10]; a token beyond (d > 2.6 or d < -11) has no gradient.
-    logp[S], ref_logp[S]: float32. Returns [S]. Raises ValueError for another kind or if the shapes differ.
+    logp[S], ref_logp[S]: float32. Returns [S]. Raises ValueError for another kind.
     """
     _check_shapes(logp=logp, ref_logp=ref_logp)
     d = ref_logp.detach() - logp
@@ -137,9 +128,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
 
 
-def token_weights(
-    sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget: int = 1
-) -> tuple[Tensor, Tensor]:
+def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget=1) -> tuple[Tensor, Tensor]:
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
@@ -203,7 +192,6 @@ def mismatch(logp: Tensor, sampler_logp: Tensor) -> dict[str, Tensor]:
         abs_sum  sum of |logp - sampler_logp|
         abs_max  largest of them; 0 where there is no token
         k3_sum   sum of the k3 estimate of KL(sampler || trainer)
-    Raises ValueError if the shapes differ.
     """
     _check_shapes(logp=logp, sampler_logp=sampler_logp)
     gap = logp - sampler_logp

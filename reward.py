@@ -16,6 +16,7 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from chat import Episode
 from config import Config
@@ -70,10 +71,8 @@ MATCHES = {"em": exact_match, "sub_em": sub_match}
 def turn_tags() -> dict[str, tuple[str, ...]]:
     """The tags of each kind of turn, a tool's name or "answer", in the order in which the turn must hold them. A whole
     tag such as "<search><img></search>" is one: a part of it is plain text."""
-    tags = {ANSWER: (*REASON_TAGS, *ANSWER_TAGS)}
-    for name, tool in TOOLS.items():
-        tags[name] = (*REASON_TAGS, *tool.tags)
-    return tags
+    kinds = {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
+    return {kind: (*REASON_TAGS, *tags) for kind, tags in kinds.items()}
 
 
 def turn_kind(turn: str) -> str | None:
@@ -97,12 +96,8 @@ def format_ok(responses: Sequence[str], any_order: bool = False) -> bool:
     called = kinds[:-1]
     if any_order:
         return all(kind in TOOLS for kind in called)
-    previous = None
-    for kind in called:
-        if kind not in TOOLS or previous not in TOOLS[kind].after or called.count(kind) > 1:
-            return False
-        previous = kind
-    return True
+    in_turn = all(kind in TOOLS and previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
+    return in_turn and len(set(called)) == len(called)
 
 
 def count_searches(responses: Sequence[str]) -> int:
@@ -123,14 +118,7 @@ def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
 
 
 def score(
-    responses: Sequence[str],
-    answers: Iterable[str],
-    *,
-    search_penalty: float = 0.1,
-    format_weight: float = 0.1,
-    match: str = "em",
-    per_search_penalty: bool = False,
-    any_order: bool = False,
+    responses, answers, *, search_penalty=0.1, format_weight=0.1, match="em", per_search_penalty=False, any_order=False
 ) -> Score:
     """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
 
@@ -164,12 +152,5 @@ def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -
 
 def record(episode: Episode, score: Score) -> dict:
     """A conversation and what it earned, as a JSON line. reward is None for an aborted one: it says nothing."""
-    aborted = episode.stop == Stop.ABORTED
-    return {
-        **episode.record(),
-        "reward": None if aborted else score.reward,
-        "correct": score.correct,
-        "format_ok": score.format_ok,
-        "searches": score.searches,
-        "answer": score.answer,
-    }
+    earned = dict(vars(score), reward=None if episode.stop == Stop.ABORTED else score.reward)
+    return episode.record() | earned

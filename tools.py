@@ -66,7 +66,7 @@ def find_actions(text: str) -> list[tuple[str, str]]:
     too: the innermost pair counts.
     """
     found = []
-    for name, tags in [*((name, tool.tags) for name, tool in TOOLS.items()), (ANSWER, ANSWER_TAGS)]:
+    for name, tags in ({name: tool.tags for name, tool in TOOLS.items()} | {ANSWER: ANSWER_TAGS}).items():
         for match in re.finditer(_pattern(tags), text, re.DOTALL):
             found.append((match.end(), name, match[1]))
     return [(name, content) for _, name, content in sorted(found)]
@@ -83,11 +83,8 @@ def parse_call(text: str) -> Call | None:
     >>> parse_call("<reason>Whose flag?</reason> <text_search> flag of Nauru </text_search>")
     Call(tool='text_search', query='flag of Nauru', picture='', box=None)
     """
-    actions = find_actions(text)
-    if not actions or actions[-1][0] == ANSWER:
-        return None
-    name, content = actions[-1]
-    return Call(name, **TOOLS[name].read(content))
+    name, content = next(reversed(find_actions(text)), (ANSWER, ""))
+    return None if name == ANSWER else Call(name, **TOOLS[name].read(content))
 
 
 def has_answer(text: str) -> bool:
@@ -136,9 +133,7 @@ def title(name: str) -> str:
 
 def picture_of(call: Call, question: Question) -> bytes | None:
     """The encoded picture that a call is about: the one it names, else the question's first; None if there is none."""
-    if call.image is not None:
-        return call.image
-    return question.images[0] if question.images else None
+    return next(iter(question.images), None) if call.image is None else call.image
 
 
 def problem_with(call: Call, question: Question) -> str:
