@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import random
 import re
 import socket
 import ssl
@@ -30,9 +31,9 @@ from urllib.parse import urljoin
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError
 from urllib3.util.connection import create_connection
-from urllib3.util.retry import RequestHistory, Retry
+from urllib3.util.retry import Retry
 
 from search.calls import Failure
 from search.text import clean
@@ -111,20 +112,13 @@ class Client:
 
     def fetch(self, url: str, job: Job, payload: dict | None = None) -> bytes:
         """The body of a GET, or of a POST of the payload as JSON. Raises Failure."""
-        retry = Retry(
-            self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
-            history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
-        )  # fmt: skip
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
                     return self._follow(url, job, payload)
             except Failure as failure:
-                try:
-                    retry = retry.increment(error=failure)
-                    pause = max(retry.get_backoff_time(), failure.retry_after)
-                except MaxRetryError:
-                    pause = math.inf
+                pause = min(self.pause * (2**attempt / 4 + random.random() / 2), LONGEST_PAUSE)
+                pause = max(pause, failure.retry_after) if attempt <= self.retries else math.inf
                 if failure.kind not in RETRIED or time.monotonic() + pause >= job.deadline:
                     failure.args = (f"{self.what}: {failure}" + (f" ({attempt} attempts)" if attempt > 1 else ""),)
                     raise failure from None
@@ -288,29 +282,26 @@ def _address(host, port, private):
         found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         raise Failure("connection", "unknown host", note=type(error).__name__) from None
-    allowed = [address for address in found if private or is_public(address)]
-    if not allowed:
-        raise Failure("blocked", "it leads to a private address")
-    return allowed[0]
+    for address in found:
+        if private or is_public(address):
+            return address
+    raise Failure("blocked", "it leads to a private address")
 
 
 def is_public(address: str) -> bool:
     """False for loopback, private, link-local, multicast, reserved addresses, and for IPv6 ones that stand for such."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    every = [ip]
+    every = {ip}
     if ip.version == 6:
-        every += [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        every += [ipaddress.ip_address(int(ip) & 0xFFFFFFFF)] if ip in NAT64 else []
-    return all(one.is_global and not one.is_multicast for one in every if one is not None)
+        every |= {ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())} - {None}
+        every |= {ipaddress.ip_address(int(ip) & 0xFFFFFFFF)} if ip in NAT64 else set()
+    return all(one.is_global and not one.is_multicast for one in every)
 
 
 def _read(raw, job, max_bytes):
     """The body, unpacked; a little more than max_bytes if that, or what came over the wire, is more."""
     body = bytearray()
-    while len(body) <= max_bytes and raw.tell() <= max_bytes:
-        piece = raw.read(65536, decode_content=True)
-        if not piece:
-            break
+    while max(len(body), raw.tell()) <= max_bytes and (piece := raw.read(65536, decode_content=True)):
         body += piece
     job.add(bytes=raw.tell())
     return bytes(body)
