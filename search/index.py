@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
@@ -53,8 +53,7 @@ class SQLiteFile:
         self.path, self._options = Path(path), options
         self._idle: deque[sqlite3.Connection] = deque()  # each use borrows one: no two threads share a connection
         self._closed = False
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such {self.what}; {self.build}")
+        need(self.path.is_file(), f"{path}: no such {self.what}; {self.build}")
         application, self.version = file_header(self.path)
         if application != self.application or self.version not in self.versions:
             version = f"in version {self.version} of the format"
@@ -198,8 +197,7 @@ def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, imag
     """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
     if path.is_dir() or (path.exists() and file_header(path)[0] != APPLICATION_ID):
         raise InputError(f"{path}: exists and is not a search index; choose another name")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = embed_image
     if image_embedding:
         embedder = Encoder(image_embedding, building=True)
@@ -254,8 +252,7 @@ def _image_values(row, folder, embedder):
             data = (folder / data).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise InputError(f"field image: cannot read {row['image']!r} ({error})") from None
-    if not isinstance(data, bytes):
-        raise InputError("field image: expected the path of a picture")
+    need(isinstance(data, bytes), "field image: expected the path of a picture")
     try:
         image = decode_image(data)
     except InputError as error:
@@ -269,8 +266,7 @@ def _as_dict(row):
         row = json.loads(row) if isinstance(row, bytes) else row
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError("expected a JSON object")
+    need(isinstance(row, dict), "expected a JSON object")
     return row
 
 

@@ -71,19 +71,14 @@ class WebSearch:
                 self._read("https://example.com", job)
             if cfg.summarizer_url:
                 asked = f"summarizer_url, {SUMMARIZER_KEY}"
-                self._check_summarizer(job)
+                self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
         except Failure as failure:
-            raise InputError(f"search={cfg.search} ({asked}): {self._redact(str(failure))}") from None
+            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")
+            if not unlisted:  # some do not list their models
+                raise InputError(f"search={cfg.search} ({asked}): {self._redact(str(failure))}") from None
         if left is not None and left < (cfg.search_budget or 1):
             wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
             print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
-
-    def _check_summarizer(self, job):
-        try:
-            self.summarizer.fetch_json(f"{self.cfg.summarizer_url}/models", job)
-        except Failure as failure:
-            if failure.reason not in ("HTTP 404", "HTTP 405"):  # some do not list their models
-                raise
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, whatever happens: never an exception."""
