@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import random
 import re
 import socket
 import ssl
@@ -31,9 +30,9 @@ from urllib.parse import urljoin
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util.connection import create_connection
-from urllib3.util.retry import Retry
+from urllib3.util.retry import RequestHistory, Retry
 
 from search.calls import Failure
 from search.text import clean
@@ -112,13 +111,20 @@ class Client:
 
     def fetch(self, url: str, job: Job, payload: dict | None = None) -> bytes:
         """The body of a GET, or of a POST of the payload as JSON. Raises Failure."""
+        retry = Retry(
+            self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
+            history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
+        )  # fmt: skip
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
                     return self._follow(url, job, payload)
             except Failure as failure:
-                pause = min(self.pause * (2**attempt / 4 + random.random() / 2), LONGEST_PAUSE)
-                pause = max(pause, failure.retry_after) if attempt <= self.retries else math.inf
+                try:
+                    retry = retry.increment(error=failure)
+                    pause = max(retry.get_backoff_time(), failure.retry_after)
+                except MaxRetryError:
+                    pause = math.inf
                 if failure.kind not in RETRIED or time.monotonic() + pause >= job.deadline:
                     failure.args = (f"{self.what}: {failure}" + (f" ({attempt} attempts)" if attempt > 1 else ""),)
                     raise failure from None
