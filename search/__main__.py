@@ -49,18 +49,14 @@ class CopyOptions(FileOptions):
 
 def stats(options):
     path = Path(options.file)
-    if path.is_file() and file_header(path)[0] == CACHE_ID:
-        with closing(SearchCache(path)) as cache:
-            print(f"{path}: {_cache_line(cache.stats())}")
-    else:
-        print(_index_line(path))
-
-
-def _cache_line(s):
+    if not path.is_file() or file_header(path)[0] != CACHE_ID:
+        return print(_index_line(path))
+    with closing(SearchCache(path)) as cache:
+        s = cache.stats()
     counts = ", ".join(f"{n:,} {name}" for name, n in s["counts"].items()) or "empty"
     oldest, newest = (time.strftime("%Y-%m-%d", time.gmtime(s[name])) for name in ("oldest", "newest"))
-    return (
-        f"{s['results']:,} results ({counts}), {oldest} to {newest}; found again {s['found']:,} "
+    print(
+        f"{path}: {s['results']:,} results ({counts}), {oldest} to {newest}; found again {s['found']:,} "
         f"times (hit rate {s['hit_rate']:.0%}); {s['images']:,} images, {s['image_bytes'] / 1e6:.1f} MB; "
         f"file {s['bytes'] / 1e6:.1f} MB"
     )
@@ -75,8 +71,7 @@ def _index_line(path):
 def verify(options):
     with closing(SearchCache(options.file)) as cache:
         problems = 0
-        for line in cache.verify():
-            problems += 1
+        for problems, line in enumerate(cache.verify(), 1):  # noqa: B007
             print(line)
     need(not problems, f"{options.file}: {problems:,} problems")
     print(f"{options.file}: every hash is right")

@@ -103,9 +103,8 @@ class SearchCache(SQLiteFile):
     def rows(self) -> Iterator[tuple[str, float, Result]]:
         """All of it, as put_all takes it, in the order of the keys."""
         with self._connection() as db:
-            for request, created, *row in db.execute(
-                "SELECT request, created, status, result FROM results ORDER BY key"
-            ):
+            sql = "SELECT request, created, status, result FROM results ORDER BY key"
+            for request, created, *row in db.execute(sql):
                 yield request, created, _load_result(*row, partial(_image, db))
 
     def stats(self) -> dict:
@@ -213,10 +212,9 @@ def export(cache: SearchCache, path: str | Path) -> int:
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for part in batches(cache.rows(), 256):
-                table = [
-                    {"request": request, "created": created, **vars(r), "hits": [vars(h) for h in r.hits]}
-                    for request, created, r in part
-                ]
+                table = []
+                for request, created, r in part:
+                    table.append({"request": request, "created": created, **vars(r), "hits": [*map(vars, r.hits)]})
                 writer.write_table(pa.Table.from_pylist(table, schema))
                 count += len(table)
         temporary.replace(path)
@@ -334,10 +332,10 @@ class CachedSearch:
         if not first:
             return dataclasses.replace(pending.result(), usage=Usage(cached=1))
         try:
-            if kept := self.cache.get(request, count=False):  # by one that was under way when this call looked
-                if kept.status != "error":
-                    pending.set_result(kept)
-                    return dataclasses.replace(kept, usage=Usage(cached=1))
+            kept = self.cache.get(request)  # by one that was under way when this call looked
+            if kept and kept.status != "error":
+                pending.set_result(kept)
+                return dataclasses.replace(kept, usage=Usage(cached=1))
             found = self.inner.search(call, question)
             result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
             pending.set_result(result)

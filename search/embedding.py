@@ -83,10 +83,11 @@ class Encoder:
     It runs on the CPU, so that searching takes no memory of a training GPU; building an index may use one.
     """
 
-    def __init__(self, name: str, device: str = "cpu"):
+    def __init__(self, name: str, building: bool = False):
         import torch
         from transformers import AutoImageProcessor, AutoModel
 
+        device = "cuda" if building and torch.cuda.is_available() else "cpu"
         try:
             self.processor = AutoImageProcessor.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, need
 from data import Hit, Result
 from search.cache import SearchCache, batches, canonical
 from search.calls import Failure
@@ -46,8 +46,7 @@ def import_fvqa(
         raise InputError(f"{path}: cannot read it ({error.strerror})") from None
     except Exception as error:  # on broken files pickle raises about anything
         raise InputError(f"{path}: not a pickle of plain data ({str(error) or type(error).__name__})") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: expected a dictionary by data_id")
+    need(isinstance(entries, dict), f"{path}: expected a dictionary by data_id")
     missing, now = [], time.time()
 
     def rows(pool):

@@ -13,14 +13,14 @@ import secrets
 import sqlite3
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
@@ -53,12 +53,11 @@ class SQLiteFile:
         self.path, self._options = Path(path), options
         self._idle: deque[sqlite3.Connection] = deque()  # each use borrows one: no two threads share a connection
         self._closed = False
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such {self.what}; {self.build}")
+        need(self.path.is_file(), f"{path}: no such {self.what}; {self.build}")
         application, self.version = file_header(self.path)
         if application != self.application or self.version not in self.versions:
-            said = f"a {self.what} in version {self.version} of the format"
-            said = said if application == self.application else f"not a {self.what}"
+            version = f"in version {self.version} of the format"
+            said = f"a {self.what} {version}" if application == self.application else f"not a {self.what}"
             raise InputError(f"{path}: {said}, expected version {self.versions[-1]}; {self.build}")
 
     @contextmanager
@@ -180,9 +179,7 @@ def file_header(path):
     return int.from_bytes(header[68:], "big"), int.from_bytes(header[60:64], "big")
 
 
-def build(
-    path: str | Path, docs: Iterable[dict] = (), images: Iterable[dict] = (), *, skip_bad_rows=False, image_embedding=""
-) -> int:  # fmt: skip
+def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, image_embedding: str = "") -> int:
     """Write an index to `path`, in place of an older one; returns how many bad rows were left out.
 
     image_embedding: a vision encoder of transformers, by name or folder (default: of the pixels, see `embed`).
@@ -196,23 +193,25 @@ def build(
     return build_from(Path(path), docs, images, Path(), skip_bad_rows, image_embedding)
 
 
-def build_from(
-    path: Path, docs: Iterable, images: Iterable, folder: Path, skip_bad_rows: bool, image_embedding: str
-) -> int:
+def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, image_embedding: str) -> int:
     """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
     if path.is_dir() or (path.exists() and file_header(path)[0] != APPLICATION_ID):
         raise InputError(f"{path}: exists and is not a search index; choose another name")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
-    embedder = _encoder(image_embedding) if image_embedding else embed_image
+    need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
+    embedder = embed_image
+    if image_embedding:
+        embedder = Encoder(image_embedding, building=True)
+        if Path(image_embedding).is_dir():
+            image_embedding = str(Path(image_embedding).absolute())  # found from anywhere
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with closing(sqlite3.connect(temporary)) as db:
             db.executescript(SCHEMA)
-            bad = _insert(db, "docs(title, text, url, id)", _doc_values, docs, skip_bad_rows)
+            columns = "docs(title, text, url, id)"
+            bad = _insert(db, columns, lambda row: _strings(row, "title", "text"), docs, skip_bad_rows)
             columns = "images(title, url, id, thumbnail, embedding)"
             bad += _insert(db, columns, lambda row: _image_values(row, folder, embedder), images, skip_bad_rows)
-            db.execute("INSERT INTO settings VALUES ('image_embedding', ?)", (_full_name(image_embedding),))
+            db.execute("INSERT INTO settings VALUES ('image_embedding', ?)", (image_embedding,))
             db.execute("INSERT INTO docs(docs) VALUES ('optimize')")
             db.execute("INSERT INTO settings VALUES ('common_words', ?)", (_common_words(db),))
             db.commit()  # the only one; returns when the bytes are on the disk
@@ -226,19 +225,14 @@ def build_from(
 
 def _insert(db, columns, values, rows, skip_bad_rows):
     sql, bad = f"INSERT INTO {columns} VALUES ({', '.join('?' * len(columns.split(',')))})", 0
-    with tqdm(rows, desc=f"index {columns.split('(')[0]}", unit=" rows", leave=False, disable=None) as progress:
-        for where, row in progress:
-            try:
-                db.execute(sql, values(_as_dict(row)))
-            except InputError as error:
-                if not skip_bad_rows:
-                    raise InputError(f"{where}: {error}") from None
-                bad += 1
+    for where, row in tqdm(rows, f"index {columns.split('(')[0]}", unit=" rows", leave=False, disable=None):
+        try:
+            db.execute(sql, values(_as_dict(row)))
+        except InputError as error:
+            if not skip_bad_rows:
+                raise InputError(f"{where}: {error}") from None
+            bad += 1
     return bad
-
-
-def _doc_values(row):
-    return _strings(row, "title", "text")
 
 
 def _common_words(db):
@@ -251,17 +245,6 @@ def _common_words(db):
     return " ".join(word for (word,) in db.execute("SELECT term FROM temp.words WHERE doc > ?", (count // 10,)))
 
 
-def _encoder(name):
-    import torch
-
-    return Encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _full_name(name):
-    """A folder's name from anywhere; a hub name as it is."""
-    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
-
-
 def _image_values(row, folder, embedder):
     strings, data = _strings(row, "title"), row.get("image")
     if isinstance(data, str | Path):
@@ -269,8 +252,7 @@ def _image_values(row, folder, embedder):
             data = (folder / data).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise InputError(f"field image: cannot read {row['image']!r} ({error})") from None
-    if not isinstance(data, bytes):
-        raise InputError("field image: expected the path of a picture")
+    need(isinstance(data, bytes), "field image: expected the path of a picture")
     try:
         image = decode_image(data)
     except InputError as error:
@@ -284,8 +266,7 @@ def _as_dict(row):
         row = json.loads(row) if isinstance(row, bytes) else row
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError("expected a JSON object")
+    need(isinstance(row, dict), "expected a JSON object")
     return row
 
 
@@ -294,9 +275,8 @@ def _strings(row, *required):
     values = []
     for field in (*required, "url", "id"):
         value = row.get(field)
-        if value is None and field not in required:
-            value = ""
-        value = str(value) if field == "id" else value
+        if field not in required:
+            value = "" if value is None else str(value) if field == "id" else value
         if not isinstance(value, str):
             raise InputError(f"field {field}: expected a string, not {repr(value)[:40]}")
         if re.search("[\ud800-\udfff]", value):  # JSON can spell half a character

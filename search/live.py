@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from config import Config, InputError
+from config import Config, InputError, need
 from data import Call, Hit, Question, Result, Usage, decode_image, read_prompt
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
@@ -53,10 +53,8 @@ class WebSearch:
         reader, summarizer = (os.environ.get(name, "").strip() for name in (READER_KEY, SUMMARIZER_KEY))
         self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), bearer=reader)
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), bearer=summarizer)
-        self.pictures = Client(
-            "thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, max_bytes=WEB_IMAGE_BYTES, types=IMAGE_TYPES,
-            allow_hosts=cfg.allow_hosts,
-        )  # fmt: skip
+        wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
+        self.pictures = Client("thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, **wanted)
         self.methods = {"image_search": self._image_search, "text_search": self._text_search}
         self.budget, self.spent = -(-cfg.search_budget // ranks), 0
         self._uploaded: dict[str, str] = {}
@@ -73,19 +71,14 @@ class WebSearch:
                 self._read("https://example.com", job)
             if cfg.summarizer_url:
                 asked = f"summarizer_url, {SUMMARIZER_KEY}"
-                self._check_summarizer(job)
+                self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
         except Failure as failure:
-            raise InputError(f"search={cfg.search} ({asked}): {self._redact(str(failure))}") from None
+            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")
+            if not unlisted:  # some do not list their models
+                raise InputError(f"search={cfg.search} ({asked}): {self._redact(str(failure))}") from None
         if left is not None and left < (cfg.search_budget or 1):
             wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
             print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
-
-    def _check_summarizer(self, job):
-        try:
-            self.summarizer.fetch_json(f"{self.cfg.summarizer_url}/models", job)
-        except Failure as failure:
-            if failure.reason not in ("HTTP 404", "HTTP 405"):  # some do not list their models
-                raise
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, whatever happens: never an exception."""
@@ -97,13 +90,11 @@ class WebSearch:
             result = failed(failure)
         except Exception as error:  # hostile answers find mistakes in code; they are counted and end no rollout
             result = Result("error", error=f"{type(error).__name__}: {clean(str(error), 200)}", error_kind="internal")
-        usage = self._usage(job.used, time.monotonic() - started)
-        return dataclasses.replace(result, error=self._redact(result.error), usage=usage)
-
-    def _usage(self, used, seconds):
+        used, seconds = job.used, time.monotonic() - started
         millions = (used["page_tokens"] * READER_PRICE + used["tokens"] * SUMMARIZER_PRICE) / 1e6
         cost = round(used["searches"] * self.engine.price + millions, 9)
-        return Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
+        usage = Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
+        return dataclasses.replace(result, error=self._redact(result.error), usage=usage)
 
     def _redact(self, text):
         for key in filter(None, (self.engine.secret, self.reader.bearer, self.summarizer.bearer)):
@@ -241,11 +232,9 @@ def _count(usage, name):
 
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
-    path = "prompts/summarize.txt"
-    text = read_prompt(path)
+    text = read_prompt("prompts/summarize.txt")
     for hole in ("{query}", "{page}"):
-        if hole not in text:
-            raise InputError(f"{path}: expected {hole}")
+        need(hole in text, f"prompts/summarize.txt: expected {hole}")
     return text
 
 

@@ -288,29 +288,26 @@ def _address(host, port, private):
         found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         raise Failure("connection", "unknown host", note=type(error).__name__) from None
-    allowed = [address for address in found if private or is_public(address)]
-    if not allowed:
-        raise Failure("blocked", "it leads to a private address")
-    return allowed[0]
+    for address in found:
+        if private or is_public(address):
+            return address
+    raise Failure("blocked", "it leads to a private address")
 
 
 def is_public(address: str) -> bool:
     """False for loopback, private, link-local, multicast, reserved addresses, and for IPv6 ones that stand for such."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    every = [ip]
+    every = {ip}
     if ip.version == 6:
-        every += [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        every += [ipaddress.ip_address(int(ip) & 0xFFFFFFFF)] if ip in NAT64 else []
-    return all(one.is_global and not one.is_multicast for one in every if one is not None)
+        every |= {ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())} - {None}
+        every |= {ipaddress.ip_address(int(ip) & 0xFFFFFFFF)} if ip in NAT64 else set()
+    return all(one.is_global and not one.is_multicast for one in every)
 
 
 def _read(raw, job, max_bytes):
     """The body, unpacked; a little more than max_bytes if that, or what came over the wire, is more."""
     body = bytearray()
-    while len(body) <= max_bytes and raw.tell() <= max_bytes:
-        piece = raw.read(65536, decode_content=True)
-        if not piece:
-            break
+    while max(len(body), raw.tell()) <= max_bytes and (piece := raw.read(65536, decode_content=True)):
         body += piece
     job.add(bytes=raw.tell())
     return bytes(body)
