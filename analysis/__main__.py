@@ -68,8 +68,7 @@ def _judge(argv):
 
     (path,), options = _read("judge RESULTS", argv, JudgeOptions)
     header, records = read_results(path)
-    questions = questions_of(path, header, records)
-    records, missing = judge(records, questions, options, progress=True)
+    records, missing = judge(records, questions_of(path, header, records), options, progress=True)
     write_jsonl(path, [{"header": header}, *records])
     print(judges_table(records, missing))
 
@@ -81,9 +80,7 @@ def _label(argv):
     write_labels(path, options)
 
 
-COMMANDS = {
-    "report": _report, "curves": _curves, "plan": _plan, "compare": _compare, "judge": _judge, "label": _label,
-}  # fmt: skip
+COMMANDS = dict(report=_report, curves=_curves, plan=_plan, compare=_compare, judge=_judge, label=_label)
 
 
 def _read(usage, argv, kind):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from analysis.figures import bootstrap, by_question
 from analysis.results import flat, read_results
-from config import InputError, Options, option
+from config import Options, need, option
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,19 @@ def compare(a: list[dict], b: list[dict], judge: str = "") -> dict[str, dict]:
     with its paired 95 % interval from low to high; gained, lost: ids of the questions that B gets right more often, or
     less often, than A. Raises InputError if a question differs between the two, or if they have none in common.
     """
-    asked = {r["question_id"]: (r["question"], r["answers"]) for r in a}
-    sources = {}
-    for r in b:
-        id = r["question_id"]
-        if id in asked and asked[id] != (r["question"], r["answers"]):
-            raise InputError(f"the two files are about different questions: {id} is not the same in both")
-        sources[id] = r["data_source"]
+    asked, pairs = {r["question_id"]: (r["question"], r["answers"]) for r in a}, defaultdict(dict)
     verdicts_a, verdicts_b = by_question(a, judge), by_question(b, judge)
-    pairs = defaultdict(dict)
-    for id, source in sources.items():
+    for r in b:
+        id, about = r["question_id"], (r["question"], r["answers"])
+        same = asked.get(id, about) == about
+        need(same, f"the two files are about different questions: {id} is not the same in both")
         if id in verdicts_a and id in verdicts_b:
-            pairs[source][id] = _mean(verdicts_a[id]), _mean(verdicts_b[id])
-    if not pairs:
-        raise InputError("the two files have no question in common" + (f" that {judge} has judged" if judge else ""))
+            pairs[r["data_source"]][id] = _mean(verdicts_a[id]), _mean(verdicts_b[id])
+    need(pairs, "the two files have no question in common" + (f" that {judge} has judged" if judge else ""))
     figures, everything = {}, {}
-    for source in sorted(pairs):
-        figures[source] = _paired(pairs[source])
-        everything |= pairs[source]
+    for source, part in sorted(pairs.items()):
+        figures[source] = _paired(part)
+        everything |= part
     return {**figures, "all": _paired(everything)}
 
 
@@ -56,18 +51,13 @@ def _mean(values):
 
 def _paired(accuracies):
     """The figures of `compare`; accuracies: question id -> (of A, of B)."""
-    differences = [b - a for a, b in accuracies.values()]
-    low, high = bootstrap(differences, [1] * len(differences))
-    return {
-        "n": len(differences),
-        "a": _mean([a for a, _ in accuracies.values()]),
-        "b": _mean([b for _, b in accuracies.values()]),
-        "difference": _mean(differences),
-        "low": low,
-        "high": high,
-        "gained": [id for id, (a, b) in accuracies.items() if b > a],
-        "lost": [id for id, (a, b) in accuracies.items() if b < a],
-    }
+    a, b = zip(*accuracies.values(), strict=True)
+    differences = [after - before for before, after in accuracies.values()]
+    low, high = bootstrap(differences, [1] * len(a))
+    gained = [id for id, (before, after) in accuracies.items() if after > before]
+    lost = [id for id, (before, after) in accuracies.items() if after < before]
+    figures = {"n": len(a), "a": _mean(a), "b": _mean(b), "difference": _mean(differences), "low": low, "high": high}
+    return {**figures, "gained": gained, "lost": lost}
 
 
 def search_need(direct: list[dict], records: list[dict], judge: str = "") -> dict[str, float]:
@@ -81,12 +71,8 @@ def search_need(direct: list[dict], records: list[dict], judge: str = "") -> dic
     done = [r for r in records if r["question_id"] in needs and r["stop"] != "aborted"]
     over = [bool(r["calls"]) for r in done if not needs[r["question_id"]]]
     under = [not r["calls"] for r in done if needs[r["question_id"]]]
-    return {
-        "over": sum(over) / max(len(over), 1),
-        "over_n": len(over),
-        "under": sum(under) / max(len(under), 1),
-        "under_n": len(under),
-    }
+    figures = {"over": sum(over) / max(len(over), 1), "over_n": len(over)}
+    return {**figures, "under": sum(under) / max(len(under), 1), "under_n": len(under)}
 
 
 def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
@@ -98,17 +84,15 @@ def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
     for name in sorted(a_settings.keys() & b_settings.keys()):
         if a_settings[name] != b_settings[name]:
             lines.append(f"   {name}: {a_settings[name]!r} | {b_settings[name]!r}")
-    lines.append("")
     width = max(map(len, figures))
-    lines.append(f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost")
+    lines += ["", f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost"]
     for source, f in figures.items():
         difference = f"{f['difference']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})"
         changed = f"{len(f['gained']):6d}  {len(f['lost']):4d}"
         lines.append(f"{source:{width}} {f['n']:5d}  {f['a']:.3f}  {f['b']:.3f}  {difference}  {changed}")
     if a_header.get("config", {}).get("mode") == "direct":
         f = search_need(a, b, judge)
-        lines.append("")
-        lines.append(f"over-search   {f['over']:.3f} of {f['over_n']} conversations called a tool where A was right")
+        lines += ["", f"over-search   {f['over']:.3f} of {f['over_n']} conversations called a tool where A was right"]
         lines.append(f"under-search  {f['under']:.3f} of {f['under_n']} called no tool where A was wrong")
     text_of = {r["question_id"]: r["question"].replace("<image>", "").strip() for r in b}
     for what in ("gained", "lost"):

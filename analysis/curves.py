@@ -45,11 +45,6 @@ def plot(runs: list[str], options: CurvesOptions) -> Path:
 
 def _points(log, key, phase):
     """(steps, values) of a metric; of a validation, the greedy one over all data sources."""
-    steps, values = [], []
-    for entry in log:
-        if entry["phase"] == phase:
-            value = (entry["greedy"]["all"] if phase == "eval" else entry).get(key)
-            if value is not None:
-                steps.append(entry["step"])
-                values.append(value)
-    return steps, values
+    entries = [(e["step"], e["greedy"]["all"] if phase == "eval" else e) for e in log if e["phase"] == phase]
+    entries = [(step, figures[key]) for step, figures in entries if figures.get(key) is not None]
+    return [step for step, _ in entries], [value for _, value in entries]

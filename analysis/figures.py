@@ -24,13 +24,13 @@ def verdict(record: dict, judge: str = "") -> bool | None:
     return record.get("judged", {}).get(judge) if judge else record["correct"]
 
 
-def by_question(records: list[dict], judge: str = "") -> dict[str, list[bool]]:
-    """Question id -> the verdicts of its conversations, missing ones left out; questions without any are not there."""
+def by_question(records: list[dict], judge: str = "", key: str = "question_id") -> dict[str, list[bool]]:
+    """Question id (or another entry of a record: key) -> the verdicts, missing ones left out; none: not there."""
     verdicts = defaultdict(list)
     for r in records:
         right = verdict(r, judge)
         if right is not None:
-            verdicts[r["question_id"]].append(right)
+            verdicts[r[key]].append(right)
     return dict(verdicts)
 
 
@@ -79,16 +79,11 @@ def several(records: list[dict], judge: str = "") -> dict:
     """Figures of several conversations about each question; {} if there is one of each. pass: k -> mean pass@k over
     the questions with at least k conversations, for powers of two and the largest k; spread: standard deviation (with
     Bessel's correction) of the accuracy between the first, second ... conversations."""
-    verdicts, by_sample = by_question(records, judge), defaultdict(list)
-    for r in records:
-        right = verdict(r, judge)
-        if right is not None:
-            by_sample[r["sample"]].append(right)
+    verdicts, by_sample = by_question(records, judge), by_question(records, judge, key="sample")
     if len(by_sample) < 2:
         return {}
     passed, most = {}, max(map(len, verdicts.values()))
-    powers = {2**i for i in range(most.bit_length())}
-    for k in sorted(powers | {most}):
+    for k in sorted({2**i for i in range(most.bit_length())} | {most}):
         chances = [pass_at_k(sum(v), len(v), k) for v in verdicts.values() if len(v) >= k]
         passed[str(k)] = sum(chances) / len(chances)
     return {"pass": passed, "spread": float(np.std([np.mean(v) for v in by_sample.values()], ddof=1))}
@@ -100,8 +95,7 @@ def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
     by_source = defaultdict(list)
     for r in records:
         by_source[r["data_source"]].append(r)
-    parts = {source: by_source[source] for source in sorted(by_source)}
-    return {name: _figures(part, cfg) for name, part in {**parts, "all": records}.items()}
+    return {name: _figures(part, cfg) for name, part in [*sorted(by_source.items()), ("all", records)]}
 
 
 def _figures(records, cfg):
@@ -109,8 +103,7 @@ def _figures(records, cfg):
     n = max(len(done), 1)
     called = [Counter(call["tool"] for call in r["calls"]) for r in done]
     calls = [call for r in records for call in r["calls"]]
-    usage = [call.get("usage", {}) for call in calls]
-    used = {f.name: sum(u.get(f.name, 0) for u in usage) for f in dataclasses.fields(Usage)}
+    used = {f.name: sum(call.get("usage", {}).get(f.name, 0) for call in calls) for f in dataclasses.fields(Usage)}
     errors = Counter(call["error_kind"] for call in calls if call.get("error_kind"))
     return {
         "n": len(done),
@@ -125,7 +118,7 @@ def _figures(records, cfg):
         "tool_failures": sum(call["status"] == "error" for call in calls),
         "errors": dict(sorted(errors.items())),
         "cost": used["cost"] / max(len(records), 1),
-        "cached": used["cached"] / max(len(usage), 1),
+        "cached": used["cached"] / max(len(calls), 1),
         "usage": used,
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }

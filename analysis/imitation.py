@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from analysis.results import read_results
 from chat import Chat, Episode
-from config import Config, InputError
+from config import Config, need
 from data import Call, Hit, Question, Result, Stop, load_questions, picture_key
 from engines import Reply
 from reward import score_episode
@@ -27,30 +27,26 @@ def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ..
     for path in cfg.train_files:
         header, records = read_results(path)
         options = header.get("config", {})
-        if options.get("mode", "agent") != "agent":
-            raise InputError(f"{path}: conversations of mode {options['mode']}: only the agent's can be imitated")
+        mode = options.get("mode", "agent")
+        need(mode == "agent", f"{path}: conversations of mode {mode}: only the agent's can be imitated")
         files = tuple(cfg.sft_questions or options.get("files") or toy_files)
         if files not in loaded:
             loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
         for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
             question = loaded[files].get(r["question_id"])
-            if question is None or question.text != r["question"]:
-                where = f"question {r['question_id']} is not in {', '.join(files)}"
-                raise InputError(f"{path}: {where}: give the files of the questions as --sft_questions")
+            where = f"{path}: question {r['question_id']} is not in {', '.join(files)}"
+            found = question and question.text == r["question"]
+            need(found, f"{where}: give the files of the questions as --sft_questions")
             try:
                 episode = imitated(r, question, chat, search)
+                need(score_episode(episode, cfg).reward >= cfg.sft_min_reward, f"earned less than {cfg.sft_min_reward}")
+                episodes.append(episode)
             except ValueError as error:
                 left_out[str(error)] += 1
-                continue
-            if score_episode(episode, cfg).reward < cfg.sft_min_reward:
-                left_out[f"earned less than {cfg.sft_min_reward}"] += 1
-            else:
-                episodes.append(episode)
     why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
     if why and dist.get_rank() == 0:
         print(f"conversations left out: {why}", file=sys.stderr)
-    if not episodes:
-        raise InputError(f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
+    need(episodes, f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
     return episodes
 
 
@@ -80,14 +76,10 @@ def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
 
 def _recorded_call(recorded, episode, search):
     """(call, result) as they were recorded, the pictures of the result found again."""
-    picture = episode.picture(recorded.get("picture", ""))
-    call = Call(
-        recorded["tool"],
-        recorded["query"],
-        recorded.get("picture", ""),
-        box=tuple(recorded["box"]) if recorded.get("box") else None,
-        image=picture.data if picture and picture.data not in episode.question.images[:1] else None,
-    )
+    name, box = recorded.get("picture", ""), recorded.get("box")
+    picture = episode.picture(name)
+    image = picture.data if picture and picture.data not in episode.question.images[:1] else None
+    call = Call(recorded["tool"], recorded["query"], name, box=tuple(box) if box else None, image=image)
     hits = tuple(Hit(**hit) for hit in recorded["hits"])  # `image` is the key of the picture
     if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])

@@ -2,17 +2,13 @@
 
     python -m analysis judge RESULTS --judges em sub_em llm --judge_url http://localhost:8000/v1
 
-The llm judge is any OpenAI-compatible chat endpoint, asked at temperature 0 with the picture, the question, the
-accepted answers and the response, for yes or no (MMSearch-R1's authors: GPT-4o). Its key is read from the environment,
-JUDGE_API_KEY, and goes nowhere but into the request's header. Verdicts are kept in an SQLite file, by content: a
-question is paid for once. A judging that fails is missing (None), never wrong, and is not kept.
-
-What a model said may hold anything, "yes" and instructions included; it is handed over as a JSON string, as data.
+The llm judge is any OpenAI-compatible chat endpoint, asked at temperature 0 for yes or no (MMSearch-R1's authors:
+GPT-4o). Its key, JUDGE_API_KEY in the environment, goes nowhere but into the request's header. Verdicts are kept in an
+SQLite file, by content. A judging that fails is missing (None), never wrong, and is not kept. What a model said may
+hold anything, "yes" and instructions included; it is handed over as a JSON string, as data.
 """
 
-import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,13 +18,15 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
 
 import reward
+from analysis import picture_url
 from config import InputError, Options, check_url, need, option
-from data import Question, decode_image
+from data import Question
 from search.calls import Failure
 from search.web import Client, Job, Limit
 
@@ -54,14 +52,10 @@ answer, contradicts it, hedges between several answers, or gives none. Say one w
 class JudgeOptions(Options):
     """Second opinions on answers."""
 
-    judges: tuple[str, ...] = option((), f"second opinions on the answers: {', '.join(JUDGES)}", marks="neutral")
-    judge_url: str = option(
-        "https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)", marks="neutral"
-    )
-    judge_model: str = option("gpt-4o", "the llm judge", marks="neutral")
-    judge_cache: str = option(
-        "runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice", marks="neutral"
-    )
+    judges: tuple[str, ...] = option((), f"second opinions on the answers: {', '.join(JUDGES)}")
+    judge_url: str = option("https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)")
+    judge_model: str = option("gpt-4o", "the llm judge")
+    judge_cache: str = option("runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice")
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,41 +70,38 @@ def judge(
     """The records, each with `judged`: {judge: True, False or None (missing)} for each of options.judges, in their
     order; and why judgings are missing: reason -> how many. questions: by id, for their pictures. Aborted
     conversations have nothing to judge: None, and no reason. Raises InputError."""
-    verdicts, missing = {name: [None] * len(records) for name in options.judges}, Counter()
-    at = [i for i, r in enumerate(records) if r["stop"] != "aborted"]
+    judged, missing = [{**r, "judged": dict.fromkeys(options.judges)} for r in records], Counter()
+    done = [r for r in judged if r["stop"] != "aborted"]
     for name in options.judges:
         if name != "llm":
-            for i in at:
-                verdicts[name][i] = reward.MATCHES[name](records[i]["answer"], records[i]["answers"])
+            for r in done:
+                r["judged"][name] = reward.MATCHES[name](r["answer"], r["answers"])
             continue
-        asked = [(records[i]["question_id"], _response(records[i])) for i in at]
-        answers = _ask_all(dict.fromkeys(asked), questions, options, progress)  # equal responses are asked about once
-        for i, what in zip(at, asked, strict=True):
-            verdicts[name][i], why = answers[what]
+        asked = dict.fromkeys(_asked(r) for r in done)  # equal responses are asked about once
+        with closing(LLMJudge(options)) as llm, ThreadPoolExecutor(CONCURRENCY) as pool:
+            verdicts = pool.map(lambda id, said: llm.verdict(questions[id], said), *zip(*asked, strict=True))
+            verdicts = tqdm(verdicts, "judging", len(asked), leave=False, disable=not progress)
+            answers = dict(zip(asked, verdicts, strict=True))
+        for r in done:
+            r["judged"][name], why = answers[_asked(r)]
             missing.update([why] if why else [])
-    judged = [{name: verdicts[name][i] for name in options.judges} for i in range(len(records))]
-    return [{**r, "judged": j} for r, j in zip(records, judged, strict=True)], missing
+    return judged, missing
 
 
-def _ask_all(asked, questions, options, progress):
-    """(question id, response) -> what LLMJudge.verdict says."""
-    with closing(LLMJudge(options)) as llm, ThreadPoolExecutor(CONCURRENCY) as pool:
-        verdicts = pool.map(lambda what: llm.verdict(questions[what[0]], what[1]), asked)
-        return dict(zip(asked, tqdm(verdicts, "judging", len(asked), leave=False, disable=not progress), strict=True))
-
-
-def _response(record):
-    """What is judged: the answer, or the last turn if it holds none."""
+def _asked(record):
+    """(question id, what is judged: the answer, or the last turn if it holds none)."""
     said = [turn["text"] for turn in record["turns"] if turn["role"] == "model"]
-    return (record["answer"] if record["answer"] is not None else said[-1] if said else "")[-MAX_TEXT:]
+    response = record["answer"] if record["answer"] is not None else said[-1] if said else ""
+    return record["question_id"], response[-MAX_TEXT:]
 
 
 def agreement(records: list[dict]) -> dict[tuple[str, str], tuple[int, int]]:
     """(judge, judge) -> (in how many conversations they agree, of how many that both have judged)."""
-    names = list(records[0].get("judged", {})) if records else []
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    both = {(a, b): [r["judged"] for r in records if None not in (r["judged"][a], r["judged"][b])] for a, b in pairs}
-    return {(a, b): (sum(j[a] == j[b] for j in both[a, b]), len(both[a, b])) for a, b in pairs}
+    found = {}
+    for a, b in combinations(records[0]["judged"], 2):
+        same = [r["judged"][a] == r["judged"][b] for r in records if None not in (r["judged"][a], r["judged"][b])]
+        found[a, b] = sum(same), len(same)
+    return found
 
 
 class LLMJudge:
@@ -121,10 +112,6 @@ class LLMJudge:
         self.url, self.model = options.judge_url.rstrip("/"), options.judge_model
         self.client = Client("judge", Limit(CONCURRENCY), bearer=os.environ.get(KEY, "").strip())
         self.client.read_timeout, self.client.retries, self.client.pause = TIMEOUT, RETRIES, PAUSE
-        self._check()
-        self.db, self.lock = self._open_cache(options.judge_cache), threading.Lock()
-
-    def _check(self):
         try:
             self.client.fetch_json(f"{self.url}/models", Job(PATIENCE))
         except Failure as failure:  # another failure: some do not list their models
@@ -132,26 +119,22 @@ class LLMJudge:
                 raise InputError(f"judge_url={self.url}: no answer ({failure.reason})") from None
             if failure.reason in ("HTTP 401", "HTTP 403"):
                 raise InputError(f"judge_url={self.url}: refuses the key in {KEY} ({failure.reason})") from None
-
-    def _open_cache(self, path):
+        path, columns = options.judge_cache, "key TEXT PRIMARY KEY, verdict INTEGER, model TEXT, said TEXT"
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS verdicts(key TEXT PRIMARY KEY, verdict INTEGER, model TEXT, said TEXT)"
-            )
+            self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
-        return db
+        self.lock = threading.Lock()
 
     def verdict(self, question: Question, response: str) -> tuple[bool | None, str]:
         """(True or False, "") or (None, why not)."""
         material = {"question": question.text, "accepted answers": list(question.answers), "response": response}
         text = PROMPT.replace("{material}", json.dumps(material, ensure_ascii=False, indent=1))
         pictures = [hashlib.sha256(image).hexdigest() for image in question.images]
-        content = [self.model, SIDE, text, pictures]
-        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.model, SIDE, text, pictures]).encode()).hexdigest()
         with self.lock:
             found = self.db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
         if found:
@@ -168,7 +151,8 @@ class LLMJudge:
 
     def _ask(self, text, images):
         """(what the model said, "") or (None, why nothing came)."""
-        parts = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+        urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in images]
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
         body = {"model": self.model, "temperature": 0, "messages": [message]}
         try:
@@ -182,10 +166,3 @@ class LLMJudge:
 
     def close(self):
         self.db.close()
-
-
-def _data_url(data):
-    image, buffer = decode_image(data), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(buffer, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

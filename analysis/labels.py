@@ -27,9 +27,7 @@ class LabelOptions(Options):
     """Labels."""
 
     out: str = option("", "the labelled questions, NAME.parquet in veRL layout")
-    balance: float = option(
-        0.0, "also write NAME.balanced.parquet: this share of its questions need a tool (0: none)", "from 0 to 1"
-    )
+    balance: float = option(0.0, "also NAME.balanced.parquet: this share needs a tool (0: none)", "from 0 to 1")
     seed: int = option(0, "draws the questions that are left out for the balance", "at least 0")
 
 
@@ -55,13 +53,11 @@ def least_needed(records: list[dict]) -> tuple[str | None, float]:
 
 
 def balanced(labels: list[str], share: float, seed: int) -> list[int]:
-    """Indices, in order, of a largest subset in which `share` of the labels name a tool. What is too many of either
-    kind is left out at random."""
+    """Indices, in order, of a largest subset in which `share` (above 0) of the labels name a tool. What is too many of
+    either kind is left out at random."""
     free = [i for i, label in enumerate(labels) if label == FREE]
     needing = [i for i, label in enumerate(labels) if label != FREE]
-    size_by_needing = len(needing) / share if share > 0 else len(free)
-    size_by_free = len(free) / (1 - share) if share < 1 else len(needing)
-    size = min(size_by_needing, size_by_free)
+    size = min(len(needing) / share, len(free) / (1 - share) if share < 1 else len(needing))
     rng = random.Random(f"{seed} balance")
     chosen = rng.sample(needing, min(len(needing), round(size * share)))
     chosen += rng.sample(free, min(len(free), round(size * (1 - share))))
@@ -77,27 +73,22 @@ def write_labels(results: str | Path, options: LabelOptions) -> None:
     about = defaultdict(list)
     for r in records:
         about[r["question_id"]].append(r)
-    questions, labels, pass_rates = [], [], []
-    for question in questions_of(results, header, records).values():
-        label, pass_rate = least_needed(about[question.id])
-        if label:
-            questions.append(question)
-            labels.append(label)
-            pass_rates.append(pass_rate)
+    rows = [(question, *least_needed(about[id])) for id, question in questions_of(results, header, records).items()]
+    rows = [row for row in rows if row[1]]
+    labels = [label for _, label, _ in rows]
     counts = Counter(labels)
-    print(f"{len(about) - len(labels)} of {len(about)} questions never answered right and left out; the others need:")
+    print(f"{len(about) - len(rows)} of {len(about)} questions never answered right and left out; the others need:")
     print("  " + ", ".join(f"{label} {counts[label]}" for label in sorted(counts, key=_rank)))
-    chosen = {options.out: range(len(labels))}
+    files = {options.out: rows}
     if options.balance:
-        chosen[options.out.removesuffix(".parquet") + ".balanced.parquet"] = balanced(
-            labels, options.balance, options.seed
-        )
-    for path, indices in chosen.items():
-        need(indices, f"{path}: no question is left to write")
-    for path, indices in chosen.items():
-        columns = {"label": [labels[i] for i in indices], "pass_rate": [pass_rates[i] for i in indices]}
-        write_questions(path, [questions[i] for i in indices], columns)
-        print(f"{len(indices)} questions in {path}")
+        name = options.out.removesuffix(".parquet") + ".balanced.parquet"
+        files[name] = [rows[i] for i in balanced(labels, options.balance, options.seed)]
+    for path, rows in files.items():
+        need(rows, f"{path}: no question is left to write")
+    for path, rows in files.items():
+        questions, labels, pass_rates = map(list, zip(*rows, strict=True))
+        write_questions(path, questions, {"label": labels, "pass_rate": pass_rates})
+        print(f"{len(rows)} questions in {path}")
 
 
 def judges_table(records: list[dict], missing: Counter) -> str:

@@ -8,6 +8,7 @@ fragmentation are not counted; SPARE is left free for them.
 import math
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,9 +47,7 @@ class Sizes:
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
-    head: (
-        int  # bytes in backward: log-probs, probabilities and gradient of a chunk of sampled tokens, weight's gradient
-    )
+    head: int  # bytes in backward: log-probs, probabilities and gradient of a chunk of tokens; weight's gradient
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
@@ -89,10 +88,7 @@ def _layer_kept(model, dtype, tokens=512):
     x = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     rope = text.rotary_emb(x, torch.empty(3, 1, tokens, dtype=torch.long, device="meta"))
     packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
-
-    def forward():
-        text.layers[0](x, attention_mask=None, position_embeddings=rope, **packed)
-
+    forward = partial(text.layers[0], x, attention_mask=None, position_embeddings=rope, **packed)
     return kept_by(forward, model) // tokens
 
 
@@ -102,11 +98,7 @@ def _block_kept(model, dtype, patches=512):
     size, width = vision.config.hidden_size, vision.config.hidden_size // vision.config.num_heads
     x = torch.empty(patches, size, dtype=dtype, device="meta", requires_grad=True)
     rope = torch.empty(2, patches, width, device="meta").unbind()
-
-    def forward():
-        vision.blocks[0](x, cu_seqlens=bounds, position_embeddings=rope)
-
-    return kept_by(forward, model) // patches
+    return kept_by(partial(vision.blocks[0], x, cu_seqlens=bounds, position_embeddings=rope), model) // patches
 
 
 class _Fused(torch.autograd.Function):
@@ -159,12 +151,10 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     trained = sizes.total - (sizes.vision if cfg.freeze_vision else 0)
     weights = 4 * sizes.total / shards
     owned = {"fp32 weights": weights, "gradients": 4 * trained / shards, "optimiser": 8 * trained / shards}
-    reference = weights if cfg.kl_coef else 0.0
-    models = 2 if reference else 1
+    reference, models = (weights, 2) if cfg.kl_coef else (0.0, 1)
     gathered = width * (sizes.root + 2 * sizes.largest) * models if shards > 1 or width < 4 else 0
     engine = width * sizes.total / cfg.tensor_parallel
-    on_gpu = 0 if cfg.offload == "all" else 1
-    reference_on_gpu = 1 if cfg.offload == "none" else 0
+    on_gpu, reference_on_gpu = cfg.offload != "all", cfg.offload == "none"
     gpu = {
         "fp32 weights": (on_gpu * owned["fp32 weights"],) * 2,
         "gradients": (on_gpu * owned["gradients"], 0.0),
@@ -183,18 +173,17 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
 def plan(cfg: Config, options: PlanOptions) -> str:
     """The plan as a table. Raises InputError for a model whose configuration cannot be read."""
     gpus = options.gpus or max(1, torch.cuda.device_count())
+    name, device = cfg.model, torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
-        if cfg.model == "toy":
+        if name == "toy":
+            name = folder
             save_random_model(folder, cfg.seed)
-        name = folder if cfg.model == "toy" else cfg.model
-        device = torch.device("cuda")
         sizes = measure(read_config(name), compute_dtype(cfg, device))
         cache = engine_limits(name, cfg, device, []).cache_bytes
     gpu, cpu = needs(sizes, cfg, gpus, cache)
     update, rollout = (sum(part[i] for part in gpu.values()) for i in (0, 1))
-    billions = sizes.total / 1e9
-    lines = [f"{cfg.model}: {billions:.2f} billion parameters; {gpus} GPUs, of {options.gpu_memory:g} GiB each", ""]
-    lines.append(f"{'GiB on each GPU':20} {'update':>8} {'rollout':>8}")
+    title = f"{cfg.model}: {sizes.total / 1e9:.2f} billion parameters; {gpus} GPUs, of {options.gpu_memory:g} GiB each"
+    lines = [title, "", f"{'GiB on each GPU':20} {'update':>8} {'rollout':>8}"]
     for part, (during_update, during_rollout) in {**gpu, "in all": (update, rollout)}.items():
         lines.append(f"{part:20} {during_update / GIB:8.2f} {during_rollout / GIB:8.2f}")
     if offloaded := sum(cpu.values()):

@@ -3,28 +3,26 @@
     python -m analysis report runs/toy                              # writes runs/toy/report.html
     python -m analysis report runs/a runs/b --out compared.html     # the curves of both overlaid, conversations of both
 
-The page is one file that needs no network: settings, curves, validations, and the conversations with their pictures.
-Its form is report_template.html; this module collects the data and inserts them as JSON. What models and web pages said
-is untrusted: the JSON cannot end its script element, the page shows it as text nodes only, and a
-Content-Security-Policy allows no script but the template's own.
-
-A run directory holds no pixels. Pictures are looked up where the run had them: those of questions in its question
-files, thumbnails in its search index. The page names what is missing there and is complete without it.
+The page needs no network. Its form is report_template.html, into which this module inserts the data as JSON. What
+models and web pages said is untrusted: the JSON cannot end its script element, the page shows it as text nodes only,
+and a Content-Security-Policy allows no script but the template's own. Pictures are looked up where the run had them, in
+its question files and its search index; the page names what is missing there and is complete without it.
 """
 
 import base64
 import hashlib
-import io
 import itertools
 import json
 import re
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import toy
+from analysis import picture_url
 from config import Config, InputError, Options, as_dict, from_dict, option
-from data import decode_image, load_questions, picture_key, read_jsonl
+from data import load_questions, picture_key, read_jsonl
 from search.index import SearchDB
 from tools import TOOLS
 
@@ -51,8 +49,7 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
         names = [str(run) for run in runs]
     pictures, notes, conversations, parts = Pictures(), [], [], []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        settings = read_settings(run)
-        log = list(read_jsonl(run / "metrics.jsonl"))
+        settings, log = read_settings(run), list(read_jsonl(run / "metrics.jsonl"))
         train = [entry for entry in log if entry.get("phase") == "train"]
         evals = [entry for entry in log if entry.get("phase") == "eval"]
         parts.append({"name": name, "settings": settings, "train": train, "evals": evals})
@@ -106,11 +103,7 @@ def read_conversations(folder: Path, limit: int) -> tuple[list[dict], int]:
     """(at most `limit` records, how many there are). The samples of a question are taken together or not at all, evenly
     over the files; each record gets its `part` (training, greedy, sampled) and its `step`."""
     files = sorted(folder.glob("*-[0-9]*.jsonl"), key=lambda file: (_step(file), file.name))
-    total = 0
-    for file in files:
-        with open(file, "rb") as lines:
-            total += sum(1 for _ in lines)
-    seen, chosen = 0, []
+    total, seen, chosen = sum(file.read_bytes().count(b"\n") for file in files), 0, []
     for file in files:
         for _, group in itertools.groupby(read_jsonl(file), key=lambda r: (r.get("mode"), r["question_id"])):
             group = [{**r, "part": r.get("mode", "training"), "step": _step(file)} for r in group]
@@ -144,25 +137,16 @@ class Pictures:
     def add(self, data: bytes, side: int) -> str:
         """Put an encoded picture on the page if there is room and it can be decoded. Returns its key."""
         key = picture_key(data)
-        if key not in self.urls and (url := _data_url(data, side)):
+        if key in self.urls:
+            return key
+        with suppress(InputError):
+            url = picture_url(data, side, "webp", quality=82)  # of a file from the web, only the pixels get here
             if self._bytes + len(url) > PICTURE_BYTES:
                 self.left_out += 1
             else:
                 self.urls[key] = url
                 self._bytes += len(url)
         return key
-
-
-def _data_url(data, side):
-    """Always encoded anew: of a file from the web only the pixels reach the page."""
-    try:
-        image = decode_image(data)
-    except InputError:
-        return None
-    image.thumbnail((side, side))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=82)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> list[str]:
@@ -174,11 +158,9 @@ def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> lis
         cfg, recipe = from_dict(Config, settings), from_dict(toy.Recipe, settings)
     except InputError as error:
         return [f"no pictures: the settings are of another version ({error})"]
-    train_files, val_files = toy.question_files(cfg, recipe)
-    training = [r for r in records if r["part"] == "training"]
-    validation = [r for r in records if r["part"] != "training"]
     problems = []
-    for what, some, files in (("training", training, train_files), ("validation", validation, val_files)):
+    for what, files in zip(("training", "validation"), toy.question_files(cfg, recipe), strict=True):
+        some = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
             _add_question_pictures(some, files, pictures)
         except InputError as error:

@@ -25,8 +25,8 @@ def file_id(path: str | Path) -> str:
     of it up to 4 MiB). For a folder: of its files by name, without hidden files and JSON lines."""
     path = Path(path)
     if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.is_file()]
-        parts = [f"{p.name} {file_id(p)}" for p in files if not p.name.startswith(".") and ".jsonl" not in p.name]
+        files = [p for p in sorted(path.glob("[!.]*")) if p.is_file() and ".jsonl" not in p.name]
+        parts = [f"{p.name} {file_id(p)}" for p in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     size = path.stat().st_size
     count = min(PIECES, -(-size // PIECE))
@@ -59,8 +59,8 @@ def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
     header, records = _parse(path, text)
-    if len({key_of(r) for r in records}) < len(records):
-        raise InputError(f"{path}: two conversations about the same question have the same sample number")
+    unique = len({key_of(r) for r in records}) == len(records)
+    need(unique, f"{path}: two conversations about the same question have the same sample number")
     return header, records
 
 
@@ -89,8 +89,8 @@ def questions_of(path: str | Path, header: dict, records: list[dict]) -> dict[st
     asked = {r["question_id"]: r["question"] for r in records}
     questions = {q.id: q for q in load_questions(files, skip_bad_rows=True, progress=False, only=set(asked))}
     for id, text in asked.items():
-        if id not in questions or questions[id].text != text:
-            raise InputError(f"{path}: question {id} is no longer in {', '.join(files)}")
+        same = id in questions and questions[id].text == text
+        need(same, f"{path}: question {id} is no longer in {', '.join(files)}")
     return questions
 
 
@@ -100,8 +100,7 @@ class ResultFile:
     def __init__(self, path: str | Path, header: dict, rank: int = 0, neutral: set[str] = frozenset()):
         """neutral: names of settings that may differ from those of the evaluation that is resumed."""
         self.path, self.header, self.rank, self.neutral = Path(path), header, rank, neutral
-        self.part = Path(f"{path}.part{rank}")
-        self.file = None
+        self.part, self.file = Path(f"{path}.part{rank}"), None
 
     def parts(self) -> list[Path]:
         return sorted(p for p in self.path.parent.glob(f"{self.path.name}.part*") if p.name[-1].isdigit())
@@ -118,9 +117,8 @@ class ResultFile:
                     versions |= set(str(header.get("code")).split(" + "))
                 found.update({key_of(r): r for r in records})
         now = str(self.header.get("code"))
-        if versions - {now}:
+        if before := ", ".join(sorted(versions - {now})):
             if self.rank == 0:
-                before = ", ".join(sorted(versions - {now}))
                 print(f"warning: {self.path}: resumed with code {now}, begun with {before}", file=sys.stderr)
             self.header = {**self.header, "code": " + ".join(sorted(versions | {now}))}
         return found
@@ -133,10 +131,8 @@ class ResultFile:
 
     def _check(self, path, before):
         """Conversations of another model, search or setting must not be mixed in."""
-        if not before:
-            raise InputError(f"{path}: holds conversations without the header of an evaluation: give another --out")
-        now = json.loads(json.dumps(self.header))
-        old, new = flat(before), flat(now)
+        need(before, f"{path}: holds conversations without the header of an evaluation: give another --out")
+        old, new = flat(before), flat(json.loads(json.dumps(self.header)))
         for name in sorted(new.keys() | old.keys()):
             if name not in {"code", *self.neutral} and old.get(name) != new.get(name):
                 was, is_ = (repr(h.get(name))[:60] for h in (old, new))

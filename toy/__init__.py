@@ -1,21 +1,18 @@
 """The embedded default: a tiny world built from nothing, in which a model can learn on a laptop when to search.
 
-The world has 1,225 things. A thing is a coloured shape with a pattern on a coloured ground; it has a name and three
-facts (founder, city, river). 24 of them are *known*: the base model is taught their names and facts. Of 941 others it
-is taught to say `unknown`. 200 that it has never seen appear in training questions, another 60 only in validation
-questions. All are asked about in the same words, so whether a question needs a search can only be told by recognising
-the picture or not:
+Its 1,225 things are coloured shapes with a pattern on a coloured ground; each has a name and three facts (founder,
+city, river). 24 are *known*: the base model is taught their names and facts. Of 941 others it is taught to say
+`unknown`. 200 that it has never seen appear in training questions, another 60 only in validation questions. All are
+asked about in the same words, so only recognising the picture, or not, tells whether a question needs a search:
 
     known name      what is it called?     answer at once
     known fact      who founded it?        answer at once
     unknown name    what is it called?     image search
     unknown fact    who founded it?        image search for the name, text search for the fact
 
-`toy.build.build` leaves a folder with questions (veRL parquet), a search index, and two models: `base` sees and
-copies, knows the known things and says `unknown` of others; `model` has also seen conversations of a scripted, sloppy
-policy whose searching has nothing to do with need. From there, `train.py` is on its own.
-
-    python -m toy            # builds the world and prints its folder; train.py and eval.py do this by themselves
+`python -m toy` builds the world and prints its folder; train.py and eval.py do this by themselves. It holds questions,
+a search index and two models: `base` sees and copies, knows the known things and says `unknown` of others; `model` has
+also seen conversations of a scripted, sloppy policy whose searching has nothing to do with need.
 """
 
 import hashlib

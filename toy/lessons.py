@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -45,19 +46,15 @@ class Lessons:
         self.looks = [look for look in LOOKS if look not in hidden]
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
-        question = Question(id="lesson", text=text, images=images)
-        episode = Episode.start(question, self.chat, template="{question}")
+        episode = Episode.start(Question("lesson", text, images), self.chat, template="{question}")
         ids = [*self.chat.encode(f" {reply}"), self.chat.im_end]
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         return episode
 
     def seeing(self, n: int) -> list[Episode]:
         """Describe n random pictures: pattern, colour, shape and ground."""
-        lessons = []
-        for look in self.rng.choices(self.looks, k=n):
-            shape, color, ground, pattern = look
-            lessons.append(self.lesson(SEEING, f"{pattern} {color} {shape} {ground}", draw(look, self.rng)))
-        return lessons
+        looks = self.rng.choices(self.looks, k=n)
+        return [self.lesson(SEEING, "{3} {1} {0} {2}".format(*look), draw(look, self.rng)) for look in looks]
 
     def copying(self, n: int) -> list[Episode]:
         """Repeat words; read out what the first of up to three lines says, as it does in results of a search."""
@@ -144,26 +141,14 @@ class Student:
         self.chat = Chat(folder, cfg)
         self.model = load_policy(folder, self.chat, cfg, device)
 
-    def packed(self, lessons: Iterator[Sequence[Episode]]) -> Iterator[list]:
-        """Packed batches without their episodes, whose tokenizer cannot be sent to another process."""
-        for episodes in lessons:
-            batches = pack(episodes, self.chat, self.model, self.cfg.max_tokens_per_batch)
-            for batch in batches:
-                batch.episodes = []
-            yield batches
-
-    def imitate(
-        self, title: str, lessons: Iterator[list[Episode]], steps: int, lr: float, muon_lr: float = 0.0
-    ) -> None:
+    def imitate(self, title: str, lessons: Iterator[list], steps: int, lr: float, muon_lr: float = 0.0) -> None:
         """Supervised steps on the sampled tokens of lists of episodes, through the trainer's packing and update. The
         learning rate decays over the second half. Batches are made in a process of its own meanwhile: drawing takes
         half as long as learning."""
-        packed = self.packed(itertools.islice(lessons, steps))
-        loader = DataLoader(_Stream(packed), batch_size=None, num_workers=1, multiprocessing_context="fork")
+        packed = _Packed(self, itertools.islice(lessons, steps))
+        loader = DataLoader(packed, batch_size=None, num_workers=1, multiprocessing_context="fork")
         optimizer, loss = Muon(self.model, lr, muon_lr), partial(imitation_loss, "tokens")
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
-        )
+        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps)))
         progress = tqdm(loader, title, total=steps)
         for batches in progress:
             sums = update(self.model, optimizer, batches, loss, self.cfg, self.device)
@@ -171,14 +156,18 @@ class Student:
             progress.set_postfix(loss=f"{sums['loss'] / sums['count']:.3f}")
 
 
-class _Stream(IterableDataset):
-    """An iterator as a DataLoader takes it."""
+class _Packed(IterableDataset):
+    """Packed batches without their episodes, whose tokenizer cannot be sent to another process."""
 
-    def __init__(self, iterator):
-        self.iterator = iterator
+    def __init__(self, student, lessons):
+        self.student, self.lessons = student, lessons
 
     def __iter__(self):
-        return self.iterator
+        for episodes in self.lessons:
+            batches = pack(episodes, self.student.chat, self.student.model, self.student.cfg.max_tokens_per_batch)
+            for batch in batches:
+                batch.episodes = []
+            yield batches
 
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
@@ -187,17 +176,11 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}")
-
-    def seeing_and_copying():
-        while True:
-            yield first.seeing(32) + first.copying(24)
-
-    def known_things():
-        while True:
-            yield second.knowing(60) + second.seeing(8) + second.copying(12)
-
-    student.imitate("base model: seeing, copying", seeing_and_copying(), recipe.toy_pretrain_steps, 4e-3, 6e-3)
-    student.imitate("base model: known things", known_things(), recipe.toy_teach_steps, 2e-3, 3e-3)
+    # iter(make, None) calls make() without end
+    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24), None)
+    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12), None)
+    student.imitate("base model: seeing, copying", seeing_and_copying, recipe.toy_pretrain_steps, 4e-3, 6e-3)
+    student.imitate("base model: known things", known_things, recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
 
 

@@ -1,6 +1,7 @@
 """The toy world's tokenizer and its random model: a Qwen2.5-VL in all but size."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,18 +34,14 @@ def save_tokenizer(path: Path) -> None:
     trained.normalizer = normalizers.NFC()
     trained.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trained.decoder = decoders.ByteLevel()
-    words = {*SHAPES, *COLORS, *PATTERNS, *FACTS}
-    for sentence in (SEEING, *(wording for wordings in WORDINGS.values() for wording in wordings)):
-        words |= {word.strip("?") for word in sentence.split()}
+    sentences = " ".join([SEEING, *chain.from_iterable(WORDINGS.values())])
+    words = {*SHAPES, *COLORS, *PATTERNS, *FACTS, *sentences.replace("?", "").split()}
     words = [*sorted(words), *OTHER_WORDS.split()]
     corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
     corpus += [f" {w}" for w in words] + words
     specials = [f"<|{name}|>" for name in SPECIAL]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
-    )
-    trained.train_from_iterator(corpus, trainer)
+    options = dict(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1000, special_tokens=specials, **options))
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
