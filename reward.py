@@ -118,7 +118,14 @@ def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
 
 
 def score(
-    responses, answers, *, search_penalty=0.1, format_weight=0.1, match="em", per_search_penalty=False, any_order=False
+    responses: Sequence[str],
+    answers: Iterable[str],
+    *,
+    search_penalty: float = 0.1,
+    format_weight: float = 0.1,
+    match: str = "em",
+    per_search_penalty: bool = False,
+    any_order: bool = False,
 ) -> Score:
     """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
 
