@@ -7,8 +7,10 @@ Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden siz
 
 import copy
 import importlib.util
+from collections import defaultdict
 from functools import cache, partial
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,16 +24,14 @@ from data import first_line
 
 def read_model(folder: str | Path, *, empty: bool = False):
     """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
     check_versions()
     config = read_config(folder)
     if empty:
         return empty_model(config)
     try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
@@ -136,9 +136,8 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scaling, is_causal=causal and attention_mask is None
-        )
+        causal = causal and attention_mask is None
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
         return out.transpose(1, 2), None
     kind = pick_attention(kind, query)
     if kind == "segments":
@@ -146,21 +145,18 @@ def packed_attention(
     grouped = kind == "varlen" and varlen_groups_heads()
     if kind == "varlen" and not grouped:
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, D]
+    rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # [T, heads, D]
     bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+    packed = (*rows, bounds, bounds, longest, longest)
     if kind == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal
-        )  # fmt: skip
+        out = flash_attn_varlen_func(*packed, softmax_scale=scaling, causal=causal)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
         window, more = (-1, 0) if causal else (-1, -1), {"enable_gqa": True} if grouped else {}
-        out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **more
-        )  # fmt: skip
+        out = varlen_attn(*packed, scale=scaling, window_size=window, **more)
     return out[None], None
 
 
@@ -189,16 +185,13 @@ def pick_attention(kind: str, query: Tensor) -> str:
 def segment_attention(query, key, value, cu_seqlens, causal, scaling):
     """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
     key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-    bounds = cu_seqlens.tolist()
-    starts_of = {}
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        starts_of.setdefault(end - start, []).append(start)
-    if len(starts_of) == 1:
-        order = None  # all alike: the row is a batch as it stands
-    else:
-        order = torch.cat(
-            [(torch.tensor(starts)[:, None] + torch.arange(length)).flatten() for length, starts in starts_of.items()]
-        ).to(query.device)
+    starts_of = defaultdict(list)
+    for start, end in pairwise(cu_seqlens.tolist()):
+        starts_of[end - start].append(start)
+    order = None  # where all are alike, the row is a batch as it stands
+    if len(starts_of) > 1:
+        rows = [torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in starts_of.items()]
+        order = torch.cat([row.flatten() for row in rows]).to(query.device)
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
     outs, heads = [], query.shape[1]
     sizes = [length * len(starts) for length, starts in starts_of.items()]
@@ -226,15 +219,11 @@ def packed_hidden(model, batch) -> Tensor:
     embeds = core.language_model.embed_tokens(batch.ids)
     embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
     out = core.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=batch.positions[:, None],
+        inputs_embeds=embeds[None], position_ids=batch.positions[:, None],
         attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
-        use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.longest,
-        max_length_k=batch.longest,
-    )
+        use_cache=False, cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.longest, max_length_k=batch.longest,
+    )  # fmt: skip
     return out.last_hidden_state[0]
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import config
 from backbone import plain_config
@@ -37,17 +39,12 @@ from tools import TOOLS, limits, results, title
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
     `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
     path, temporary = Path(path), Path(f"{path}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    tensors = {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
-    dcp.save(tensors, checkpoint_id=temporary)
+    dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
     if dist.get_rank() == 0:
         (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
         for file in temporary.iterdir():  # the rename must not reach the disk before the content
@@ -82,25 +79,25 @@ def read_state(path: Path) -> dict:
 def load_state(path: Path, model, optimizer) -> dict:
     """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
     it is incomplete or of another model."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     state = read_state(path)
     if state["model"] != fingerprint(model):
         raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
     if not (Path(path) / ".metadata").is_file():
         raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
-    weights, moments = get_state_dict(model, optimizer)
-    tensors = {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
+    tensors = tensors_of(model, optimizer)
     try:
         dcp.load(tensors, checkpoint_id=path)
-    except CheckpointException as error:
+    except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     torch.set_rng_state(tensors["rng"])
     return state
+
+
+def tensors_of(model, optimizer) -> dict:
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
 
 
 def fingerprint(model) -> str:
@@ -170,15 +167,14 @@ class RunDir:
     def _check_used(self):
         cfg = self.cfg
         if not (cfg.resume or cfg.overwrite):
-            raise InputError(
-                f"{self.path} is not empty: give --resume auto to continue, --overwrite to start again, or --run_dir"
-            )
+            ways = "--resume auto to continue, --overwrite to start again, or --run_dir"
+            raise InputError(f"{self.path} is not empty: give {ways}")
         try:
             before = json.loads((self.path / "config.json").read_text())
             before["run_dir"]  # a model folder has a config.json, too
         except (OSError, ValueError, KeyError, TypeError):
-            message = f"{self.path} is not empty and holds no run of this program; give another --run_dir"
-            raise InputError(message) from None
+            what = "is not empty and holds no run of this program"
+            raise InputError(f"{self.path} {what}; give another --run_dir") from None
         if self.elsewhere and self.saved():
             raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
         now = config.as_dict(*self.options)
@@ -186,8 +182,7 @@ class RunDir:
             self._check_inputs(now)
         may_change = config.marked("resume", *map(type, self.options))
         changed = [k for k in now if k not in may_change and k in before and now[k] != before[k]]
-        if cfg.resume and changed:
-            name = changed[0]
+        for name in changed[:1] if cfg.resume else ():
             raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
 
     def _check_inputs(self, settings):
@@ -241,8 +236,7 @@ class RunDir:
         if dist.get_rank() == 0:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            figures = {name: value for name, value in entry.items() if name not in ("step", "phase")}
-            self.also_log(entry["step"], dict(flat(figures)))
+            self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""

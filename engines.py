@@ -107,8 +107,6 @@ class TorchEngine(Engine):
         self.cache: _KVCache | None = None
         self._forget("start")
 
-    # -- the interface
-
     def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
         ids = expanded(self.chat, prompt_ids, images, sampling)
         self.queue.append(_Request(request_id, ids, images, sampling))
@@ -117,10 +115,8 @@ class TorchEngine(Engine):
     def step(self) -> list[Reply]:
         """Admit what waits (their prompts are run together), then one token for everything that runs."""
         decoding = list(self.running)
-        for batch in self._admit():
+        for batch in filter(None, [*self._admit(), decoding]):
             self._forward(batch)
-        if decoding:
-            self._forward(decoding)
         done = [r for r in self.running if r.finished]
         self.running = [r for r in self.running if not r.finished]
         return [self._reply(r, r.finished) for r in done]
@@ -144,11 +140,8 @@ class TorchEngine(Engine):
         self.version = version
 
     def sleep(self) -> None:
-        # what the cache held is computed again when needed
         self._forget("sleep")
-        self.cache = None
-
-    # -- inside
+        self.cache = None  # what it held is computed again when needed
 
     def _forget(self, why):
         """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
@@ -158,8 +151,7 @@ class TorchEngine(Engine):
         self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
 
     def _reply(self, request, reason):
-        slot = request.slot
-        if slot is not None:
+        if slot := request.slot:
             ran = bool(request.ids)  # else an error came first: the slot does not hold the prompt
             slot.ids = (request.prompt + request.ids)[: slot.length] if ran else []
             slot.images = tuple(p.key for p in request.images) if ran else ()
@@ -179,19 +171,19 @@ class TorchEngine(Engine):
             fits = [slot for slot in free if slot.begins(request)]
             slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
             free.remove(slot)
-            slot.owner, slot.length = request, len(slot.ids) if fits else 0
-            slot.length = min(slot.length, len(request.prompt) - 1)  # something must be run to predict from
+            request.slot, slot.owner = slot, request
+            # something must be run to predict from
+            slot.length = min(len(slot.ids), len(request.prompt) - 1) if fits else 0
             self.cache.expect(slot.index, positions)
             self.slots.remove(slot)
             self.slots.append(slot)  # least recently used first
-            request.slot = slot
             width = max(width, len(request.prompt) - slot.length)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
                 width = len(request.prompt) - slot.length
             batches[-1].append(request)
             self.running.append(request)
-        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches if batch]
+        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches]
 
     def _forward(self, batch):
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
@@ -203,12 +195,9 @@ class TorchEngine(Engine):
         starts = torch.tensor([r.slot.length for r in batch])
         mask, positions = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
         out = self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+            inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
         last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
         tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
@@ -260,9 +249,8 @@ class _Slot:
 
     def begins(self, request):
         """Is what the slot holds, ids and pictures, the beginning of this request?"""
-        if not self.ids or request.prompt[: len(self.ids)] != self.ids:
-            return False
-        return self.images == tuple(p.key for p in request.images[: len(self.images)])
+        pictures = tuple(p.key for p in request.images[: len(self.images)])
+        return bool(self.ids) and request.prompt[: len(self.ids)] == self.ids and self.images == pictures
 
 
 class _Request:
@@ -402,11 +390,8 @@ class VLLMEngine(Engine):
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
 
-    # -- the interface
-
     def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         ids = expanded(self.chat, prompt_ids, images, sampling)
         prompt = {"prompt_token_ids": prompt_ids}
@@ -477,8 +462,6 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self.llm.engine_core.shutdown()  # and with it the process group
-
-    # -- inside
 
     def _reply(self, request_id, reason):
         request = self.running.pop(request_id)

@@ -17,15 +17,14 @@ Axes: T tokens of a packed batch, S sampled tokens of it, N episodes, H hidden s
 C vision tokens (merged patches), D head dimension.
 """
 
-import copy
 import math
 import os
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 
@@ -34,17 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone import (
-    ATTENTION,
-    blank_image,
-    blocks,
-    embed_patches,
-    has_flash_attn,
-    packed_hidden,
-    read_model,
-    register_attention,
-    rope_positions,
-)
+import backbone
 from chat import Chat, Episode
 from config import Config, InputError
 from grpo import token_weights
@@ -66,9 +55,7 @@ def init_distributed(cfg: Config) -> torch.device:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(
-            False
-        )  # it plans for each new shape (0.1 to 1 s), and every batch has its own
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans 0.1 to 1 s for each shape, and every batch has its own
     else:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
     if is_deterministic(cfg, device):
@@ -143,7 +130,7 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    model = read_model(folder, empty=dist.get_rank() != 0)
+    model = backbone.read_model(folder, empty=dist.get_rank() != 0)
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     prepare(model, chat, cfg)
     model.requires_grad_(trainable)
@@ -159,46 +146,39 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
 
 def prepare(model, chat: Chat, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
-    if cfg.attention == "flash" and not has_flash_attn():
+    if cfg.attention == "flash" and not backbone.has_flash_attn():
         raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
-    register_attention(cfg.attention)
+    backbone.register_attention(cfg.attention)
     for config in (model.config, model.config.text_config, model.config.vision_config):
-        config._attn_implementation_internal = ATTENTION
-    model.config.use_cache = False
-    if len(chat) > model.config.text_config.vocab_size:
-        raise InputError(f"the tokenizer has {len(chat)} tokens, the model only {model.config.text_config.vocab_size}")
-    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
-    banned[chat.banned_ids(len(banned))] = True
-    model.banned_ids = banned
+        config._attn_implementation_internal = backbone.ATTENTION
+    model.config.use_cache, vocabulary = False, model.config.text_config.vocab_size
+    if len(chat) > vocabulary:
+        raise InputError(f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
+    model.banned_ids = torch.zeros(vocabulary, dtype=torch.bool)
+    model.banned_ids[chat.banned_ids(vocabulary)] = True
     model.packed_logprobs = MethodType(packed_logprobs, model)
-    model.model.visual.patch_embed.forward = MethodType(embed_patches, model.model.visual.patch_embed)
+    embed = model.model.visual.patch_embed
+    embed.forward = MethodType(backbone.embed_patches, embed)
 
 
 def shard(model, cfg: Config, device, offload: bool = False) -> None:
     """FSDP2 from outside: each decoder layer and vision block is a unit, the rest (embedding, head, merger) the
     root's."""
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
 
     world, size = dist.get_world_size(), cfg.shard_size or dist.get_world_size()
     shape, names = ((size,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
-    options = dict(mesh=mesh)
+    options = dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names))
     if compute_dtype(cfg, device) == torch.bfloat16:  # inputs are bf16 where they have to be; RoPE's cosines are not
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     if offload and device.type == "cuda":
-        options["offload_policy"] = CPUOffloadPolicy(room_to_pin(model, local_world() / size))
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(room_to_pin(model, local_world() / size))
     if world == 1 and len(options) == 1:
         model.to(device)  # one process in fp32: nothing to shard, cast or offload
         return
-    for block in blocks(model):
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    register_fsdp_forward_method(model, "packed_logprobs")
+    for block in (*backbone.blocks(model), model):
+        fsdp.fully_shard(block, **options)
+    fsdp.register_fsdp_forward_method(model, "packed_logprobs")
 
 
 def local_world() -> int:
@@ -250,11 +230,8 @@ class PackedBatch:
     extra_count: float = 0.0  # what episodes that need not be run add to the loss's denominator
 
     def to(self, device) -> "PackedBatch":
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device, non_blocking=True))
-        return moved
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Values [S] as one tensor for each episode."""
@@ -262,9 +239,7 @@ class PackedBatch:
         return list(values.split(lengths.tolist()))
 
 
-def pack(
-    episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages: list[float] | None = None
-) -> list[PackedBatch]:
+def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
     """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet.
     advantages: one for each episode (default: 0).
 
@@ -288,12 +263,10 @@ def pack(
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
     """One batch. Without episodes it still runs the whole model, with a loss of zero: FSDP's collectives need all
     ranks."""
-    ids, positions, bounds = [], [torch.zeros(3, 0, dtype=torch.long)], [0]
-    predict, target, sequence, sampler_logp, advantage = [], [], [], [], []
-    first_row, pixels, grids, features, vision_positions = {}, [], [], [], []
+    ids, sampled, logprobs, positions, lengths = [], [], [], [], []
+    first_row, pixels, grids, features = {}, [], [], []
     rows = 0  # of the vision tower's output
-    for number, episode in enumerate(episodes):
-        start = len(ids)
+    for episode in episodes:
         for picture in episode.images:
             if picture.key not in first_row:
                 first_row[picture.key] = rows
@@ -301,39 +274,35 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             features += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
-        for offset, token in enumerate(episode.tokens):
-            if token == chat.image_pad:
-                vision_positions.append(start + offset)
-            if episode.sampled[offset]:
-                predict.append(start + offset - 1)
-                target.append(token)
-                sequence.append(number)
-                sampler_logp.append(episode.logprobs[offset])
-                advantage.append(advantages[number])
-        if len(vision_positions) != len(features):
-            raise ValueError(f"{episode.name}: {len(vision_positions)} placeholders, {len(features)} vision tokens")
         ids += episode.tokens
-        positions.append(rope_positions(episode.tokens, episode.images, chat, model))
-        bounds.append(len(ids))
+        sampled += episode.sampled
+        logprobs += episode.logprobs
+        lengths.append(len(episode.tokens))
+        if ids.count(chat.image_pad) != len(features):
+            raise ValueError(f"{episode.name}: {ids.count(chat.image_pad)} placeholders, {len(features)} vision tokens")
+        positions.append(backbone.rope_positions(episode.tokens, episode.images, chat, model))
     if not episodes:
-        ids, positions, bounds = [chat.im_end], [torch.zeros(3, 1, dtype=torch.long)], [0, 1]
+        ids, sampled, logprobs, lengths = [chat.im_end], [False], [0.0], [1]
+        positions = [torch.zeros(3, 1, dtype=torch.long)]
     if not pixels:  # the vision tower always runs
-        pixels, grids = blank_image(chat)
+        pixels, grids = backbone.blank_image(chat)
+    ids, sampled = torch.tensor(ids), torch.tensor(sampled).nonzero()[:, 0]
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[sampled]
     return PackedBatch(
         episodes=list(episodes),
-        ids=torch.tensor(ids),
+        ids=ids,
         positions=torch.cat(positions, 1),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        longest=max(end - start for start, end in pairwise(bounds)),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        longest=max(lengths),
         pixels=torch.cat(pixels),
         grids=torch.tensor(grids),
         features=torch.tensor(features, dtype=torch.long),
-        vision_positions=torch.tensor(vision_positions, dtype=torch.long),
-        predict=torch.tensor(predict, dtype=torch.long),
-        target=torch.tensor(target, dtype=torch.long),
-        sequence=torch.tensor(sequence, dtype=torch.long),
-        sampler_logp=torch.tensor(sampler_logp),
-        advantage=torch.tensor(advantage, dtype=torch.float32),
+        vision_positions=(ids == chat.image_pad).nonzero()[:, 0],
+        predict=sampled - 1,
+        target=ids[sampled],
+        sequence=sequence,
+        sampler_logp=torch.tensor(logprobs)[sampled],
+        advantage=torch.tensor(advantages, dtype=torch.float32)[sequence],
     )
 
 
@@ -346,19 +315,16 @@ def equal_counts(batches: list[PackedBatch], chat: Chat, model, device) -> list[
 # ----------------------------------------------------------------------------------------------------- log-probs
 
 
-def packed_logprobs(
-    model, batch: PackedBatch, temperature: float, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def packed_logprobs(model, batch: PackedBatch, temperature: float, entropy_grad=False) -> tuple[Tensor, ...]:
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
     loss), float32. Call it on the sharded model as `model.packed_logprobs(batch, ...)`, the batch on its device.
 
     Logits are divided by the sampling temperature and banned ids masked, as the sampler does. The zero ties in the head
     and, through the hidden states, all the rest, so that every rank's backward runs every collective.
     """
-    hidden = packed_hidden(model, batch).index_select(0, batch.predict)  # [S, H]
-    logp, entropy = HeadLogProbs.apply(
-        hidden, model.lm_head.weight, batch.target, model.banned_ids.to(hidden.device), temperature, entropy_grad
-    )
+    hidden = backbone.packed_hidden(model, batch).index_select(0, batch.predict)  # [S, H]
+    banned = model.banned_ids.to(hidden.device)
+    logp, entropy = HeadLogProbs.apply(hidden, model.lm_head.weight, batch.target, banned, temperature, entropy_grad)
     return logp, entropy, logp.sum() * 0.0
 
 
@@ -458,9 +424,7 @@ def imitation_loss(loss_norm: str, batch: PackedBatch, logp: Tensor, entropy: Te
     return -(logp * weights).sum(), count, {"tokens": torch.tensor(float(len(logp))), "nll": -logp.sum()}
 
 
-def update(
-    model, optimizer, batches: list[PackedBatch], batch_loss: Callable, cfg: Config, device, entropy_grad: bool = False
-) -> dict[str, float]:
+def update(model, optimizer, batches: list[PackedBatch], batch_loss: Callable, cfg, device, entropy_grad=False) -> dict:
     """One optimiser step over the batches of all ranks.
 
     batch_loss(batch, logp [S], entropy [S]) -> (loss, a sum; count, what this batch adds to the denominator; stats, a
