@@ -2,15 +2,19 @@
 
 import dataclasses
 import io
+import json
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data import Call, Question, Result
+import tools
+from config import Config
+from data import Call, Question, Result, decode_image, load_questions
 from search.index import OfflineSearch, SearchDB, build
 from tools import TOOLS, has_answer, parse_call
 
@@ -219,3 +223,26 @@ def test_threads(db):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda job: search.search(job[0], ask(picture(job[1]))), calls))
     assert [result.hits[0].title for result in results] == [c for _, c in calls]
+
+
+FIFTY = Path(tools.__file__).parents[1] / "shared" / "data" / "fvqa50"
+
+
+@pytest.mark.skipif(not FIFTY.is_dir(), reason="the fifty real questions are not beside the repository")
+def test_the_fifty_real_questions_and_what_their_searches_returned(tmp_path):
+    """They load, and an index of the recorded pages finds a question's own pages by the query that was asked for it."""
+    questions = load_questions([FIFTY / "questions.parquet"])
+    assert len(questions) == 50 and all(len(q.images) == 1 and q.answers and q.data_id for q in questions)
+    assert all(max(decode_image(q.images[0]).size) > 100 and q.image_url is None for q in questions)
+    searches = [json.loads(line) for line in (FIFTY / "searches.jsonl").read_text().splitlines()]
+    asked = [s["text_search"] for s in searches if s.get("text_search")]
+    assert len(asked) == 30 and {s["data_id"] for s in searches} <= {q.data_id for q in questions}
+    pages = [hit for a in asked for hit in a["hits"]]
+    build(tmp_path / "index.sqlite", pages)
+    search = OfflineSearch(SearchDB(tmp_path / "index.sqlite"), tools.results(Config(tool_results=())))
+    found = 0
+    for a in asked:
+        result = search.search(Call("text_search", a["query"]), questions[0])
+        own = {hit["url"] for hit in a["hits"]}
+        found += bool(own & {hit.url for hit in result.hits})
+    assert found >= 27
