@@ -182,7 +182,8 @@ class RunDir:
             self._check_inputs(now)
         may_change = config.marked("resume", *map(type, self.options))
         changed = [k for k in now if k not in may_change and k in before and now[k] != before[k]]
-        for name in changed[:1] if cfg.resume else ():
+        if cfg.resume and changed:
+            name = changed[0]
             raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
 
     def _check_inputs(self, settings):

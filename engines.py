@@ -151,7 +151,8 @@ class TorchEngine(Engine):
         self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
 
     def _reply(self, request, reason):
-        if slot := request.slot:
+        slot = request.slot
+        if slot is not None:
             ran = bool(request.ids)  # else an error came first: the slot does not hold the prompt
             slot.ids = (request.prompt + request.ids)[: slot.length] if ran else []
             slot.images = tuple(p.key for p in request.images) if ran else ()
@@ -249,8 +250,9 @@ class _Slot:
 
     def begins(self, request):
         """Is what the slot holds, ids and pictures, the beginning of this request?"""
-        pictures = tuple(p.key for p in request.images[: len(self.images)])
-        return bool(self.ids) and request.prompt[: len(self.ids)] == self.ids and self.images == pictures
+        if not self.ids or request.prompt[: len(self.ids)] != self.ids:
+            return False
+        return self.images == tuple(p.key for p in request.images[: len(self.images)])
 
 
 class _Request:

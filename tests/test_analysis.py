@@ -327,6 +327,13 @@ def test_the_label_command(evaluated, tmp_path, capsys):
     assert Counter(r["label"] == "search_free" for r in few) == {True: 3, False: 3}
 
 
+def test_labels_that_cannot_be_balanced_are_not_half_written(evaluated, tmp_path):
+    path, _, _ = evaluated  # nothing was searched for
+    with pytest.raises(InputError, match="no question is left to write"):
+        command("label", path, "--out", tmp_path / "l.parquet", "--balance", "1")
+    assert not list(tmp_path.glob("l*"))
+
+
 def test_labels_of_rollouts(world, tmp_path):
     """Eight conversations about each of thirty toy questions: the labels against a recount."""
     place, cfg = world[:2]

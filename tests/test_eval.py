@@ -505,3 +505,9 @@ def test_search_ratio_counts_calls_over_calls_allowed(cfg):
     records = [{**base, "calls": [call]}, {**base, "calls": []}]
     assert figures.summarize(records, replace(cfg, max_turns=2))["all"]["search_ratio"] == 0.5
     assert figures.summarize(records, replace(cfg, max_turns=3))["all"]["search_ratio"] == 0.25
+
+
+def test_the_pipeline_needs_both_searches(here, capsys):
+    with pytest.raises(SystemExit):
+        main(*here, "--mode=pipeline", "--tool_limits", "image_search=0")
+    assert "mode=pipeline makes both searches" in capsys.readouterr().err

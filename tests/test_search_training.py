@@ -1,6 +1,7 @@
 """Training on live search that fails: typed in the metrics, aborted conversations outside the baseline, a stop when
 most searches fail; accounts in the evaluation's table."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -17,6 +18,7 @@ import eval as evaluation
 import policy
 import reward
 import rollout
+import tools
 import toy
 import train
 from analysis import figures
@@ -226,3 +228,15 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     assert "image search: ok" in main(*asked, "--search=offline")
     assert policy.is_deterministic(config.Config(search="replay", search_cache="c"), torch.device("cpu"))
     assert not policy.is_deterministic(config.Config(search="live"), torch.device("cpu"))
+
+
+def test_tools_that_do_not_search_hide_no_dead_search(folder, cfg, device, monkeypatch):
+    """Nine calculations that succeed beside nine searches that fail: the searches are down."""
+    free = dataclasses.replace(tools.TOOLS["text_search"], answer=lambda call, question, search: Result("ok"))
+    monkeypatch.setitem(tools.TOOLS, "calculator", free)
+    episode = Episode.start(question(), Chat(folder, replace(cfg, tool_limits=("calculator=0",))))
+    for _ in range(9):
+        episode.calls.append((Call("calculator", "1+1"), Result("ok")))
+        episode.calls.append((Call("text_search", "x"), Result("error", error_kind="timeout")))
+    with pytest.raises(rollout.SearchDown, match="9 of 9 searches failed"):
+        rollout.check_calls([episode], device)
