@@ -11,15 +11,20 @@ world) is another `Options` class beside that command; `parse` reads several of 
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import json
 import math
 import os
+import platform
 import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import IO, get_args, get_type_hints
 
 
 class InputError(ValueError):
@@ -339,10 +344,9 @@ def _trained_as(model: str) -> dict:
 
 
 def save(path: str | Path, *options: Options) -> None:
-    """Write options as JSON, atomically."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(as_dict(*options), indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write options as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(as_dict(*options), indent=1) + "\n")
 
 
 def as_dict(*options: Options) -> dict:
@@ -362,6 +366,41 @@ def from_dict(kind: type[Options], values: dict) -> Options:
 def marked(mark: str, *kinds: type[Options]) -> set[str]:
     """The names of the fields with a mark (see `option`)."""
     return {f.name for kind in kinds for f in dataclasses.fields(kind) if mark in f.metadata["marks"]}
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path to write a file to, and then renames it to `path`, which is whole or as it was before.
+    Raises InputError if it cannot be written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror or error})") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def lock(path: str | Path) -> IO:
+    """Lock a file or folder that is to be written, until the returned file is closed or the process ends, however it
+    ends. Raises InputError if another process holds the lock, and says which."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "a+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write beside it ({error.strerror or error})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise InputError(f"{path} is in use by {file.read().strip() or 'another process'}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
 
 
 def run_main(main) -> None:

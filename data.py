@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from config import InputError, need
+from config import InputError, need, replacing
 
 
 class Stop(enum.Enum):
@@ -268,12 +268,8 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
     table = pa.Table.from_pylist(rows, pa.schema(fields))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
-    temporary = f"{path}.tmp"
-    try:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary, row_group_size=256)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
 def first_line(error: Exception) -> str:
@@ -453,14 +449,9 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write records as JSON lines, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(r) + "\n" for r in records)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
+    """Write records as JSON lines."""
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
 
 
 def key_of(record: dict) -> tuple[str, int]:
