@@ -1,9 +1,8 @@
 """A conversation as tokens and pixels: the chat template, the prompt files, the pictures, and the record of it all.
 
 `Chat` turns questions, replies and results of tools into token ids and pictures, and back. `Episode` is one
-conversation, append-only. It holds image placeholders *expanded* (one `<|image_pad|>` per vision token);
-`engine_prompt` is the second view, with one placeholder per image. Example, an image of 2 vision tokens and a reply of
-2 tokens:
+conversation, append-only. It holds image placeholders *expanded*, one `<|image_pad|>` per vision token. Example, an
+image of 2 vision tokens and a reply of 2 tokens:
 
     tokens    user  <vis>  pad  pad  </vis>  what  assistant  bako  <|im_end|>
     sampled    .     .      .    .     .      .       .        x       x
@@ -227,12 +226,9 @@ class Chat:
                 ids += run
         return ids, pictures
 
-    def expand(self, ids: list[int], pictures: list[Picture]) -> list[int]:
-        """One placeholder per image to one per vision token."""
-        left, expanded = iter(pictures), []
-        for token in ids:
-            expanded += [token] * next(left).tokens if token == self.image_pad else [token]
-        return expanded
+    def collapse(self, ids: list[int]) -> list[int]:
+        """One placeholder per vision token to one per image."""
+        return [b for a, b in itertools.pairwise([None, *ids]) if not a == b == self.image_pad]
 
     # -- pictures
 
@@ -371,15 +367,6 @@ class Episode:
         self.sampled += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
         self.images += images
-
-    def engine_prompt(self) -> list[int]:
-        """The conversation with one placeholder per image, as engines take it."""
-        ids, position, pictures = [], 0, iter(self.images)
-        while position < len(self.tokens):
-            ids.append(self.tokens[position])
-            is_image = self.tokens[position] == self.chat.image_pad
-            position += next(pictures).tokens if is_image else 1
-        return ids
 
     def pieces(self) -> Iterator[tuple[bool, list[int]]]:
         """(did the policy sample it, tokens) of each turn and of what lies between the turns, in order."""

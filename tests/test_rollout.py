@@ -735,7 +735,7 @@ def test_banned_ids_are_never_said(engine, temperature):
 def two_turns(engine):
     """(prompt and pictures of a second turn, the number of tokens an engine that held the first one need not run)"""
     episode = Episode.start(Question("q0", "what is it called?", (PICTURES["wide"],)), engine.chat)
-    reply = ask(engine, episode.engine_prompt(), episode.images, seed=3)
+    reply = ask(engine, list(episode.tokens), episode.images, seed=3)
     episode.add_reply(reply)
     assert episode.add_result(Call("image_search"), Result("ok", (Hit("bako", image=PICTURES["large"]),)))
     return episode, episode.turns[0].end - 1  # the last token was drawn, but never run
@@ -744,11 +744,11 @@ def two_turns(engine):
 def test_a_prefix_is_run_once(engine, sharp, wide, device):
     episode, known = two_turns(engine)
     sizes = forwards(engine)
-    reply = ask(engine, episode.engine_prompt(), episode.images)
+    reply = ask(engine, list(episode.tokens), episode.images)
     assert sizes == [len(episode.tokens) - known] + [1] * (len(reply.ids) - 1)
     fresh = make_engine(sharp, wide, device, 60)
     sizes = forwards(fresh)
-    again = ask(fresh, episode.engine_prompt(), episode.images)
+    again = ask(fresh, list(episode.tokens), episode.images)
     assert sizes[0] == len(episode.tokens)
     assert again.ids == reply.ids
     assert_close(again.logprobs, reply.logprobs)
@@ -757,7 +757,7 @@ def test_a_prefix_is_run_once(engine, sharp, wide, device):
 def test_the_longest_prefix_is_taken(engine):
     """Two samples of one question leave their slots; a third conversation goes on from the one that said more."""
     about = pictured([0])[0]
-    prompt, images = Episode.start(about, engine.chat).engine_prompt(), engine.chat.prompt(about)[1]
+    prompt, images = Episode.start(about, engine.chat).tokens, engine.chat.prompt(about)[1]
     engine.chat.stop_ids = ()
     for name, length in (("short", 1), ("long", 4)):
         engine.submit(name, prompt, images, Sampling(1.0, length, 3))
@@ -778,9 +778,9 @@ def test_a_prefix_with_other_pictures_is_not_reused(engine, sharp, wide, device,
     assert images[0].tokens == episode.images[0].tokens
     assert (images[0].grid == episode.images[0].grid) == (other == "another")
     sizes = forwards(engine)
-    reply = ask(engine, episode.engine_prompt(), images)
+    reply = ask(engine, list(episode.tokens), images)
     assert sizes[0] == len(episode.tokens)
-    fresh = ask(make_engine(sharp, wide, device, 60), episode.engine_prompt(), images)
+    fresh = ask(make_engine(sharp, wide, device, 60), list(episode.tokens), images)
     assert fresh.ids == reply.ids
     assert_close(fresh.logprobs, reply.logprobs)
 
@@ -795,7 +795,7 @@ def test_nothing_is_reused_after(engine, sharp, event):
     else:
         engine.load_weights(backbone.read_model(sharp).named_parameters(), 1)
     sizes = forwards(engine)
-    ask(engine, episode.engine_prompt(), episode.images)
+    ask(engine, list(episode.tokens), episode.images)
     assert sizes[0] == len(episode.tokens)
 
 
@@ -865,15 +865,15 @@ def test_abort_returns_what_was_said(engine):
 def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, device, monkeypatch):
     """A second turn whose prompt was not run must not count as one that was."""
     episode, known = two_turns(engine)
-    engine.submit("a", episode.engine_prompt(), episode.images, Sampling(1.0, 8, 0))
+    engine.submit("a", list(episode.tokens), episode.images, Sampling(1.0, 8, 0))
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_embed", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert [reply.ids for reply in engine.abort(["a"])] == [[]]
     assert not engine.running and not engine.queue and all(slot.owner is None for slot in engine.slots)
-    reply = ask(engine, episode.engine_prompt(), episode.images)
-    assert reply.ids == ask(make_engine(sharp, wide, device, 60), episode.engine_prompt(), episode.images).ids
+    reply = ask(engine, list(episode.tokens), episode.images)
+    assert reply.ids == ask(make_engine(sharp, wide, device, 60), list(episode.tokens), episode.images).ids
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -899,7 +899,7 @@ def test_stop_and_length(engine):
 def test_what_does_not_fit_is_refused(engine, excess, fits):
     about = pictured([1])[0]
     ids, images = engine.chat.prompt(about)
-    prompt = Episode.start(about, engine.chat).engine_prompt()
+    prompt = Episode.start(about, engine.chat).tokens
     sampling = Sampling(1.0, engine.cfg.max_tokens - len(ids) + excess, 0)  # all vision tokens of its images count
     if fits:
         return engine.submit("a", prompt, images, sampling)
