@@ -439,11 +439,13 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
     }
     counts = {
         "tool_failures": sum(result.status == "error" for result in results),
+        "results_cut": sum(e.results_cut for e in episodes),
         **call_metrics(results),
         **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
         "done": len(done),
     }
     sums = all_sum({**means, **counts}, device)
+    sums["results_cut"] /= max(sums["search/calls"], 1.0)  # the share of calls
     n = max(sums.pop("done"), 1.0)
     return {name: value / n if name in means else value for name, value in sums.items()}
 

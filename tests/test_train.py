@@ -523,9 +523,9 @@ def test_which_conversations_train(arguments, monkeypatch):
     assert train.advantage_metrics(samples, torch.device("cpu")) == {
         "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
     }  # fmt: skip
-    assert of("--train_on_truncated=false") == (advantages, [i for i in kept if i != 3])
-    assert of("--drop_zero_variance_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
-    without, kept = of("--train_on_failed_tools=false")
+    assert of("--leave_out=truncated") == (advantages, [i for i in kept if i != 3])
+    assert of("--leave_out=zero_variance") == (advantages, [i for i in kept if i not in (6, 7, 8)])
+    without, kept = of("--leave_out=failed_tools")
     assert 10 not in without and kept == list(without) and without[9] == pytest.approx(0.7071, 1e-3)
     assert of("--advantage=rloo")[0][9] == pytest.approx(0.75)
     assert of("--advantage=dr_grpo")[0][9] == pytest.approx(0.5)
