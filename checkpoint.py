@@ -73,7 +73,7 @@ def _cause(error):
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's files, but for state.json, by name. Each is read by one of the ranks; all must call."""
     found = []
-    files = sorted(file for file in folder.iterdir() if file.name != "state.json")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "state.json")
     for file in files[dist.get_rank() :: dist.get_world_size()]:
         with open(file, "rb") as content:
             found.append((file.name, hashlib.file_digest(content, "sha256").hexdigest()))
@@ -150,9 +150,9 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model)(plain_config(model)).to(dtype or torch.float32)
-        shell.generation_config = model.generation_config
         try:
             shell.save_pretrained(temporary, state_dict=weights)
+            model.generation_config.to_json_file(temporary / "generation_config.json")  # its end tokens, not defaults
             chat.save(temporary)
             save_trained_as(temporary, chat)
             put_in_place(temporary, path)
@@ -217,7 +217,7 @@ class RunDir:
             raise InputError(f"{self.path} is not empty: give {ways}")
         try:
             before = json.loads((self.path / "config.json").read_text())
-            before["run_dir"]  # a model folder has a config.json, too
+            Path(before["run_dir"])  # a model folder has a config.json, too
         except (OSError, ValueError, KeyError, TypeError):
             what = "is not empty and holds no run of this program"
             raise InputError(f"{self.path} {what}; give another --run_dir") from None
@@ -381,7 +381,7 @@ def before_and_after(log: list[dict]) -> str:
         first, last = of_mode[0], of_mode[-1]
         width = max(map(len, first))
         lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
-        for kind in first:
+        for kind in filter(last.__contains__, first):  # the questions may have changed in between
             cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
             lines.append(f"{kind:{width}}  " + "    ".join(cells))
         lines.append("")
