@@ -406,9 +406,10 @@ def lock(path: str | Path) -> IO:
     except OSError:
         file.seek(0)
         raise InputError(f"{path} is in use by {file.read().strip() or 'another process'}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    with suppress(OSError):  # on a full disk it is locked without a name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
     return file
 
 
