@@ -288,7 +288,7 @@ def check_url(name: str, url: str, required: bool = False) -> None:
     """Raise InputError unless it is a plain http(s) URL, or empty and not required."""
     sound = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)
     expected = "http(s)://host[:port][/path], without user, password or query"
-    need(sound or not (url or required), f"{name}={url!r}: expected {expected}")
+    need(sound or not (url or required), f"{name}: expected {expected}")  # not shown: it may hold a password
 
 
 # ------------------------------------------------------------------------------------------------- command line

@@ -20,7 +20,7 @@ class Failure(Exception):
 
     def __init__(self, kind: str, reason: str, note: str = "", retry_after: float = 0.0):
         super().__init__(f"{reason}: {note}" if note else reason)
-        self.kind, self.reason, self.retry_after = kind, reason, retry_after
+        self.kind, self.reason, self.note, self.retry_after = kind, reason, note, retry_after
 
 
 def method_for(call: Call, question: Question, methods: dict[str, Callable]) -> Callable:

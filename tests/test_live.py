@@ -353,7 +353,7 @@ def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
     cfg = Config(**settings(server, search="record", search_cache=str(tmp_path / "c.sqlite"), **summarized(server)))
     search = open_search(cfg)
     search.search(FOUNDER, question())
-    search.inner.engine.secret = "wrong-but-secret"  # the server repeats it in its message
+    search.inner.engine.client.key = "wrong-but-secret"  # the server repeats it in its message
     result = search.search(Call("text_search", "another"), question())
     assert result.error_kind == "refused" and "***" in result.error and "wrong-but-secret" not in result.error
     server.fault = only("/search.json", "odd headers")  # urllib3 would warn, and name the URL
