@@ -120,9 +120,9 @@ class LLMJudge:
             self.client.fetch_json(f"{self.url}/models", Job(TIMEOUT))
         except Failure as failure:  # another failure: some do not list their models
             if failure.kind in ("connection", "timeout"):
-                raise InputError(f"judge_url={self.url}: no answer ({failure.reason})") from None
+                raise InputError(f"judge_url={self.url}: no answer ({failure.said})") from None
             if failure.reason in ("HTTP 401", "HTTP 403"):
-                raise InputError(f"judge_url={self.url}: refuses the key in {KEY} ({failure.reason})") from None
+                raise InputError(f"judge_url={self.url}: refuses the key in {KEY} ({failure.said})") from None
         path, columns = options.judge_cache, "key TEXT PRIMARY KEY, verdict INTEGER, model TEXT, said TEXT"
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class LLMJudge:
             self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
-        self.lock, self.notes = threading.Lock(), {}
+        self.lock, self.reasons = threading.Lock(), {}
 
     def verdict(self, question: Question, response: str) -> tuple[bool | None, str]:
         """(True or False, "") or (None, why not)."""
@@ -160,8 +160,7 @@ class LLMJudge:
         try:
             return self.client.chat(self.url, Job(PATIENCE), self.model, content, temperature=0), ""
         except Failure as failure:
-            words = f"{failure.reason}: {failure.note}" if failure.note else failure.reason
-            return "", self.notes.setdefault(failure.reason, words)
+            return "", self.reasons.setdefault(failure.reason, failure.said)
 
     def close(self):
         self.db.close()

@@ -173,7 +173,7 @@ class Client:
                 answer = self.fetch_json(f"{url}/chat/completions", job, payload)
                 break
             except Failure as failure:
-                named = {name for name in settings if name in payload and name in failure.note}
+                named = {name for name in settings if name in payload and name in failure.said}
                 if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
                     raise
                 refused |= named
