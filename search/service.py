@@ -95,8 +95,9 @@ def result_from_json(sent: dict) -> Result:
 def _check_texts(*texts, limit=MAX_RESULT):
     """Raise ValueError unless they are strings, not too long, without halves of characters."""
     for text in texts:
-        if not isinstance(text, str) or len(text.encode()) > limit:
+        if not isinstance(text, str) or len(text) > limit:
             raise ValueError
+        text.encode()
 
 
 class SearchServer(ThreadingHTTPServer):
@@ -162,8 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(None, 503)  # a client of ours asks again
         answer = None
         try:
-            asked = _call_from_json(self.rfile.read(length))
+            body = self.rfile.read(length)
             self.guard.cancel()
+            with self.server.lock:  # JSON takes several times its size while it is read
+                asked = _call_from_json(body)
+            del body
             if asked:
                 result = self.server.search.search(*asked)
                 self.server.calls[result.error_kind or result.status] += 1
@@ -191,7 +195,7 @@ def _call_from_json(body):
         asked, about = sent["call"], sent["question"]
         box, query = asked["box"] and tuple(map(float, asked["box"])), asked["query"][: 4 * MAX_QUERY]
         call = Call(**{**asked, "query": query, "image": _decoded(asked["image"]), "box": box})
-        _check_texts(query, limit=16 * MAX_QUERY)
+        _check_texts(query)
         _check_texts(call.tool, call.picture, about["image_url"] or "", about["data_id"] or "", limit=MAX_TEXT)
         image = _decoded(about["image"])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
