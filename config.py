@@ -318,7 +318,7 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), names, n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-        raise InputError(f"unknown argument {unknown[0]!r}{hint}")
+        raise InputError(f"unknown argument {unknown[0].split('=')[0]!r}{hint}")
     given = vars(known)
     defaults = PRESETS.get(given.get("preset"), {})
     if as_trained:

@@ -221,7 +221,7 @@ def _as_failure(error):
     if isinstance(error, Failure):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return Failure("internal", type(error).__name__, note=f"{place.name}, line {place.lineno}")
+    return Failure("internal", type(error).__name__, note=f"{Path(place.filename).name}, line {place.lineno}")
 
 
 def summarizer_prompt() -> str:

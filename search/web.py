@@ -334,7 +334,7 @@ def _prepared(base: str, url: str, types=(), bearer="", payload=None) -> Prepare
             raise ValueError
         method = "GET" if payload is None else "POST"
         request = Request(method, urljoin(base, url), headers, json=payload).prepare()
-    except ValueError:  # requests' InvalidURL is one
+    except (ValueError, OSError):  # requests' InvalidURL is one, its InvalidJSONError the other
         raise Failure("blocked", "not a URL") from None
     if not request.url.startswith(("http://", "https://")):
         raise Failure("blocked", "not an http or https address")
@@ -398,13 +398,13 @@ def _read(raw, job, max_bytes):
 def _said(body):
     """What an error's body says, as UTF-8: the message in its JSON, as SerpApi, Jina, OpenAI's and FastAPI's interfaces
     write it, or else its text."""
-    said = text = body.decode(errors="replace")
+    said = body.decode(errors="replace")
     with suppress(ValueError, RecursionError, AttributeError):
-        answer = json.loads(text)
-        said = next((answer[k] for k in ("error", "readableMessage", "message", "detail") if answer.get(k)), "")
-        if isinstance(said, dict):
-            said = f"{said.get('message')} ({said.get('param')})" if said.get("param") else said.get("message")
-        said = said if isinstance(said, str) else json.dumps(said or "")
+        answer = json.loads(said)
+        error = next((answer[k] for k in ("error", "readableMessage", "message", "detail") if answer.get(k)), "")
+        if isinstance(error, dict) and "message" in error:
+            error = f"{error['message']} ({error['param']})" if error.get("param") else error["message"]
+        said = error if isinstance(error, str) else json.dumps(error)
     return plain_text(said).encode(errors="replace")
 
 

@@ -218,7 +218,7 @@ def test_one_hostile_result_spoils_no_search(server, monkeypatch):
     assert [hit.url.split("/")[3] for hit in live(server).search(FOUNDER, question()).hits] == ["1", "2", "3"]
     monkeypatch.setattr(search_live, "passages", broken)
     result = live(server).search(FOUNDER, question())
-    assert (result.status, result.error_kind) == ("error", "internal") and "broken" in result.error
+    assert (result.status, result.error_kind) == ("error", "internal") and "test_live.py, line" in result.error
 
 
 @pytest.mark.parametrize("refused", ["temperature", "max_tokens"])
@@ -341,6 +341,7 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind(monkey
     """One search in five hangs; other requests are refused, broken, endless, hostile. 24 threads."""
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     others = ["429", "500", "truncated", "cut", "wrong types", "list", "redirects", "loopback", "bomb", "evil", "drip"]
+    others += ["no field", "null field", "half link", "vast"]
 
     def fault(path, number):
         draw = random.Random(f"{path} {number}")
