@@ -237,12 +237,18 @@ def test_reasons_are_counted_together_whatever_the_server_adds(serve):
 
 
 def test_a_judge_that_sends_a_byte_now_and_then_ends_in_time(serve, monkeypatch):
-    monkeypatch.setattr(judge, "PATIENCE", 1.0)
     monkeypatch.setenv(judge.KEY, SUMMARIZER)
-    with LocalWeb(lambda path, _: "drip" if "/chat/" in path else None) as web:
+    with LocalWeb(lambda path, _: "drip" if drips in path else None) as web:
         _, options = serve(None)
-        records, missing = run(replace(options, judge_url=f"{web.url}/v1"), ["bako"])
-    assert records[0]["judged"]["llm"] is None and list(missing.values()) == [1]
+        options, drips = replace(options, judge_url=f"{web.url}/v1"), "/chat/"
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "PATIENCE", 1.0)
+            records, missing = run(options, ["bako"])
+        assert records[0]["judged"]["llm"] is None and list(missing.values()) == [1]
+        drips = "/models"
+        monkeypatch.setattr(judge, "TIMEOUT", 1.0)
+        with pytest.raises(InputError, match="no answer"):
+            run(options, ["bako"])
 
 
 def test_passing_faults_are_got_over_by_many_at_once(serve, monkeypatch):

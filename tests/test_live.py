@@ -790,6 +790,12 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
         service.close()
 
 
+POST = b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.0\r\n\r\n"
+LONG = {"tool": "text_search", "query": "long " * 10**6, "picture": "", "box": None, "image": None}
+LONG = json.dumps({"call": LONG, "question": {"image": None, "image_url": None, "data_id": None}}).encode()
+
+
 def ask_raw(service, head, body=b""):
     """The status line of the service's answer to a request, b"" without one."""
     with closing(socket.create_connection(service.server.server_address, 30)) as raw:
@@ -800,8 +806,9 @@ def ask_raw(service, head, body=b""):
             return b""
 
 
-def test_what_clients_make_the_service_hold_is_bounded(monkeypatch):
-    """Requests, their bytes, their queries, and the time they take to arrive."""
+@contextmanager
+def two_calls_under_way():
+    """(a service whose search is answering two long requests, go on with them, a thread pool, the queries so far)."""
     inside, go, queries = threading.Semaphore(0), threading.Event(), []
 
     class Slow:
@@ -811,35 +818,50 @@ def test_what_clients_make_the_service_hold_is_bounded(monkeypatch):
             go.wait(30)
             return Result("no_results")
 
-    monkeypatch.setattr(search_service, "MAX_CONNECTIONS", 3)
-    monkeypatch.setattr(search_service, "ARRIVAL", 0.5)
     service = Service(Slow())
-    post = b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n"
-    asked = {"tool": "text_search", "query": "long " * 10**6, "picture": "", "box": None, "image": None}
-    sent = {"call": asked, "question": {"image": None, "image_url": None, "data_id": None}}
-    body = json.dumps(sent).encode()
-    monkeypatch.setattr(search_service, "MAX_HELD", 2 * len(body) + 10)
     try:
-        assert b" 400 " in ask_raw(service, post % (search_service.MAX_REQUEST + 1))
-        for dripping in (b"POST /sea", post % 100, b"GET /health HTTP/1.0\r\nX: "):
-            assert ask_raw(service, dripping) == b""  # it is cut
         with ThreadPoolExecutor(6) as pool:
-            two = [pool.submit(ask_raw, service, post % len(body), body) for _ in range(2)]
+            two = [pool.submit(ask_raw, service, POST % len(LONG), LONG) for _ in range(2)]
             assert inside.acquire(timeout=20) and inside.acquire(timeout=20)
-            assert b" 503 " in ask_raw(service, post % len(body))
-            assert service.server.held == 2 * len(body)
-            search = RemoteSearch(Config(search_url=service.url))
-            third = pool.submit(search.search, FOUNDER, question())
-            waiting = pool.submit(ask_raw, service, b"GET /health HTTP/1.0\r\n\r\n")
-            time.sleep(0.3)
+            yield service, go.set, pool, queries
             go.set()
-            assert all(b" 200 " in future.result(30) for future in (*two, waiting))
-            assert third.result(60).status == "no_results"
+            assert all(b" 200 " in future.result(30) for future in two)
         assert wait_until(lambda: service.server.held == 0)
-        assert max(map(len, queries)) <= 4000
     finally:
         go.set()
         service.close()
+
+
+def test_what_clients_make_the_service_hold_is_bounded(monkeypatch):
+    monkeypatch.setattr(search_service, "MAX_HELD", 2 * len(LONG) + 10)
+    with two_calls_under_way() as (service, go_on, pool, queries):
+        assert b" 400 " in ask_raw(service, POST % (search_service.MAX_REQUEST + 1))
+        assert b" 503 " in ask_raw(service, POST % len(LONG))
+        assert service.server.held == 2 * len(LONG) and max(map(len, queries)) <= 4000
+        third = pool.submit(RemoteSearch(Config(search_url=service.url)).search, FOUNDER, question())
+        time.sleep(0.3)
+        assert not third.done()
+        go_on()
+        assert third.result(60).status == "no_results"  # it came again
+
+
+def test_connections_beyond_the_service_s_limit_wait(monkeypatch):
+    monkeypatch.setattr(search_service, "MAX_CONNECTIONS", 2)
+    with two_calls_under_way() as (service, go_on, pool, _):
+        waiting = pool.submit(ask_raw, service, HEALTH)
+        time.sleep(0.3)
+        assert not waiting.done()
+        go_on()
+        assert b" 200 " in waiting.result(30)
+
+
+def test_a_request_has_a_time_to_arrive(monkeypatch):
+    monkeypatch.setattr(search_service, "ARRIVAL", 0.5)
+    with two_calls_under_way() as (service, *_):
+        started = time.monotonic()
+        for dripping in (b"POST /sea", POST % 100, HEALTH[:-2]):
+            assert ask_raw(service, dripping) == b""
+        assert time.monotonic() - started < 15  # and those that have arrived are answered
 
 
 def test_a_picture_too_large_for_the_service_is_not_sent():

@@ -172,11 +172,13 @@ def test_only_checked_addresses_are_tried(monkeypatch):
 
     def connect(address, timeout, socket_options):
         tried.append(address[0])
+        assert timeout <= (2.0 if len(tried) == 1 else 1.8)  # what is left until the deadline
+        time.sleep(0.2 if len(tried) == 1 else 0)
         raise TimeoutError if len(tried) == 1 else ConnectionRefusedError
 
     monkeypatch.setattr(search_web, "create_connection", connect)
     resolves_to(monkeypatch, "10.0.0.1", "8.8.8.8", "::1", "2606:4700::1111", *["9.9.9.9"] * 50)
-    assert "ConnectionRefusedError" in str(failure("http://many.example/"))
+    assert "ConnectionRefusedError" in str(failure("http://many.example/", seconds=2.0))
     assert tried == ["8.8.8.8", "2606:4700::1111", *["9.9.9.9"] * (search_web.MAX_ADDRESSES - 2)]
 
 
@@ -319,7 +321,7 @@ KEY = "serp-01/23+456 789ab".replace(" ", "=")
         KEY.upper(),
         KEY[:9] + "\n" + KEY[9:],
         " ".join(KEY),
-        "x" * 190 + KEY,  # where the message is cut
+        "x" * 180 + KEY,  # where the message is cut
         "x" * (1 << 16) + KEY,  # where the body is cut
     ],
 )
@@ -351,6 +353,8 @@ def test_what_is_no_key_is_refused_and_not_shown(monkeypatch):
     page = "<p>No such key:</p>" + "".join(f"&#{ord(c)};" for c in KEY)
     with replies((401, {}, page.encode())) as (_, url):
         assert str(failure(url, ours=True, key=KEY)) == "it: HTTP 401: No such key: ***"
+    with replies((200, {"Content-Type": f"text/{KEY}"}, b"")) as (_, url):
+        assert str(failure(url, ours=True, key=KEY, types=("image/*",))) == "it: content type: 'text/***'"
     with replies((401, {}, b"an EMPTY basket")) as (_, url):  # what is no secret does not spoil what is said
         assert "EMPTY basket" in str(failure(url, ours=True, key="EMPTY"))
 
