@@ -193,7 +193,7 @@ def _call_from_json(body):
     try:
         sent = json.loads(body)
         asked, about = sent["call"], sent["question"]
-        box, query = asked["box"] and tuple(map(float, asked["box"])), asked["query"][: 4 * MAX_QUERY]
+        box, query = asked["box"] and tuple(map(float, asked["box"][:4])), asked["query"][: 4 * MAX_QUERY]
         call = Call(**{**asked, "query": query, "image": _decoded(asked["image"]), "box": box})
         _check_texts(query)
         _check_texts(call.tool, call.picture, about["image_url"] or "", about["data_id"] or "", limit=MAX_TEXT)

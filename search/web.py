@@ -185,7 +185,8 @@ class Client:
         try:
             said = answer["choices"][0]["message"]["content"].rpartition("</think>")[2].strip()
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise Failure("bad_response", f"{self.what}: no text in the reply") from None
+            note = clean(str(answer.get("error") or ""), 200)  # some proxies say so with status 200
+            raise Failure("bad_response", f"{self.what}: no text in the reply", note) from None
         return "" if said.startswith("<think>") else said  # a thought that was cut is no answer
 
     def _follow(self, url, job, payload):

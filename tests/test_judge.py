@@ -180,6 +180,7 @@ FAULTS = {
     "more than 8,000,000 bytes": (200, {"Content-Encoding": "gzip"}, gzip_bomb()),
     "judge: no text in the reply": (200, {}, b'{"choices": []}'),
     "judge: no text in the reply ": says(None),
+    "judge: no text in the reply: overloaded": (200, {}, b'{"error": "overloaded"}'),
     "HTTP 503: busy": (503, {}, b"busy"),
     "RemoteDisconnected": None,
 }

@@ -769,7 +769,7 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
         about = {"image": None, "image_url": None, "data_id": None}
         odd = [{"call": {**call, name: value}, "question": about} for name, value in (
             ("tool", 3), ("image", "?"), ("image", 3), ("query", None), ("box", 3), ("box", ["x"]), ("colour", "red"),
-            ("box", [10**400]), ("query", ["x"]), ("tool", "x" * 5000), ("picture", "\ud83d"),
+            ("box", [10**400]), ("box", {"0": 1}), ("query", ["x"]), ("tool", "x" * 5000), ("picture", "\ud83d"),
         )]  # fmt: skip
         odd += [
             {"call": call, "question": {**about, "image": "?"}},

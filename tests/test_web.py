@@ -162,8 +162,11 @@ def test_all_addresses_of_a_name_are_tried(monkeypatch):
     original = socket.getaddrinfo
     with replies(OK) as (_, url):
         both = original("::1", 0) + original("127.0.0.1", 0)
-        literal = lambda host, *a, **k: both if host == "localhost" else original(host, *a, **k)  # noqa: E731
-        monkeypatch.setattr(search_web.socket, "getaddrinfo", literal)
+
+        def resolve(host, port, *args, **options):
+            return both if host == "localhost" else original(host, port, *args, **options)
+
+        monkeypatch.setattr(search_web.socket, "getaddrinfo", resolve)
         assert fetch(url, ours=True) == b"yes"
 
 
@@ -308,7 +311,7 @@ def test_redirects_are_followed_a_few_times_and_never_with_a_key():
         assert "redirects" in str(failure(url, ours=True, key="secret")) and len(server.replies) == 1
 
 
-KEY = "serp-01/23+456 789ab".replace(" ", "=")
+KEY = "serp-01/23+456=789ab"
 
 
 @pytest.mark.parametrize(
