@@ -297,7 +297,7 @@ def check_url(name: str, url: str, required: bool = False) -> None:
     """Raise InputError unless it is a plain http(s) URL, or empty and not required."""
     sound = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)
     expected = "http(s)://host[:port][/path], without user, password or query"
-    need(sound or not (url or required), f"{name}={url!r}: expected {expected}")
+    need(sound or not (url or required), f"{name}: expected {expected}")  # not shown: it may hold a password
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -327,7 +327,7 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), names, n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-        raise InputError(f"unknown argument {unknown[0]!r}{hint}")
+        raise InputError(f"unknown argument {unknown[0].split('=')[0]!r}{hint}")
     given = vars(known)
     defaults = PRESETS.get(given.get("preset"), {})
     if as_trained:

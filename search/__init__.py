@@ -33,6 +33,13 @@ def open_search(cfg: Config, index: str | Path = ""):
     return CachedSearch(SearchCache(cfg.search_cache, write=web is not None), web, cfg)
 
 
+def web_part(search) -> WebSearch | None:
+    """The part of a search that asks the web, if there is one in this process. A run keeps its `spent`, the searches
+    that count against this rank's share of search_budget, and sets it when it resumes."""
+    web = getattr(search, "inner", search)
+    return web if isinstance(web, WebSearch) else None
+
+
 def check_questions(questions: list[Question], cfg: Config) -> None:
     """Raise InputError if image search would be live and could not be shown a question's image."""
     if not cfg.searches_web or cfg.image_host or not limits(cfg)["image_search"]:

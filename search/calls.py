@@ -19,7 +19,8 @@ class Failure(Exception):
     """
 
     def __init__(self, kind: str, reason: str, note: str = "", retry_after: float = 0.0):
-        super().__init__(f"{reason}: {note}" if note else reason)
+        self.said = f"{reason}: {note}" if note else reason
+        super().__init__(self.said)
         self.kind, self.reason, self.retry_after = kind, reason, retry_after
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -30,7 +31,7 @@ from search.calls import Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
 from search.serpapi import SerpApi
 from search.text import clean, passages, plain_text, sentences
-from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url
+from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, tokens_in
 from tools import picture_of, results
 
 ENGINE = SerpApi  # the search engine
@@ -50,13 +51,13 @@ class WebSearch:
         ranks = int(os.environ.get("WORLD_SIZE", 1))  # each has a share of what is limited for all
         self.cfg, self.prompt, self.results = cfg, summarizer_prompt(), results(cfg)
         self.engine = ENGINE(cfg, ranks)
-        reader, summarizer = (os.environ.get(name, "").strip() for name in (READER_KEY, SUMMARIZER_KEY))
-        self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), bearer=reader)
-        self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), bearer=summarizer)
+        self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), key=key_of(READER_KEY))
+        self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), key=key_of(SUMMARIZER_KEY))
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
         self.pictures = Client("thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, **wanted)
         self.methods = {"image_search": self._image_search, "text_search": self._text_search}
-        self.budget, self.spent = -(-cfg.search_budget // ranks), 0
+        self.budget = -(-cfg.search_budget // ranks)
+        self.spent = 0  # searches that count against it; a resumed run sets what it had spent before
         self._uploaded: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -66,7 +67,7 @@ class WebSearch:
         try:
             asked = self.engine.key
             left = self.engine.check(job)
-            if self.reader.bearer:
+            if self.reader.key:
                 asked = READER_KEY
                 self._read("https://example.com", job)
             if cfg.summarizer_url:
@@ -75,7 +76,7 @@ class WebSearch:
         except Failure as failure:
             unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")
             if not unlisted:  # some do not list their models
-                raise InputError(f"search={cfg.search} ({asked}): {self._redact(str(failure))}") from None
+                raise InputError(f"search={cfg.search} ({asked}): {failure}") from None
         if left is not None and left < (cfg.search_budget or 1):
             wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
             print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
@@ -86,20 +87,15 @@ class WebSearch:
         try:
             hits = method_for(call, question, self.methods)(call, question, job)
             result = Result("ok", tuple(hits)) if hits else Result("no_results")
-        except Failure as failure:
-            result = failed(failure)
-        except Exception as error:  # hostile answers find mistakes in code; they are counted and end no rollout
-            result = Result("error", error=f"{type(error).__name__}: {clean(str(error), 200)}", error_kind="internal")
+        except Exception as error:
+            result = failed(_as_failure(error))
         used, seconds = job.used, time.monotonic() - started
+        with self._lock:
+            self.spent += max(0, used["searches"] - 1)  # the first is counted; the engine was asked again
         millions = (used["page_tokens"] * READER_PRICE + used["tokens"] * SUMMARIZER_PRICE) / 1e6
         cost = round(used["searches"] * self.engine.price + millions, 9)
         usage = Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
-        return dataclasses.replace(result, error=self._redact(result.error), usage=usage)
-
-    def _redact(self, text):
-        for key in filter(None, (self.engine.secret, self.reader.bearer, self.summarizer.bearer)):
-            text = text.replace(key, "***")
-        return text
+        return dataclasses.replace(result, usage=usage)
 
     def _spend(self):
         with self._lock:
@@ -177,7 +173,7 @@ class WebSearch:
         data = self.reader.fetch_json(self.cfg.reader_url, job, {"url": url}).get("data")
         if not isinstance(data, dict) or not isinstance(data.get("content"), str):
             raise Failure("bad_response", "reader: no content")
-        job.add(page_tokens=_count(data.get("usage"), "tokens"))
+        job.add(page_tokens=tokens_in(data.get("usage"), "tokens"))
         if "returned error" in str(data.get("warning")):  # of the page itself: what follows is an error page's text
             raise Failure("refused", "reader", note=clean(data["warning"], 100))
         # Four times as much is enough to find that many characters of text in; hostile pages are not parsed beyond.
@@ -190,16 +186,10 @@ class WebSearch:
     def _summarize(self, query, title, page, job):
         values = {"query": query, "title": title, "page": page}
         content = re.sub(r"\{(query|title|page)\}", lambda hole: values[hole[1]], self.prompt)
-        payload = {"model": self.cfg.summarizer_model, "messages": [{"role": "user", "content": content}]}
-        payload |= {"temperature": 0, "max_tokens": 1024}
-        answer = self.summarizer.fetch_json(f"{self.cfg.summarizer_url}/chat/completions", job, payload)
-        job.add(tokens=_count(answer.get("usage"), "total_tokens"))
-        try:
-            said = answer["choices"][0]["message"]["content"]
-            summary = clean(plain_text(said.rpartition("</think>")[2][: 10 * MAX_TEXT]), 10 * MAX_TEXT)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise Failure("bad_response", "summariser: no message") from None
-        if not summary or summary.startswith("<think>"):
+        url, model = self.cfg.summarizer_url, self.cfg.summarizer_model
+        said = self.summarizer.chat(url, job, model, content, temperature=0, max_tokens=1024)
+        summary = clean(plain_text(said[: 10 * MAX_TEXT]), 10 * MAX_TEXT)
+        if not summary:
             raise Failure("bad_response", "summariser: an empty message")
         return " ".join(sentences(summary)[:MAX_SENTENCES])
 
@@ -215,8 +205,8 @@ def _first(matches, count, hit):
                 n = running.pop(future)
                 try:
                     hits[n] = future.result()
-                except Failure as failure:
-                    failures.append(failure)
+                except Exception as error:
+                    failures.append(_as_failure(error))
                     running |= {pool.submit(hit, match): n for n, match in islice(rest, 1)}
     if failures and not hits:
         kind = Counter(f.kind for f in failures).most_common(1)[0][0]
@@ -225,9 +215,13 @@ def _first(matches, count, hit):
     return [hits[n] for n in sorted(hits)]
 
 
-def _count(usage, name):
-    number = usage.get(name) if isinstance(usage, dict) else 0
-    return max(0, number) if isinstance(number, int) and not isinstance(number, bool) else 0
+def _as_failure(error):
+    """What a call or one of its results ends with. Hostile answers find mistakes in code: these are counted, and end
+    neither the other results nor a rollout."""
+    if isinstance(error, Failure):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return Failure("internal", type(error).__name__, note=f"{Path(place.filename).name}, line {place.lineno}")
 
 
 def summarizer_prompt() -> str:

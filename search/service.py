@@ -4,12 +4,15 @@
     train.py --search_url http://THAT:8100                                                     # on all of them
 
 POST /search takes {"call": {tool, query, picture, box, image}, "question": {image, image_url, data_id}}, pictures in
-base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only.
+base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only. What
+clients can make it hold is bounded: connections, bytes, the time that a request takes to arrive.
 """
 
 import base64
 import dataclasses
 import json
+import sys
+import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,10 +20,14 @@ from config import Config, InputError
 from data import Call, Hit, Question, Result, Usage
 from search.calls import MAX_QUERY, Failure, failed
 from search.text import clean
-from search.web import MAX_JSON_BYTES, Client, Job, Limit
+from search.web import MAX_JSON_BYTES, Client, Job, Limit, cut, is_web_url
 from tools import TOOLS
 
-MAX_BYTES = 8 * MAX_JSON_BYTES  # of a request or a result, pictures included
+MAX_RESULT = 8 * MAX_JSON_BYTES  # bytes, pictures included
+MAX_REQUEST, MAX_HELD = 4 * MAX_JSON_BYTES, 16 * MAX_JSON_BYTES  # bytes: of one, of those that are being answered
+MAX_PICTURE = MAX_REQUEST * 3 // 4 - 20_000  # bytes, which base64 lengthens; the rest is for the words
+MAX_TEXT = 4000  # characters of an address, an id or a name; queries are cut
+MAX_CONNECTIONS, ARRIVAL = 256, 60.0  # at once, others wait; seconds for a request to arrive
 
 
 class RemoteSearch:
@@ -29,7 +36,7 @@ class RemoteSearch:
     def __init__(self, cfg: Config):
         self.url = cfg.search_url.rstrip("/")
         self.patience = 2 * cfg.search_deadline + 60  # seconds: the service's own deadline, and a restart
-        self.client = Client("search service", Limit(cfg.tool_threads), max_bytes=MAX_BYTES)
+        self.client = Client("search service", Limit(cfg.tool_threads), max_bytes=MAX_RESULT)
         self.client.read_timeout, self.client.retries = cfg.search_deadline + 30, 1000
 
     def check(self, patience: float = 60.0) -> None:
@@ -44,8 +51,11 @@ class RemoteSearch:
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
         tool = TOOLS.get(call.tool)
         shown = tool is not None and tool.needs == "picture" and call.image is None and question.images
-        about = {"image": _encoded(question.images[0] if shown else None)}
-        about |= {"image_url": question.image_url, "data_id": question.data_id}
+        picture = question.images[0] if shown else None
+        if len(picture or call.image or b"") > MAX_PICTURE:
+            return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
+        address = question.image_url if is_web_url(question.image_url) else None
+        about = {"image": _encoded(picture), "image_url": address, "data_id": question.data_id}
         try:
             sent = {"call": asked, "question": about}
             return result_from_json(self.client.fetch_json(f"{self.url}/search", Job(self.patience), sent))
@@ -71,9 +81,23 @@ def result_from_json(sent: dict) -> Result:
     """What `result_to_json` made. Raises Failure (bad_response)."""
     try:
         hits = tuple(Hit(**{**hit, "image": _decoded(hit["image"])}) for hit in sent["hits"])
-        return Result(**{**sent, "hits": hits, "usage": Usage(**sent["usage"])})
+        result = Result(**{**sent, "hits": hits, "usage": Usage(**sent["usage"])})
+        _check_texts(result.status, result.error, result.error_kind)
+        for hit in hits:
+            _check_texts(hit.title, hit.url, hit.text)
+        if not all(0 <= number < 10**12 for number in vars(result.usage).values()):
+            raise ValueError
+        return result
     except (KeyError, TypeError, ValueError):
         raise Failure("bad_response", "search service: not a result; is it of another version?") from None
+
+
+def _check_texts(*texts, limit=MAX_RESULT):
+    """Raise ValueError unless they are strings, not too long, without halves of characters."""
+    for text in texts:
+        if not isinstance(text, str) or len(text) > limit:
+            raise ValueError
+        text.encode()
 
 
 class SearchServer(ThreadingHTTPServer):
@@ -84,14 +108,46 @@ class SearchServer(ThreadingHTTPServer):
     def __init__(self, address: str, search):
         host, _, port = address.rpartition(":")
         self.search, self.calls = search, Counter()
+        self.slots, self.held, self.lock = threading.Semaphore(MAX_CONNECTIONS), 0, threading.Lock()
         try:
             super().__init__((host, int(port)), _Handler)
         except (OSError, ValueError, OverflowError) as error:  # ValueError: no port, OverflowError: none above 65535
             raise InputError(f"address={address}: cannot listen there ({error})") from None
 
+    def process_request(self, request, client_address):
+        self.slots.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), OSError):  # a client that is gone
+            super().handle_error(request, client_address)
+
+    def hold(self, length: int) -> bool:
+        """Count the bytes of a request as held, if they fit beside those of the others; negative: release them."""
+        with self.lock:
+            fits = self.held + length <= MAX_HELD
+            self.held += length if fits else 0
+            return fits
+
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 60  # seconds of silence of a client
+    timeout = 60  # seconds of silence of a client, and for all of an answer to be taken
+
+    def setup(self):
+        super().setup()
+        self.guard = threading.Timer(ARRIVAL, cut, [self.connection])
+        self.guard.daemon = True
+        self.guard.start()
+
+    def finish(self):
+        self.guard.cancel()
+        super().finish()
 
     def do_GET(self):
         self._send({"calls": dict(self.server.calls)} if self.path == "/health" else None)
@@ -99,14 +155,26 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         try:
             length = int(self.headers.get("Content-Length", -1))
-            if self.path != "/search" or not 0 <= length <= MAX_BYTES:
-                raise ValueError
-            call, question = _call_from_json(json.loads(self.rfile.read(length)))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except ValueError:
+            length = -1
+        if self.path != "/search" or not 0 <= length <= MAX_REQUEST:
             return self._send(None, 400)
-        result = self.server.search.search(call, question)
-        self.server.calls[result.error_kind or result.status] += 1
-        self._send(result_to_json(result))
+        if not self.server.hold(length):
+            return self._send(None, 503)  # a client of ours asks again
+        answer = None
+        try:
+            body = self.rfile.read(length)
+            self.guard.cancel()
+            with self.server.lock:  # JSON takes several times its size while it is read
+                asked = _call_from_json(body)
+            del body
+            if asked:
+                result = self.server.search.search(*asked)
+                self.server.calls[result.error_kind or result.status] += 1
+                answer = result_to_json(result)
+        finally:
+            self.server.hold(-length)
+        self._send(answer, 400)
 
     def _send(self, answer, status=404):
         body = json.dumps(answer or {"error": "not understood"}).encode()
@@ -120,13 +188,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Queries are nobody's business."""
 
 
-def _call_from_json(sent):
-    """(call, question) of a request. Raises ValueError, KeyError or TypeError for anything else."""
-    asked, about = sent["call"], sent["question"]
-    call = Call(**{**asked, "image": _decoded(asked["image"]), "box": asked["box"] and tuple(map(float, asked["box"]))})
-    texts = (call.tool, call.query, call.picture, about["image_url"] or "", about["data_id"] or "")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError
-    image = _decoded(about["image"])
+def _call_from_json(body):
+    """(call, question) of a request; None for anything else."""
+    try:
+        sent = json.loads(body)
+        asked, about = sent["call"], sent["question"]
+        box, query = asked["box"] and tuple(map(float, asked["box"][:4])), asked["query"][: 4 * MAX_QUERY]
+        call = Call(**{**asked, "query": query, "image": _decoded(asked["image"]), "box": box})
+        _check_texts(query)
+        _check_texts(call.tool, call.picture, about["image_url"] or "", about["data_id"] or "", limit=MAX_TEXT)
+        image = _decoded(about["image"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
     images = () if image is None else (image,)
     return call, Question("asked", "", images, image_url=about["image_url"], data_id=about["data_id"])

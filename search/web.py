@@ -3,7 +3,8 @@
 What comes from the web is hostile: an answer may never end, unpack to gigabytes, or redirect to the machine's own
 services. So every request has a deadline that covers all of it (the handshake, slow headers and a stream of single
 bytes included), a limit of bytes and a list of content types; and a name is resolved once, its addresses are checked,
-and the connection goes to the address that was checked, at every hop of a redirect.
+and the connection goes to an address that was checked, at every hop of a redirect. Where an answer repeats the key that
+it was asked with, the key is taken out before anything else looks at the answer.
 
 Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) are used for endpoints that the user configured, and for
 nothing else: behind a proxy, nobody could check an address.
@@ -15,14 +16,18 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import ClassVar
 from urllib.parse import urljoin
@@ -34,14 +39,23 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util.connection import create_connection
 from urllib3.util.retry import RequestHistory, Retry
 
+from config import need
 from search.calls import Failure
-from search.text import clean
+from search.text import clean, plain_text
 
 MAX_REDIRECTS = 4
 LONGEST_PAUSE = 30.0  # seconds between two attempts, at most, unless Retry-After asks for more
+MAX_ADDRESSES = 8  # of a name, that are tried
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that is given out for the public internet
+# In there, and in IPv4, what leads elsewhere although Python (some of its versions) calls it global: a cloud's metadata
+# service, 6to4's relay, Teredo and other protocols, documentation, 6to4.
+SPECIAL = ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
 JSON_TYPES, IMAGE_TYPES = ("application/json",), ("image/*",)
 MAX_JSON_BYTES = 8_000_000
+MAX_COUNT = 10**9  # numbers in answers are cut to this
+MIN_KEY = 8  # characters of a key that is a secret
 AGENT = "nanoMMSearch"
 RETRIED = ("timeout", "connection", "rate_limit", "server")  # kinds of failures that may pass
 
@@ -94,11 +108,13 @@ class Client:
     what: str  # names the other side in messages
     limit: Limit
     ours: bool = True  # an endpoint that the user configured: any address, proxies; a redirect (of a key!) is an error
-    bearer: str = ""  # key
+    key: str = field(default="", repr=False)  # sent as a bearer token, unless the URL holds it
+    key_in_url: bool = False
     max_bytes: int = MAX_JSON_BYTES  # of an answer, on the wire and unpacked
     types: tuple[str, ...] = JSON_TYPES  # content types
     allow_hosts: tuple[str, ...] = ()  # of those not ours (name:port): hosts that may have private addresses
     quota: str = ""  # in the message of a 429: nothing is left, and no pause helps
+    refused: set[str] = field(default_factory=set)  # settings that a chat endpoint does not take
 
     # The same for all clients; one that needs other values sets them on itself.
     connect_timeout: ClassVar[float] = 5.0  # seconds
@@ -109,8 +125,9 @@ class Client:
     def __post_init__(self):
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings hold URLs, and so keys
 
-    def fetch(self, url: str, job: Job, payload: dict | None = None) -> bytes:
-        """The body of a GET, or of a POST of the payload as JSON. Raises Failure."""
+    def fetch(self, url: str, job: Job, payload: dict | None = None, read: Callable = bytes, again: str = ""):
+        """read(the body) of a GET, or of a POST of the payload as JSON; a Failure that `read` raises is tried again if
+        its kind may pass. again: added to the URL of all attempts but the first. Raises Failure."""
         retry = Retry(
             self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
             history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
@@ -118,7 +135,8 @@ class Client:
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
-                    return self._follow(url, job, payload)
+                    body = self._follow(url + again if attempt > 1 else url, job, payload)
+                return read(body)
             except Failure as failure:
                 try:
                     retry = retry.increment(error=failure)
@@ -130,20 +148,52 @@ class Client:
                     raise failure from None
                 time.sleep(pause)
 
-    def fetch_json(self, url: str, job: Job, payload: dict | None = None) -> dict:
-        """As `fetch`, for an answer that has to be a JSON object."""
+    def fetch_json(self, url: str, job: Job, payload: dict | None = None, read: Callable = dict, again: str = ""):
+        """As `fetch`, for an answer that has to be a JSON object, which `read` gets."""
+
+        def parsed(body):
+            try:
+                answer = json.loads(body)
+            except (ValueError, RecursionError):
+                answer = None
+            if not isinstance(answer, dict):
+                raise Failure("bad_response", "not a JSON object")
+            return read(answer)
+
+        return self.fetch(url, job, payload, parsed, again)
+
+    def chat(self, url: str, job: Job, model: str, content: str | list, **settings) -> str:
+        """What the model of an OpenAI-compatible endpoint answers to a message, without its thoughts. A setting that
+        the endpoint refuses (new models do: temperature, max_tokens) is left out from then on. Raises Failure."""
+        payload = {"model": model, "messages": [{"role": "user", "content": content}]}
+        payload |= {name: value for name, value in settings.items() if name not in self.refused}
+        refused = set()
+        while True:
+            try:
+                answer = self.fetch_json(f"{url}/chat/completions", job, payload)
+                break
+            except Failure as failure:
+                named = {name for name in settings if name in payload and name in failure.said}
+                if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
+                    raise
+                refused |= named
+                payload = {name: value for name, value in payload.items() if name not in named}
+        if refused - self.refused:
+            print(f"{self.what}: {', '.join(sorted(refused))} is refused, and left out", file=sys.stderr)
+            self.refused |= refused
+        job.add(tokens=tokens_in(answer.get("usage"), "total_tokens"))
         try:
-            answer = json.loads(self.fetch(url, job, payload))
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise Failure("bad_response", "not a JSON object", note=f"from the {self.what}")
-        return answer
+            said = answer["choices"][0]["message"]["content"].rpartition("</think>")[2].strip()
+        except (KeyError, IndexError, TypeError, AttributeError):
+            note = clean(str(answer.get("error") or ""), 200)  # some proxies say so with status 200
+            raise Failure("bad_response", f"{self.what}: no text in the reply", note) from None
+        return "" if said.startswith("<think>") else said  # a thought that was cut is no answer
 
     def _follow(self, url, job, payload):
         base = ""
         for _ in range(MAX_REDIRECTS + 1):
-            request = _prepared(base, url, self.types, self.bearer, payload)
+            bearer = "" if self.key_in_url else self.key
+            request = _prepared(base, url, self.types, bearer, payload)
             url, body = self._send(request, job)
             if url is None:
                 return body
@@ -163,12 +213,13 @@ class Client:
             if time.monotonic() >= job.deadline:
                 raise TimeoutError  # it may have been cut at a place that looks like an end
             return answer
-        except (OSError, HTTPError, HTTPException) as error:  # ssl's and requests' errors are OSErrors
+        except (OSError, HTTPError, HTTPException, ValueError) as error:  # ssl's and requests' errors are OSErrors
             cause = error
             while cause.__context__:  # their messages hold URLs: the name of the first one says enough
                 cause = cause.__context__
             late = time.monotonic() >= job.deadline or isinstance(cause, TimeoutError)
-            raise Failure("timeout" if late else "connection", type(cause).__name__) from None
+            kind = "bad_response" if isinstance(error, ValueError) else "connection"
+            raise Failure("timeout" if late else kind, type(cause).__name__) from None
 
     def _answer(self, raw, job):
         """(where it redirects to or None, body) of an answer that has begun."""
@@ -178,18 +229,31 @@ class Client:
         if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity", "gzip"):
             raise Failure("bad_response", "unknown content encoding")
         if status != 200:
-            note = _said(raw, job)
+            try:
+                said = self._redacted(_said(_read(raw, job, 10_000))).decode()
+                note = clean(" ".join(said.split()), 200)
+            except HTTPError:
+                note = ""
             kind = {408: "timeout", 429: "rate_limit"}.get(status, "server" if status >= 500 else "refused")
             if status == 429 and self.quota and self.quota in note.lower():
                 kind = "quota"
             raise Failure(kind, f"HTTP {status}", note, _seconds(headers.get("Retry-After")))
         kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
         if not any(kind == t or (t.endswith("/*") and kind.startswith(t[:-1])) for t in self.types):
-            raise Failure("bad_response", "content type", note=repr(clean(kind, 60) or "unknown"))
+            shown = self._redacted(kind.encode()).decode(errors="replace")
+            raise Failure("bad_response", "content type", note=repr(clean(shown, 60) or "unknown"))
         body = _read(raw, job, self.max_bytes)
         if max(len(body), raw.tell()) > self.max_bytes:
             raise Failure("bad_response", f"more than {self.max_bytes:,} bytes")
-        return None, body
+        return None, self._redacted(body)
+
+    def _redacted(self, data: bytes) -> bytes:
+        """An answer without the key: as it is, URL-encoded, escaped as in JSON, or with breaks in between. A short one
+        is what a server without keys makes its clients send, and may be a word of the answer ("EMPTY")."""
+        if len(self.key) < MIN_KEY:
+            return data
+        forms = (rb"(?:\\?%s|%%%02x|\\u00%02x)" % (re.escape(bytes([c])), c, c) for c in self.key.encode())
+        return re.sub(rb"(?:\s|\\[nrt])*".join(forms), b"***", data, flags=re.IGNORECASE)
 
 
 class _Transport(HTTPAdapter):
@@ -222,31 +286,35 @@ class _Transport(HTTPAdapter):
 
     def _connect(self, connection, to_proxy):
         """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
-        if to_proxy:
-            sock = to_proxy()
-        else:
-            host, port = connection.host, connection.port
-            private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
-            address = _address(host, port, private), port
-            try:
-                sock = create_connection(address, connection.timeout, socket_options=connection.socket_options)
-            except OSError as error:  # urllib3 would take a reset for one after the connection was made
-                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-                raise Failure(kind, type(error).__name__) from None
+        sock = _in_time(self.job, to_proxy) if to_proxy else self._reached(connection)
         watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
         self.cleanup.callback(watched.close)
-        guard = threading.Timer(self.job.left(), _cut, [watched])
+        guard = threading.Timer(self.job.left(), cut, [watched])
         guard.daemon = True
         guard.start()
         self.cleanup.callback(guard.cancel)
         return sock
+
+    def _reached(self, connection):
+        """A socket to the first of the host's addresses that may be connected to and answers. Raises Failure."""
+        host, port = connection.host, connection.port
+        private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
+        for address in _addresses(host, port, private, self.job):
+            patience = min(connection.timeout, self.job.left())
+            try:
+                return create_connection((address, port), patience, socket_options=connection.socket_options)
+            except OSError as error:  # urllib3 would take a reset for one after the connection was made
+                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+                failure = Failure(kind, type(error).__name__)
+        raise failure
 
     def close(self):
         self.cleanup.close()
         super().close()
 
 
-def _cut(sock):
+def cut(sock: socket.socket) -> None:
+    """End a connection that another thread may be waiting for."""
     with suppress(OSError):  # closed already
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -263,11 +331,11 @@ def _prepared(base: str, url: str, types=(), bearer="", payload=None) -> Prepare
     if bearer:
         headers["Authorization"] = f"Bearer {bearer}".encode()
     try:
-        if re.search(r"[\x00-\x1f\x7f]", url):  # some of them would be left out
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", url):  # some of them would be left out; halves of characters
             raise ValueError
         method = "GET" if payload is None else "POST"
         request = Request(method, urljoin(base, url), headers, json=payload).prepare()
-    except ValueError:  # requests' InvalidURL is one
+    except (ValueError, OSError):  # requests' InvalidURL is one, its InvalidJSONError the other
         raise Failure("blocked", "not a URL") from None
     if not request.url.startswith(("http://", "https://")):
         raise Failure("blocked", "not an http or https address")
@@ -282,26 +350,41 @@ def is_web_url(url) -> bool:
         return False
 
 
-def _address(host, port, private):
-    """An address of the host that may be connected to: public, unless `private`. Raises Failure."""
+def _addresses(host, port, private, job):
+    """The host's addresses that may be connected to: public ones, or any if `private`. Raises Failure."""
     try:
-        found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        infos = _in_time(job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
-        raise Failure("connection", "unknown host", note=type(error).__name__) from None
-    for address in found:
-        if private or is_public(address):
-            return address
-    raise Failure("blocked", "it leads to a private address")
+        kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+        raise Failure(kind, "unknown host", note=type(error).__name__) from None
+    found = [info[4][0] for info in infos if private or is_public(info[4][0])]
+    if not found:
+        raise Failure("blocked", "it leads to a private address")
+    return found[:MAX_ADDRESSES]
+
+
+def _in_time(job, function):
+    """function(), or TimeoutError at the job's deadline: nothing else ends the wait for a name server."""
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(function())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(job.left())
 
 
 def is_public(address: str) -> bool:
-    """False for loopback, private, link-local, multicast, reserved addresses, and for IPv6 ones that stand for such."""
+    """True for what the public internet routes; not for loopback, private, link-local, multicast, reserved addresses,
+    nor for IPv6 ones that stand for such."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    every = {ip}
-    if ip.version == 6:
-        every |= {ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())} - {None}
-        every |= {ipaddress.ip_address(int(ip) & 0xFFFFFFFF)} if ip in NAT64 else set()
-    return all(one.is_global and not one.is_multicast for one in every)
+    if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    routed = ip.is_global and not ip.is_multicast and not any(ip in block for block in SPECIAL)
+    return routed and (ip.version == 4 or ip in GLOBAL_IPV6)
 
 
 def _read(raw, job, max_bytes):
@@ -313,14 +396,31 @@ def _read(raw, job, max_bytes):
     return bytes(body)
 
 
-def _said(raw, job):
-    """The message in an error's JSON body, as SerpApi, Jina and OpenAI's interface write it; "" if there is none."""
-    try:
-        answer = json.loads(_read(raw, job, 10_000))
-        error = answer.get("error", answer.get("readableMessage", answer.get("message")))
-        return clean(error.get("message") if isinstance(error, dict) else error, 200)
-    except (HTTPError, ValueError, RecursionError, AttributeError):
-        return ""
+def _said(body):
+    """What an error's body says, as UTF-8: the message in its JSON, as SerpApi, Jina, OpenAI's and FastAPI's interfaces
+    write it, or else its text."""
+    said = body.decode(errors="replace")
+    with suppress(ValueError, RecursionError, AttributeError):
+        answer = json.loads(said)
+        error = next((answer[k] for k in ("error", "readableMessage", "message", "detail") if answer.get(k)), "")
+        if isinstance(error, dict) and "message" in error:
+            error = f"{error['message']} ({error['param']})" if error.get("param") else error["message"]
+        said = error if isinstance(error, str) else json.dumps(error)
+    return plain_text(said).encode(errors="replace")
+
+
+def tokens_in(usage, name: str) -> int:
+    """A number that an answer states in its `usage`; 0 if it states none."""
+    number = usage.get(name) if isinstance(usage, dict) else 0
+    return min(max(0, number), MAX_COUNT) if isinstance(number, int) else 0
+
+
+def key_of(name: str) -> str:
+    """The key in an environment variable; "" if there is none. Raises InputError, which does not show it."""
+    key = os.environ.get(name, "").strip()
+    sound = key.isascii() and key.isprintable() and " " not in key
+    need(sound, f"{name} in the environment is no key: expected printable ASCII characters without spaces")
+    return key
 
 
 def _seconds(retry_after):

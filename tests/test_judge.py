@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import question, replace
+from local_web import SUMMARIZER, LocalWeb, gzip_bomb
 from PIL import Image
 
 from analysis import judge, labels
@@ -150,7 +151,11 @@ def test_verdicts_are_paid_for_once_and_belong_to_what_was_judged(serve, monkeyp
 @pytest.mark.parametrize(
     ("said", "verdict"),
     [("yes", True), ("**No**", False), ("YES, because", True), ("<think>no, no</think>\nyes", True),
-     ("maybe", None), ("yesterday", None), ("", None), ("The answer is yes", None)],
+     ("**Answer:** yes", True), ("Final answer: **No**.", False), ("答案：yes", True), ("<answer>yes</answer>", True),
+     ('{"verdict": "no"}', False), (r"\boxed{yes}", True), ("It names the tower.\n\nYes", True),
+     ("Step 1: no issue.\n**Verdict** - yes", True), ("yes \ud83d", True), ("<think>yes, but", None),
+     ("Answer: yes\nAnswer: no", None), ("Yes/No: no", None), ("yes or no", None), ("There's no doubt", None),
+     ("maybe", None), ("yesterday", None), ("", None), ("The answer is yes", None), ("Comment: no issue", None)],
 )  # fmt: skip
 def test_forms_of_a_verdict(serve, said, verdict):
     _, options = serve(lambda *_: says(said))
@@ -160,12 +165,23 @@ def test_forms_of_a_verdict(serve, said, verdict):
 
 
 FAULTS = {
-    "HTTP 400": (400, {}, b"bad"),
+    "HTTP 400: bad": (400, {}, b"bad"),
+    "HTTP 404: The model `x` does not exist": (404, {}, b'{"error": {"message": "The model `x` does not exist"}}'),
+    'HTTP 422: [{"loc": ["body"], "msg": "too long"}]': (
+        422,
+        {},
+        b'{"detail": [{"loc": ["body"], "msg": "too long"}]}',
+    ),
+    "HTTP 403: no such key: ***": (403, {}, f"<p>no such key: {SECRET}".encode()),
     "it redirects; give the address that it redirects to": (302, {"Location": "http://127.0.0.1:9/"}, b""),
     "not a JSON object": (200, {}, b'{"choices": [{"mess'),
-    "not a chat completion": (200, {}, b'{"choices": []}'),
-    "no text in the reply": says(None),
-    "HTTP 503": (503, {}, b"busy"),
+    "not a JSON object ": (200, {}, b"[" * 10**6),
+    "not a JSON object  ": (200, {}, b'{"choices": %s}' % (b"9" * 10**5)),
+    "more than 8,000,000 bytes": (200, {"Content-Encoding": "gzip"}, gzip_bomb()),
+    "judge: no text in the reply": (200, {}, b'{"choices": []}'),
+    "judge: no text in the reply ": says(None),
+    "judge: no text in the reply: overloaded": (200, {}, b'{"error": "overloaded"}'),
+    "HTTP 503: busy": (503, {}, b"busy"),
     "RemoteDisconnected": None,
 }
 
@@ -175,11 +191,65 @@ def test_what_fails_for_good_is_missing_not_wrong_and_is_not_kept(serve, why):
     healthy = []
     server, options = serve(lambda *_: says("yes") if healthy else FAULTS[why])
     records, missing = run(options, ["bako"])
-    assert records[0]["judged"] == {"em": True, "sub_em": True, "llm": None} and missing == {why: 1}
-    assert len(server.bodies) == (6 if why in ("HTTP 503", "RemoteDisconnected") else 1)
+    assert records[0]["judged"] == {"em": True, "sub_em": True, "llm": None} and missing == {why.strip(): 1}
+    assert len(server.bodies) == (6 if why in ("HTTP 503: busy", "RemoteDisconnected") else 1)
     healthy.append(True)
     records, missing = run(options, ["bako"])
     assert records[0]["judged"]["llm"] is True and not missing
+
+
+REFUSALS = [
+    (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."),
+    (400, "`temperature` is deprecated for this model."),
+    (422, [{"type": "extra_forbidden", "loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]),
+]
+
+
+@pytest.mark.parametrize(("status", "words"), REFUSALS)
+def test_a_judge_that_refuses_the_temperature_is_asked_without(serve, capfd, status, words):
+    refusal = {"error": {"message": words}} if status == 400 else {"detail": words}
+
+    def reply(body, count):
+        return (status, {}, json.dumps(refusal).encode()) if "temperature" in body else says("**Answer:** yes")
+
+    server, options = serve(reply)
+    records, missing = run(options, ["bako"])
+    assert records[0]["judged"]["llm"] is True and not missing
+    assert ["temperature" in body for body in server.bodies] == [True, False]
+    assert capfd.readouterr().err == "judge: temperature is refused, and left out\n"
+
+
+def test_what_only_mentions_the_temperature_does_not_drop_it(serve, capfd):
+    why = "HTTP 400: cannot answer: what is the temperature?"
+    server, options = serve(
+        lambda body, _: (400, {}, why[10:].encode()) if "odd" in asked(body)["response"] else says("no")
+    )
+    with closing(judge.LLMJudge(options)) as llm:
+        assert llm.verdict(question(0), "odd") == (None, why) and llm.verdict(question(0), "even") == (False, "")
+        assert llm.verdict(question(0), "odd, again") == (None, why)
+    assert ["temperature" in body for body in server.bodies] == [True, False, True, True, False]
+    assert capfd.readouterr().err == ""
+
+
+def test_reasons_are_counted_together_whatever_the_server_adds(serve):
+    _, options = serve(lambda body, _: (400, {}, f"request {asked(body)['response']}: bad".encode()))
+    _, missing = run(options, ["bako", "tilo", "neke"])
+    assert list(missing.values()) == [3] and list(missing)[0].startswith("HTTP 400: request ")
+
+
+def test_a_judge_that_sends_a_byte_now_and_then_ends_in_time(serve, monkeypatch):
+    monkeypatch.setenv(judge.KEY, SUMMARIZER)
+    with LocalWeb(lambda path, _: "drip" if drips in path else None) as web:
+        _, options = serve(None)
+        options, drips = replace(options, judge_url=f"{web.url}/v1"), "/chat/"
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "PATIENCE", 1.0)
+            records, missing = run(options, ["bako"])
+        assert records[0]["judged"]["llm"] is None and list(missing.values()) == [1]
+        drips = "/models"
+        monkeypatch.setattr(judge, "TIMEOUT", 1.0)
+        with pytest.raises(InputError, match="no answer"):
+            run(options, ["bako"])
 
 
 def test_passing_faults_are_got_over_by_many_at_once(serve, monkeypatch):
@@ -223,7 +293,7 @@ def test_a_response_is_material_not_instruction(serve):
 def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path):
     server, asking = serve(lambda *_: says("yes"))
     server.models = (401, {}, b"who are you?")
-    with pytest.raises(InputError, match="refuses the key in JUDGE_API_KEY") as error:
+    with pytest.raises(InputError, match="refuses the key in JUDGE_API_KEY .*who are you") as error:
         run(asking, ["bako"])
     assert SECRET not in str(error.value) and not server.bodies
     server.models = (404, {}, b"")  # not every server lists its models
@@ -239,11 +309,13 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
     ("values", "why"),
     [({"judges": ("em", "gpt")}, "no judge 'gpt'; choose from em, sub_em, llm"),
      ({"judge_url": "ftp://x"}, "judge_url"), ({"judge_url": ""}, "judge_url"),
-     ({"judge_url": "https://name:secret@x.example/v1"}, "judge_url")],
+     ({"judge_url": "https://name:secret@x.example/v1"}, "judge_url"),
+     ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url")],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values, why):
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match=why) as error:
         judge.JudgeOptions(**values)
+    assert "secret" not in str(error.value)
 
 
 def test_verdicts_of_earlier_versions_are_found(serve):

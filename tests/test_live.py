@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 from conftest import ROOT, picture, question
-from local_web import EVIL, JINA, SERPAPI, SUMMARIZER, LocalWeb, hurry, settings, wait_until
+from local_web import EVIL, JINA, NUMBERS, SERPAPI, SUMMARIZER, LocalWeb, hurry, settings, wait_until
 from PIL import Image
 
 import search
@@ -32,10 +32,12 @@ from rollout import ScriptedEngine, run
 from search import __main__ as search_main
 from search import live as search_live
 from search import open_search, serpapi
+from search import service as search_service
+from search.calls import Failure
 from search.index import build
 from search.live import WebSearch
 from search.serpapi import SerpApi
-from search.service import RemoteSearch, SearchServer
+from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
 from search.web import Client, Job
 
 IMAGE, FOUNDER = Call("image_search"), Call("text_search", "who is the founder?")
@@ -177,6 +179,59 @@ def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
     assert "6 results" in result.error
 
 
+@pytest.mark.parametrize("call", [IMAGE, FOUNDER], ids=["image", "text"])
+@pytest.mark.parametrize("fault", ["no field", "null field", "processing"])
+def test_an_answer_without_its_results_is_asked_for_again(server, tmp_path, call, fault):
+    """It says nothing about what there is: never "no results", and never kept as that."""
+    server.fault = only("/search.json", fault, times=2)
+    search = record(server, tmp_path / "c.sqlite")
+    result = search.search(call, question())
+    billed = 1 if fault == "processing" else 3
+    assert (result.status, len(result.hits), result.usage.searches) == ("ok", 3, billed)
+    assert search.inner.spent == billed
+    assert ["no_cache=true" in path for path, *_ in server.log if "/search.json" in path] == [False, True, True]
+    server.fault = only("/search.json", fault)
+    result = search.search(dataclasses.replace(call, query="other", image=picture(7)), question())
+    assert (result.status, result.error_kind) == ("error", "server") and "4 attempts" in result.error
+    server.fault = only("/search.json", "no rows")
+    assert search.search(Call("text_search", "empty"), question()) == Result("no_results")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_of_answers_are_bounded(server, number):
+    server.fault = lambda path, _: number
+    result = live(server, **summarized(server)).search(FOUNDER, question())
+    assert result.status == "ok" and 0 <= result.usage.tokens <= 3 * 10**9 and 0.01 <= result.usage.cost < 1000
+
+
+def test_one_hostile_result_spoils_no_search(server, monkeypatch):
+    server.fault = only("/search.json", "half link")
+    for call in (IMAGE, FOUNDER):
+        assert [hit.url.split("/")[3] for hit in live(server).search(call, question()).hits] == ["1", "2", "3"]
+    server.fault = lambda *_: None
+
+    def broken(page, query, count):
+        raise OverflowError(page)
+
+    working = search_live.passages
+    monkeypatch.setattr(search_live, "passages", lambda page, *a: (broken if "F0." in page else working)(page, *a))
+    assert [hit.url.split("/")[3] for hit in live(server).search(FOUNDER, question()).hits] == ["1", "2", "3"]
+    monkeypatch.setattr(search_live, "passages", broken)
+    result = live(server).search(FOUNDER, question())
+    assert (result.status, result.error_kind) == ("error", "internal") and "test_live.py, line" in result.error
+
+
+@pytest.mark.parametrize("refused", ["temperature", "max_tokens"])
+def test_a_summariser_that_refuses_a_setting_is_asked_without(server, capfd, refused):
+    server.fault = only("/v1/chat", f"no {refused}")
+    search = live(server, **summarized(server), **ONE_EACH)
+    for _ in range(2):
+        assert search.search(FOUNDER, question()).status == "ok"
+    asked = [payload for path, _, payload in server.log if path == "/v1/chat/completions"]
+    assert [refused in payload for payload in asked] == [True, False, False]
+    assert capfd.readouterr().err == f"summariser: {refused} is refused, and left out\n"
+
+
 def test_an_upload_command_makes_a_picture_public(server, tmp_path):
     script = tmp_path / "up load.py"
     script.write_text("import sys; print('uploading'); print('https://up.example/' + sys.argv[-1].split('/')[-1])")
@@ -286,6 +341,7 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind(monkey
     """One search in five hangs; other requests are refused, broken, endless, hostile. 24 threads."""
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     others = ["429", "500", "truncated", "cut", "wrong types", "list", "redirects", "loopback", "bomb", "evil", "drip"]
+    others += ["no field", "null field", "half link", "vast"]
 
     def fault(path, number):
         draw = random.Random(f"{path} {number}")
@@ -321,6 +377,21 @@ def test_the_budget_ends_live_calls_cleanly(server, monkeypatch):
     assert [search.search(FOUNDER, question()).error_kind for _ in range(3)] == ["", "", "budget"]
 
 
+def test_a_budget_goes_on_where_an_earlier_run_ended(server, tmp_path):
+    build(tmp_path / "i.sqlite")
+    for n, changes in enumerate(({}, {"search": "record", "search_cache": str(tmp_path / "c.sqlite")})):
+        cfg = Config(**settings(server, search_budget=3, **changes))
+        first = search.web_part(open_search(cfg))
+        first.search(Call("text_search", f"a{n}"), question())
+        resumed = open_search(cfg)
+        search.web_part(resumed).spent = first.spent
+        calls = [Call("text_search", f"{n} {m}") for m in range(3)]
+        assert [resumed.search(call, question()).error_kind for call in calls] == ["", "", "budget"]
+        assert search.web_part(resumed).spent == 3
+    for other in (replay(tmp_path / "c.sqlite"), open_search(Config(), tmp_path / "i.sqlite")):
+        assert search.web_part(other) is None
+
+
 def test_limits_hold_for_all_threads_together(server, monkeypatch):
     """Two in flight, and twenty begun a second: ten searches need at least 9/20 of a second."""
     at_once, most, lock = [0], [0], threading.Lock()
@@ -353,7 +424,7 @@ def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
     cfg = Config(**settings(server, search="record", search_cache=str(tmp_path / "c.sqlite"), **summarized(server)))
     search = open_search(cfg)
     search.search(FOUNDER, question())
-    search.inner.engine.secret = "wrong-but-secret"  # the server repeats it in its message
+    search.inner.engine.client.key = "wrong-but-secret"  # the server repeats it in its message
     result = search.search(Call("text_search", "another"), question())
     assert result.error_kind == "refused" and "***" in result.error and "wrong-but-secret" not in result.error
     server.fault = only("/search.json", "odd headers")  # urllib3 would warn, and name the URL
@@ -404,6 +475,9 @@ def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
             patch.setenv(name, "not-the-key")
             message = refused(open_search, cfg)
             assert words in message and "401" in message and "not-the-key" not in message
+        with monkeypatch.context() as patch:
+            patch.setenv(name, SECRETS[0] + "\n" + SECRETS[1])
+            assert name in refused(open_search, cfg)
     monkeypatch.delenv("SERPAPI_API_KEY")
     assert "SERPAPI_API_KEY" in refused(open_search, cfg)
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
@@ -695,21 +769,118 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
         about = {"image": None, "image_url": None, "data_id": None}
         odd = [{"call": {**call, name: value}, "question": about} for name, value in (
             ("tool", 3), ("image", "?"), ("image", 3), ("query", None), ("box", 3), ("box", ["x"]), ("colour", "red"),
+            ("box", [10**400]), ("box", {"0": 1}), ("query", ["x"]), ("tool", "x" * 5000), ("picture", "\ud83d"),
         )]  # fmt: skip
         odd += [
             {"call": call, "question": {**about, "image": "?"}},
             {"call": call, "question": {**about, "data_id": 3}},
+            {"call": call, "question": {**about, "data_id": "\udc00"}},
+            {"call": call, "question": {**about, "image_url": "x" * 10**6}},
         ]
         odd += [{"call": call}, {"call": [], "question": about}]
         for body in (b"", b"[]", b"{}", b"\xff", b"[" * 100_000, *(json.dumps(o).encode() for o in odd)):
             with closing(socket.create_connection(service.server.server_address, 5)) as raw:
                 raw.sendall(b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
                 assert raw.makefile("rb").readline().split()[1] == b"400"
+        assert service.server.held == 0
         search = RemoteSearch(Config(search_url=service.url))
         assert search.search(IMAGE, Question("q", "", images=(b"no picture",))).error_kind == "bad_call"
         assert search.search(FOUNDER, question()).status == "ok"
     finally:
         service.close()
+
+
+POST = b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.0\r\n\r\n"
+LONG = {"tool": "text_search", "query": "long " * 10**6, "picture": "", "box": None, "image": None}
+LONG = json.dumps({"call": LONG, "question": {"image": None, "image_url": None, "data_id": None}}).encode()
+
+
+def ask_raw(service, head, body=b""):
+    """The status line of the service's answer to a request, b"" without one."""
+    with closing(socket.create_connection(service.server.server_address, 30)) as raw:
+        try:
+            raw.sendall(head + body)
+            return raw.makefile("rb").readline()
+        except OSError:
+            return b""
+
+
+@contextmanager
+def two_calls_under_way():
+    """(a service whose search is answering two long requests, go on with them, a thread pool, the queries so far)."""
+    inside, go, queries = threading.Semaphore(0), threading.Event(), []
+
+    class Slow:
+        def search(self, call, about):
+            queries.append(call.query)
+            inside.release()
+            go.wait(30)
+            return Result("no_results")
+
+    service = Service(Slow())
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            two = [pool.submit(ask_raw, service, POST % len(LONG), LONG) for _ in range(2)]
+            assert inside.acquire(timeout=20) and inside.acquire(timeout=20)
+            yield service, go.set, pool, queries
+            go.set()
+            assert all(b" 200 " in future.result(30) for future in two)
+        assert wait_until(lambda: service.server.held == 0)
+    finally:
+        go.set()
+        service.close()
+
+
+def test_what_clients_make_the_service_hold_is_bounded(monkeypatch):
+    monkeypatch.setattr(search_service, "MAX_HELD", 2 * len(LONG) + 10)
+    with two_calls_under_way() as (service, go_on, pool, queries):
+        assert b" 400 " in ask_raw(service, POST % (search_service.MAX_REQUEST + 1))
+        assert b" 503 " in ask_raw(service, POST % len(LONG))
+        assert service.server.held == 2 * len(LONG) and max(map(len, queries)) <= 4000
+        third = pool.submit(RemoteSearch(Config(search_url=service.url)).search, FOUNDER, question())
+        time.sleep(0.3)
+        assert not third.done()
+        go_on()
+        assert third.result(60).status == "no_results"  # it came again
+
+
+def test_connections_beyond_the_service_s_limit_wait(monkeypatch):
+    monkeypatch.setattr(search_service, "MAX_CONNECTIONS", 2)
+    with two_calls_under_way() as (service, go_on, pool, _):
+        waiting = pool.submit(ask_raw, service, HEALTH)
+        time.sleep(0.3)
+        assert not waiting.done()
+        go_on()
+        assert b" 200 " in waiting.result(30)
+
+
+def test_a_request_has_a_time_to_arrive(monkeypatch):
+    monkeypatch.setattr(search_service, "ARRIVAL", 0.5)
+    with two_calls_under_way() as (service, *_):
+        started = time.monotonic()
+        for dripping in (b"POST /sea", POST % 100, HEALTH[:-2]):
+            assert ask_raw(service, dripping) == b""
+        assert time.monotonic() - started < 15  # and those that have arrived are answered
+
+
+def test_a_picture_too_large_for_the_service_is_not_sent():
+    large = dataclasses.replace(question(), images=(bytes(search_service.MAX_PICTURE + 1),))
+    result = RemoteSearch(Config(search_url="http://127.0.0.1:9")).search(IMAGE, large)
+    assert result.error_kind == "bad_call" and "bytes" in result.error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"status": 3}, {"error": None}, {"hits": [1]}, {"hits": None}, {"usage": {}}, {"usage": {"cost": 10**400}},
+     {"usage": {"cost": float("nan")}}, {"usage": {"searches": "1"}}, {"error": "\ud83d"}, {"more": 1}],
+)  # fmt: skip
+def test_what_is_no_result_is_a_bad_response(changes):
+    sent = result_to_json(Result("ok", (Hit("t", "u", "x", picture(3)),)))
+    assert result_from_json(sent).status == "ok"
+    usage = {**sent["usage"], **(changes["usage"] or {"odd": 1})} if "usage" in changes else sent["usage"]
+    with pytest.raises(Failure, match="not a result"):
+        result_from_json({**sent, **changes, "usage": usage})
 
 
 def test_the_command_serves_until_ctrl_c(tmp_path):

@@ -3,16 +3,19 @@
 import email.utils
 import errno
 import http.server
+import json
 import socket
 import ssl
 import subprocess
 import threading
 import time
 from contextlib import closing, contextmanager
+from urllib.parse import quote, unquote
 
 import pytest
 from local_web import LocalWeb
 
+from config import InputError
 from search import web as search_web
 from search.calls import Failure
 from search.text import clean, inline_text, passages, plain_text, sentences
@@ -44,6 +47,26 @@ from search.web import Client, Job, Limit, is_public, is_web_url
         ("64:ff9b::7f00:1", False),  # NAT64
         ("64:ff9b::808:808", True),
         ("2002:7f00:1::", False),  # 6to4
+        ("2002:808:808::1", False),
+        ("192.0.0.9", False),  # protocol assignments, and a cloud's metadata service
+        ("192.0.0.192", False),
+        ("192.88.99.1", False),  # 6to4's relay
+        ("198.18.0.1", False),
+        ("64:ff9b:1::808:808", False),  # NAT64 for local use
+        ("64:ff9b::a00:1", False),
+        ("::8.8.8.8", False),  # IPv4 in IPv6, as nobody writes it
+        ("::ffff:0:808:808", False),
+        ("fec0::1", False),  # site-local
+        ("100::1", False),
+        ("4000::1", False),  # not given out
+        ("5f00::1", False),
+        ("2001::1", False),  # Teredo
+        ("2001:20::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("2001:4860:4860::8888", True),
+        ("2a00:1450:4001::1", True),
+        ("2620:4f:8000::1", True),
     ],
 )
 def test_public_addresses(address, public):
@@ -67,6 +90,10 @@ def test_public_addresses(address, public):
         ("https://" + "a" * 300 + ".example/", True),  # its host does not resolve: that is found out later
         ("https://a.example/" + "x" * 3000, False),
         ("https://a\n.example/", False),
+        ("https://a.example/\ud83d", False),  # half a character
+        ("https://a.example/?q=\udc00", False),
+        ("https://[::1::]/", False),
+        ("https://[::ffff:1.2.3.4.5]/", False),
         ("", False),
         (None, False),
         (3, False),
@@ -123,6 +150,51 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch):
     monkeypatch.setattr(search_web, "create_connection", connect)
     assert failure("http://rebind.example/").kind == "connection" and connected == [("93.184.216.34", 80)]
     assert failure("http://rebind.example/").kind == "blocked" and len(connected) == 1
+
+
+def resolves_to(monkeypatch, *addresses):
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(search_web.socket, "getaddrinfo", lambda *_, **__: infos)
+
+
+def test_all_addresses_of_a_name_are_tried(monkeypatch):
+    """localhost that is ::1 first, where nobody listens."""
+    original = socket.getaddrinfo
+    with replies(OK) as (_, url):
+        both = original("::1", 0) + original("127.0.0.1", 0)
+
+        def resolve(host, port, *args, **options):
+            return both if host == "localhost" else original(host, port, *args, **options)
+
+        monkeypatch.setattr(search_web.socket, "getaddrinfo", resolve)
+        assert fetch(url, ours=True) == b"yes"
+
+
+def test_only_checked_addresses_are_tried(monkeypatch):
+    tried = []
+
+    def connect(address, timeout, socket_options):
+        tried.append(address[0])
+        assert timeout <= (2.0 if len(tried) == 1 else 1.8)  # what is left until the deadline
+        time.sleep(0.2 if len(tried) == 1 else 0)
+        raise TimeoutError if len(tried) == 1 else ConnectionRefusedError
+
+    monkeypatch.setattr(search_web, "create_connection", connect)
+    resolves_to(monkeypatch, "10.0.0.1", "8.8.8.8", "::1", "2606:4700::1111", *["9.9.9.9"] * 50)
+    assert "ConnectionRefusedError" in str(failure("http://many.example/", seconds=2.0))
+    assert tried == ["8.8.8.8", "2606:4700::1111", *["9.9.9.9"] * (search_web.MAX_ADDRESSES - 2)]
+
+
+@pytest.mark.parametrize("ours, proxy", [(False, ""), (True, ""), (True, "http://proxy.example:1")])
+def test_a_name_server_that_hangs_ends_at_the_deadline(monkeypatch, ours, proxy):
+    end = threading.Event()
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.setattr(search_web.socket, "getaddrinfo", lambda *_, **__: end.wait(20) and [])
+    started = time.monotonic()
+    assert failure("http://slow.example/", ours=ours, seconds=0.3).kind == "timeout"
+    end.set()
+    assert time.monotonic() - started < 5
 
 
 def test_a_connection_that_is_reset_while_it_is_made_is_typed(monkeypatch):
@@ -188,14 +260,14 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date():
     with replies((503, {"Retry-After": "9"}, b""), OK) as (server, url):
         assert failure(url, ours=True, retries=1, seconds=2.0).kind == "server"  # it would come too late
         assert len(server.replies) == 1
-    for nonsense in ("soon", "-1", "9" * 400, "9" * 5000, "\x00"):
+    for nonsense in ("soon", "-1", "9" * 400, "9" * 5000, "\x00", "\u00b2", "1e400", "Mon, 32 Foo 99999 99:99:99 GMT"):
         assert 0 <= search_web._seconds(nonsense) <= 1e9
 
 
 def test_pauses_between_attempts_double_and_end_at_the_deadline(monkeypatch):
     pauses = []
     monkeypatch.setattr(search_web.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
-    monkeypatch.setattr(search_web, "_address", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
+    monkeypatch.setattr(search_web, "_addresses", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
     message = str(failure("http://a.example/", retries=6, pause=1.0, seconds=500.0))
     assert "7 attempts" in message and len(pauses) == 6
     assert all(0.5 <= pause / 2**n <= 1.0 for n, pause in enumerate(pauses[:5])) and pauses[5] <= 30.0
@@ -236,7 +308,58 @@ def test_redirects_are_followed_a_few_times_and_never_with_a_key():
     with replies(*[to("/x")] * 5) as (server, url):
         assert "redirects" in str(failure(url, allow_hosts=(url.split("/")[2],)))
     with replies(to("/a"), OK) as (server, url):
-        assert "redirects" in str(failure(url, ours=True, bearer="secret")) and len(server.replies) == 1
+        assert "redirects" in str(failure(url, ours=True, key="secret")) and len(server.replies) == 1
+
+
+KEY = "serp-01/23+456=789ab"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        KEY,
+        quote(KEY, safe=""),
+        quote(KEY, safe="").lower(),
+        "".join(f"%{ord(c):02x}" for c in KEY),
+        KEY.upper(),
+        KEY[:9] + "\n" + KEY[9:],
+        " ".join(KEY),
+        "x" * 180 + KEY,  # where the message is cut
+        "x" * (1 << 16) + KEY,  # where the body is cut
+    ],
+)
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_key_that_an_answer_repeats_is_taken_out(echo, status):
+    body = json.dumps({"error": {"message": f"No such key: {echo}!"}}).encode()
+    plain = f"No such key: {echo}!".encode()
+    escaped = body.replace(b"-", b"\\u002d").replace(b"/", b"\\/")
+    for answer in (body, plain, escaped):
+        with replies((status, {"Content-Type": "text/plain; " + KEY}, answer)) as (_, url):
+            if status == 200:
+                said = fetch(url, ours=True, key=KEY, max_bytes=10**6).decode()
+            else:
+                said = str(failure(url, ours=True, key=KEY))
+        said = unquote("".join(said.split())).lower()
+        for piece in (KEY[at : at + 6] for at in range(len(KEY) - 5)):
+            assert piece.lower() not in said
+
+
+def test_what_is_no_key_is_refused_and_not_shown(monkeypatch):
+    for value in ("sk-12\n34", "schlüssel-1", "ключ", "a b", "abc\x07"):
+        monkeypatch.setitem(search_web.os.environ, "SOME_KEY", value)
+        with pytest.raises(InputError, match="SOME_KEY") as error:
+            search_web.key_of("SOME_KEY")
+        assert value not in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("SOME_KEY", " sk-1 \n")
+    assert search_web.key_of("SOME_KEY") == "sk-1" and search_web.key_of("NO_KEY") == ""
+    assert "sk-1" not in repr(Client("it", Limit(1), key="sk-1"))
+    page = "<p>No such key:</p>" + "".join(f"&#{ord(c)};" for c in KEY)
+    with replies((401, {}, page.encode())) as (_, url):
+        assert str(failure(url, ours=True, key=KEY)) == "it: HTTP 401: No such key: ***"
+    with replies((200, {"Content-Type": f"text/{KEY}"}, b"")) as (_, url):
+        assert str(failure(url, ours=True, key=KEY, types=("image/*",))) == "it: content type: 'text/***'"
+    with replies((401, {}, b"an EMPTY basket")) as (_, url):  # what is no secret does not spoil what is said
+        assert "EMPTY basket" in str(failure(url, ours=True, key="EMPTY"))
 
 
 @pytest.fixture
