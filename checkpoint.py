@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 import config
 from backbone import plain_config
 from chat import Chat
-from config import Config, InputError, Options, lock, need
+from config import Config, InputError, Options, lock, need, replacing
 from data import file_id, first_line, path_of, prompt_path, read_jsonl
 from policy import NonFinite, all_gather, all_max, full_weights
 from tools import TOOLS, limits, results, title
@@ -287,6 +287,17 @@ class RunDir:
 
     def read_log(self) -> list[dict]:
         return list(read_jsonl(self.metrics))
+
+    def searches_spent(self, total: int | None = None) -> int:
+        """Rank 0's note of the live searches made so far, also those of steps that a resume makes again; total: write
+        it. 0 on the other ranks."""
+        path = self.path / "searches_spent"
+        if dist.get_rank() > 0:
+            return 0
+        if total is not None:
+            with replacing(path) as temporary:
+                temporary.write_text(f"{total}\n")
+        return int(path.read_text()) if path.is_file() else 0
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""

@@ -50,7 +50,7 @@ from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
 from reward import Score, ramped_penalty, record, score_episode
 from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
-from search import check_questions, estimate, open_search
+from search import check_questions, estimate, open_search, web_part
 
 SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learning rate has fallen half-way
 
@@ -325,6 +325,10 @@ class Run:
             self._resume(ordered)
         self.first = self.state["step"]
         self.dir.prepare()
+        self.web = web_part(self.search)
+        if self.web:
+            spent = all_sum({"spent": self.dir.searches_spent()}, self.device)["spent"]
+            self.web.spent = math.ceil(spent / dist.get_world_size())
         self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
         what = "conversations" if cfg.loss == "sft" else "training questions"
         say(f"{len(self.train)} {what} and {len(self.val)} validation questions; {self.dir.path}")
@@ -404,6 +408,7 @@ class Run:
         questions = questions_of_step(self.train, step, cfg)
         numbers = {question.id: number for number, question in enumerate(questions)}
         episodes = self.roll_out(questions, step)
+        self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
         samples = rate(episodes, numbers, step, cfg)
@@ -467,6 +472,12 @@ class Run:
                 f"{self.cfg.max_mismatch}): check that both have the same weights, dtype, image sizes and chat template"
             )
 
+    def count_searches(self) -> None:
+        """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
+        if self.web:
+            spent = all_sum({"spent": self.web.spent}, self.device)["spent"]
+            self.dir.searches_spent(int(spent))
+
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
         """rollouts/step-N.jsonl: the conversations of all ranks. Training may have been on another rank."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
@@ -519,6 +530,7 @@ class Run:
             part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
+        self.count_searches()
         self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
@@ -574,6 +586,7 @@ def main() -> None:
     try:
         run.loop()
     except Stopper.Stopped:
+        run.count_searches()
         if run.state["step"]:
             run.save()
         say(f"\nstopped after {run.state['step']} steps; --resume auto continues from there")

@@ -124,9 +124,10 @@ def test_a_run_stops_when_most_searches_fail_and_can_be_resumed(world, tmp_path,
     def down(path, number):
         return "500" if "/search.json" in path and server.down else None
 
+    real = train.Run
     with LocalWeb(down) as server:
         server.down = False
-        whole = live_run(world, server, tmp_path, monkeypatch, "--save_every=0")
+        whole = live_run(world, server, tmp_path, monkeypatch, "--save_every=0", "--search_budget=10000")
         step = whole.step
 
         def then_down(number):
@@ -138,6 +139,10 @@ def test_a_run_stops_when_most_searches_fail_and_can_be_resumed(world, tmp_path,
         monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
         with pytest.raises(SystemExit) as exit:
             train.main()
+        whole.dir.lock.close()
+        monkeypatch.setattr(train, "Run", real)
+        again = live_run(world, server, tmp_path, monkeypatch, "--resume=auto", "--search_budget=10000")
+        assert again.web.spent == whole.web.spent > 20  # those of the step that failed, too
     message = str(exit.value)
     assert message.startswith("error: step 1: ") and "server" in message and "--resume auto" in message
     assert "\n" not in message and [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
