@@ -10,6 +10,8 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -395,6 +397,18 @@ def test_a_file_without_pictures_has_to_be_meant(tmp_path, capsys, images, endin
     assert capsys.readouterr().err == f"{some}: 1 of 3 questions have no picture\n"
     load_questions([some], progress=False), load_questions([f"text={some}"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_loaded_file_leaves_only_its_pictures_in_memory(tmp_path):
+    """Arrow's pool and the buffers of a file of 60 MB do not stay beside the questions."""
+    path = write(tmp_path / "a.pq", *(row(images=[PNG + random.randbytes(400_000)]) for _ in range(150)))
+    script = (
+        "import pyarrow.parquet, data\n"
+        "def megabytes(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6\n"
+        f"before = megabytes(); kept = data.load_questions([{path!r}]); print(megabytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert 60 < float(done.stdout) < 110, done.stderr
 
 
 def test_overlong_prompts_are_dropped_and_counted_never_cut(chat):
