@@ -151,7 +151,7 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
             benchmark, path = _split(file)
             read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
-            found = []
+            found, before = [], len(bad)
             for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
                     found.append(outcome)
@@ -160,7 +160,8 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
                 else:
                     raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
             if only is None:
-                _check_pictures(found, file, benchmark, bad, progress)
+                need(found, f"{file}: no question is left of it; {''.join(bad[before:][:1]) or 'it has no rows'}")
+                _check_pictures(found, file, benchmark, progress)
             questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
     pa.default_memory_pool().release_unused()  # it keeps as much as the largest file took
     if bad and progress:
@@ -168,17 +169,17 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
     return questions
 
 
-def _check_pictures(found, file, benchmark, bad, progress):
-    """Say how many of a file's questions have no picture. Raises InputError if none has, or if there is no question."""
-    need(found, f"{file}: no question is left of it" + (f"; {bad[-1]}" if bad else ", it has no rows"))
+def _check_pictures(found, file, benchmark, progress):
+    """Say how many of a file's questions have no picture. Raises InputError if none has."""
     blind = sum(not q.images for q in found)
-    if blind and benchmark != TEXT:
-        pictures = (BENCHMARKS.get(benchmark) or COLUMNS)[2]
-        hint = f"no question has a picture in {pictures!r} (write {TEXT}=PATH where there are none)"
-        need(blind < len(found), f"{file}: {hint}")
-        left_out = ", and are left out" if BENCHMARKS.get(benchmark) else ""
-        if progress:
-            print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
+    if not blind or benchmark == TEXT:
+        return
+    column, left_out, hint = "images", "", f" (write {TEXT}=PATH where there are none)"
+    if BENCHMARKS.get(benchmark):
+        column, left_out, hint = BENCHMARKS[benchmark][2], ", and are left out", ""
+    need(blind < len(found), f"{file}: no question has a picture in {column!r}{hint}")
+    if progress:
+        print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
 
 
 def _in_order(pool, work, items):
@@ -232,7 +233,7 @@ def _columns(names, benchmark):
         question, answers, image, id = BENCHMARKS[benchmark]
         needed, wanted = (question, answers[0], image), (question, *answers, image, id)
     for column in needed:
-        need(column in names, f"no column {column!r}, only {', '.join(names) or 'an empty table'}")
+        need(column in names, f"no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
     return wanted
 
 

@@ -324,7 +324,7 @@ def test_all_bad_rows_are_counted(tmp_path, capsys):
     assert [q.text for q in load_questions([third, second], skip_bad_rows=True)] == ["u", "z"]
     assert "left out 3 bad rows" in capsys.readouterr().err
     message = refused(load_questions, [second, first], skip_bad_rows=True)
-    assert message.startswith(f"{first}: no question is left of it; row 1 of {first}: field reward_model")
+    assert message.startswith(f"{first}: no question is left of it; row 0 of {first}: field reward_model")
 
 
 def test_only_some_rows(tmp_path):
@@ -370,7 +370,7 @@ def test_a_file_of_no_rows_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "a.jsonl").write_text("\n")
     for file in (path, tmp_path / "a.json", tmp_path / "a.jsonl"):
-        assert refused(load_questions, [file]) == f"{file}: no question is left of it, it has no rows"
+        assert refused(load_questions, [file]) == f"{file}: no question is left of it; it has no rows"
     assert load_questions([]) == []
 
 
@@ -1267,7 +1267,7 @@ def test_infoseek_s_pictures_beside_the_folder_of_its_questions(tmp_path):
     ([{"query": "?", "image": "x.png", "gt_answer": "yes"}], "row 0 of .*no column 'query_image', only query, image"),
     ([{"question": "?", "query_image": "x.png", "gt_answer": "yes"}], "row 0 of .*no column 'query', only question"),
     ({"data": [{"query": "?", "query_image": "x.png", "gt_answer": "yes"}]}, "row 0 of .*no column 'query', only data"),
-    ([], "no question is left of it, it has no rows"),
+    ([], "no question is left of it; it has no rows"),
 ])  # fmt: skip
 def test_rows_of_a_benchmark_do_not_vanish(tmp_path, content, said):
     (tmp_path / "qa.json").write_text(json.dumps(content))
