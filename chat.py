@@ -1,9 +1,8 @@
 """A conversation as tokens and pixels: the chat template, the prompt files, the pictures, and the record of it all.
 
 `Chat` turns questions, replies and results of tools into token ids and pictures, and back. `Episode` is one
-conversation, append-only. It holds image placeholders *expanded* (one `<|image_pad|>` per vision token);
-`engine_prompt` is the second view, with one placeholder per image. Example, an image of 2 vision tokens and a reply of
-2 tokens:
+conversation, append-only. It holds image placeholders *expanded*, one `<|image_pad|>` per vision token. Example, an
+image of 2 vision tokens and a reply of 2 tokens:
 
     tokens    user  <vis>  pad  pad  </vis>  what  assistant  bako  <|im_end|>
     sampled    .     .      .    .     .      .       .        x       x
@@ -18,7 +17,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from data import Call, Question, Result, Stop, decode_image, first_line, picture
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
+SENTENCE_END = r"[.!?…][\"')\]”’»]*(?=\s)|[。！？｡।።۔]"  # the first only before white space: not in 3.5
 FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
 MODE_PROMPTS = {  # of the evaluation's other modes, read when one of them is used: file -> what it has to hold
     "direct": ["{question}"],
@@ -180,15 +180,54 @@ class Chat:
             segments += [self.picture(image, size=size), text]
         return self._encode_segments([*segments, *to_model])
 
-    def result_turn(self, call: Call, result: Result, question: Question, last: int, template: str | None = None):
-        """(expanded ids, pictures) of the user turn that hands a result to the model; `last` is the token before it.
+    def result_turn(
+        self, call: Call, result: Result, question: Question, last: int, most: int, template: str | None = None
+    ) -> tuple[list[int], list[Picture], bool]:
+        """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model; `last` is the token
+        before it. A turn of more than `most` tokens has its results cut.
 
         The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
         """
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
-        return self._encode_segments([*to_user, *self._result_segments(call, result, question, template), *to_model])
+
+        def render(hits):
+            segments = self._result_segments(call, replace(result, hits=hits), question, template)
+            return self._encode_segments([*to_user, *segments, *to_model])
+
+        ids, pictures = render(result.hits)
+        cut = len(ids) > most and bool(result.hits)
+        if cut:
+            ids, pictures = render(self._shorten(result.hits, most - len(render(())[0])))
+        return ids, pictures, cut
+
+    def _shorten(self, hits, left):
+        """Hits cut to `left` tokens in all: each may have an equal part, and what short ones leave goes to others."""
+        sizes = [self._hit_size(hit) for hit in hits]
+        kept = {}
+        order = sorted(range(len(hits)), key=sizes.__getitem__)
+        for done, number in enumerate(order):
+            hit, part = hits[number], left // (len(hits) - done)
+            if sizes[number] > part:
+                hit = replace(hit, text=self._cut(hit.text, sizes[number] - part))
+            if self._hit_size(hit) > part:
+                hit = replace(hit, url="", text="")
+                hit = replace(hit, title=self._cut(hit.title, self._hit_size(hit) - part))
+            if self._hit_size(hit) <= part:
+                kept[number] = hit
+                left -= self._hit_size(hit)
+        return tuple(kept[number] for number in sorted(kept))
+
+    def _hit_size(self, hit):
+        return len(self._encode_segments(self._hit_segments(hit))[0])
+
+    def _cut(self, text, excess):
+        """A text without its last `excess` tokens, and, where it has whole sentences then, without the broken one."""
+        ids = self.encode(text)
+        text = self._decode(ids[: max(0, len(ids) - excess)]).rstrip("\ufffd")  # half a character
+        ends = [match.end() for match in re.finditer(SENTENCE_END, text)]
+        return text[: ends[-1]] if ends else text
 
     def _result_segments(self, call, result, question, template):
         failed = ""
@@ -228,12 +267,9 @@ class Chat:
                 ids += run
         return ids, pictures
 
-    def expand(self, ids: list[int], pictures: list[Picture]) -> list[int]:
-        """One placeholder per image to one per vision token."""
-        left, expanded = iter(pictures), []
-        for token in ids:
-            expanded += [token] * next(left).tokens if token == self.image_pad else [token]
-        return expanded
+    def collapse(self, ids: list[int]) -> list[int]:
+        """One placeholder per vision token to one per image."""
+        return [b for a, b in itertools.pairwise([None, *ids]) if not a == b == self.image_pad]
 
     # -- pictures
 
@@ -304,6 +340,7 @@ class Episode:
     images: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     calls: list[tuple[Call, Result]] = field(default_factory=list)
+    results_cut: int = 0  # results that were shown in part, for want of room
     stop: Stop | None = None
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
@@ -332,6 +369,13 @@ class Episode:
         """Tokens left in the conversation's budget."""
         return self.chat.cfg.max_tokens - len(self.tokens)
 
+    def room_for_result(self) -> int:
+        """Tokens that the next result may take: room is left for an answer, and the same for each call to come."""
+        cfg, room = self.chat.cfg, self.room()
+        room -= min(cfg.max_tokens_per_turn, room // 2)
+        room //= max(1, tools.allowed_calls(cfg) - len(self.calls))
+        return min(room, cfg.max_result_tokens or room)
+
     def picture(self, name: str) -> Picture | None:
         """A picture by its name: img_1 is the question's first, the others follow in order of appearance."""
         return {f"img_{number}": picture for number, picture in enumerate(self.images, 1)}.get(name)
@@ -349,11 +393,13 @@ class Episode:
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
     def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
-        """Append what a tool returned as a user turn, ids and images together. False if there is no room: then the
-        conversation stays as it was, and only `calls` has grown, because the call was made. template: instead of the
-        tool's prompt file."""
-        ids, images = self.chat.result_turn(call, result, self.question, self.tokens[-1], template)
+        """Append what a tool returned as a user turn, ids and images together, cut to `room_for_result`. False if there
+        is no room even so: then the conversation stays as it was, and only `calls` has grown, because the call was
+        made. template: instead of the tool's prompt file."""
+        most = self.room_for_result()
+        ids, images, cut = self.chat.result_turn(call, result, self.question, self.tokens[-1], most, template)
         self.calls.append((call, result))
+        self.results_cut += cut
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
         self._append(ids, images)
@@ -373,15 +419,6 @@ class Episode:
         self.sampled += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
         self.images += images
-
-    def engine_prompt(self) -> list[int]:
-        """The conversation with one placeholder per image, as engines take it."""
-        ids, position, pictures = [], 0, iter(self.images)
-        while position < len(self.tokens):
-            ids.append(self.tokens[position])
-            is_image = self.tokens[position] == self.chat.image_pad
-            position += next(pictures).tokens if is_image else 1
-        return ids
 
     def pieces(self) -> Iterator[tuple[bool, list[int]]]:
         """(did the policy sample it, tokens) of each turn and of what lies between the turns, in order."""
@@ -429,7 +466,7 @@ class Episode:
         asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
-        record |= dict(stop=self.stop.value if self.stop else None)
+        record |= dict(stop=self.stop.value if self.stop else None, results_cut=self.results_cut)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))
 
 

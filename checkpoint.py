@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -24,13 +25,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._pytree import tree_leaves
 
 import config
 from backbone import plain_config
 from chat import Chat
-from config import Config, InputError, Options
-from data import first_line, path_of, prompt_path, read_jsonl
-from policy import NonFinite, all_max, full_weights
+from config import Config, InputError, Options, lock, need
+from data import file_id, first_line, path_of, prompt_path, read_jsonl
+from policy import NonFinite, all_gather, all_max, full_weights
 from tools import TOOLS, limits, results, title
 
 # ------------------------------------------------------------------------------------------ checkpoints and exports
@@ -38,20 +40,48 @@ from tools import TOOLS, limits, results, title
 
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
-    `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing."""
+    `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing.
+    Raises InputError if the disk does not take it."""
     path, temporary = Path(path), Path(f"{path}.tmp")
+    tensors = tensors_of(model, optimizer)
+    size = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        need(size < free, f"{path}: a checkpoint takes {size:,} bytes, and {free:,} are free on that disk")
     dist.barrier()
-    dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+    except dcp.api.CheckpointException as error:
+        raise InputError(f"{path}: cannot write {size:,} bytes ({_cause(error)})") from None
+    state = {**state, "model": fingerprint(model), "files": digests(temporary)}
     if dist.get_rank() == 0:
-        (temporary / "state.json").write_text(json.dumps({**state, "model": fingerprint(model)}))
+        (temporary / "state.json").write_text(json.dumps({**state, "seal": _seal(state)}))
         for file in temporary.iterdir():  # the rename must not reach the disk before the content
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         put_in_place(temporary, path)
     dist.barrier()
+
+
+def _cause(error):
+    """What made torch.distributed.checkpoint fail, on the first of the ranks on which it did."""
+    return first_line(next(iter(error.failures.values()))[0])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files, but for state.json, by name. Each is read by one of the ranks; all must call."""
+    found = []
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "state.json")
+    for file in files[dist.get_rank() :: dist.get_world_size()]:
+        with open(file, "rb") as content:
+            found.append((file.name, hashlib.file_digest(content, "sha256").hexdigest()))
+    return dict(all_gather(found))
+
+
+def _seal(state):
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -66,30 +96,28 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """The JSON part of a checkpoint. Raises InputError if it is not one."""
+    """The JSON part of a checkpoint. Raises InputError if it is not what was saved."""
     try:
         state = json.loads((Path(path) / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        sound = state.pop("seal") == _seal(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise InputError(f"{path}: not a checkpoint (state.json does not describe one)")
+    need(sound, f"{path}: not a checkpoint as it was saved (state.json is damaged); --resume takes an older one's path")
     return state
 
 
 def load_state(path: Path, model, optimizer) -> dict:
     """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
-    it is incomplete or of another model."""
+    it is incomplete, damaged or of another model."""
     state = read_state(path)
-    if state["model"] != fingerprint(model):
-        raise InputError(f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
-    if not (Path(path) / ".metadata").is_file():
-        raise InputError(f"{path}: not a whole checkpoint (.metadata is missing)")
+    same = state["model"] == fingerprint(model)
+    need(same, f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
+    found = digests(Path(path))
+    for name, digest in state["files"].items():
+        what = f"{path}: not a whole checkpoint ({name} is missing or damaged)"
+        need(found.get(name) == digest, f"{what}; --resume takes an older one's path")
     tensors = tensors_of(model, optimizer)
-    try:
-        dcp.load(tensors, checkpoint_id=path)
-    except dcp.api.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise InputError(f"{path}: not a whole checkpoint ({first_line(cause)})") from None
+    dcp.load(tensors, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     torch.set_rng_state(tensors["rng"])
     return state
@@ -122,10 +150,14 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model)(plain_config(model)).to(dtype or torch.float32)
-        shell.save_pretrained(temporary, state_dict=weights)
-        chat.save(temporary)
-        save_trained_as(temporary, chat)
-        put_in_place(temporary, path)
+        try:
+            shell.save_pretrained(temporary, state_dict=weights)
+            model.generation_config.to_json_file(temporary / "generation_config.json")  # its end tokens, not defaults
+            chat.save(temporary)
+            save_trained_as(temporary, chat)
+            put_in_place(temporary, path)
+        except Exception as error:  # safetensors and tokenizers have their own classes
+            raise InputError(f"{path}: cannot write the model ({first_line(error)})") from None
     dist.barrier()
 
 
@@ -137,6 +169,12 @@ def save_trained_as(folder: Path, chat: Chat) -> None:
     for name, numbers in (("tool_limits", limits(chat.cfg)), ("tool_results", results(chat.cfg))):
         options[name] = [f"{tool}={number}" for tool, number in numbers.items()]
     (folder / config.TRAINED_AS).write_text(json.dumps({**options, "prompts": "prompts"}, indent=1) + "\n")
+
+
+def input_ids(paths: list[str | Path]) -> dict[str, str]:
+    """Path -> id of the content (`data.file_id`) of those that are there, as rank 0 sees them; all must call."""
+    here = [str(path) for path in paths if dist.get_rank() == 0 and path and Path(path).exists()]
+    return dict(all_gather([(path, file_id(path)) for path in here]))
 
 
 # --------------------------------------------------------------------------------------------------- run directory
@@ -151,11 +189,19 @@ class RunDir:
         self.cfg, self.options, self.path = cfg, (cfg, *others), Path(cfg.run_dir)
         self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
+        self.lock = lock(self.path) if dist.get_rank() == 0 else None  # until the process ends
         self.resume_from = self._find_checkpoint()
         self.elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
         self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
         if self.used:
             self._check_used()
+        state = read_state(self.resume_from) if self.resume_from else {}
+        self.first_step = state.get("step", 0)
+        self.keep_bytes = 0 if self.elsewhere else state.get("metrics_bytes", 0)  # of metrics.jsonl
+        size = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        if dist.get_rank() == 0 and size < self.keep_bytes and not cfg.overwrite:
+            what = f"{self.metrics} has {size:,} bytes, and {self.resume_from.name} was made at {self.keep_bytes:,}"
+            raise InputError(f"{what}: lines are lost; --resume {self.resume_from} with a new --run_dir continues")
 
     def _find_checkpoint(self) -> Path | None:
         if self.cfg.resume not in ("", "auto"):
@@ -171,7 +217,7 @@ class RunDir:
             raise InputError(f"{self.path} is not empty: give {ways}")
         try:
             before = json.loads((self.path / "config.json").read_text())
-            before["run_dir"]  # a model folder has a config.json, too
+            Path(before["run_dir"])  # a model folder has a config.json, too
         except (OSError, ValueError, KeyError, TypeError):
             what = "is not empty and holds no run of this program"
             raise InputError(f"{self.path} {what}; give another --run_dir") from None
@@ -214,23 +260,19 @@ class RunDir:
         self.rollouts.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.metrics.touch()
-        self.also_log = open_log(self.cfg, self.path)
-        state = read_state(self.resume_from) if self.resume_from else {"step": 0, "metrics_bytes": 0}
-        self._cut_back(state["step"], 0 if self.elsewhere else state["metrics_bytes"])
-
-    def _cut_back(self, step, metrics_bytes):
-        """Remove what came after the checkpoint: it will happen again."""
-        os.truncate(self.metrics, metrics_bytes)
-        for file in self.rollouts.glob("*-[0-9]*.jsonl*"):
-            if int(file.name.split(".")[0].split("-")[1]) >= step or file.suffix == ".tmp":
+        self.also_log = open_log(self.cfg, self.path, self.first_step)
+        # what came after the checkpoint will happen again
+        os.truncate(self.metrics, self.keep_bytes)
+        for file in self.rollouts.iterdir():
+            if _step_of(file) >= self.first_step or file.suffix == ".tmp":
                 file.unlink()
-        for folder in self.checkpoints.glob("step-*"):
-            if folder.suffix == ".tmp" or _step_of(folder) > step:
+        for folder in self.checkpoints.iterdir():
+            if _step_of(folder) > self.first_step or folder.suffix == ".tmp":
                 shutil.rmtree(folder)
 
     def saved(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp"]
+        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and _step_of(p) >= 0]
         return sorted(found, key=_step_of)
 
     def log(self, entry: dict) -> None:
@@ -250,6 +292,9 @@ class RunDir:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""
         path = self.checkpoints / f"step-{step:06d}"
         if not path.exists():
+            if dist.get_rank() == 0:
+                with open(self.metrics) as file:  # its length in the state must not reach the disk before its lines
+                    os.fsync(file.fileno())
             save_state(path, policy, optimizer, state)
         if dist.get_rank() == 0:
             best = self.checkpoints / f"step-{state['best']['step']:06d}"
@@ -259,8 +304,10 @@ class RunDir:
         dist.barrier()
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a file of rollouts; -1 for anything else."""
+    match = re.fullmatch(r"(?:step|eval)-(\d+)(?:\.jsonl)?", path.name)
+    return int(match[1]) if match else -1
 
 
 # ------------------------------------------------------------------------------------------------------------ logs
@@ -276,13 +323,13 @@ def check_log(cfg: Config) -> None:
         raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
 
 
-def open_log(cfg: Config, folder: Path) -> Callable[[int, dict[str, float]], None]:
-    """A function (step, {name: number}) that logs to cfg.log as well. wandb takes its mode from WANDB_MODE (offline:
-    nothing leaves the machine); a resumed run continues the same wandb run."""
+def open_log(cfg: Config, folder: Path, step: int) -> Callable[[int, dict[str, float]], None]:
+    """A function (step, {name: number}) that logs to cfg.log as well, from `step` on. wandb takes its mode from
+    WANDB_MODE (offline: nothing leaves the machine); a resumed run continues the same wandb run."""
     if cfg.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
         def log(step, figures):
             for name, value in figures.items():
@@ -314,9 +361,11 @@ def flat(figures: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def peak_memory_gb(device) -> float:
-    """Of the GPU, or else of the process."""
+    """Of the GPU since the last call, or else of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -328,10 +377,11 @@ def before_and_after(log: list[dict]) -> str:
         return "no validation questions"
     columns, lines = ("accuracy", *TOOLS, "format"), []
     for mode in ("greedy", "sampled"):
-        first, last = evals[0][mode], evals[-1][mode]
+        of_mode = [entry[mode] for entry in evals if mode in entry]
+        first, last = of_mode[0], of_mode[-1]
         width = max(map(len, first))
         lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
-        for kind in first:
+        for kind in filter(last.__contains__, first):  # the questions may have changed in between
             cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
             lines.append(f"{kind:{width}}  " + "    ".join(cells))
         lines.append("")

@@ -33,7 +33,13 @@ class InputError(ValueError):
 
 TRAINED_AS = "trained_as.json"  # in an exported folder: the options that belong to the model
 SEARCHES = ("offline", "live", "record", "replay")
+LET_RANK_0_SPEAK = 5  # seconds
 LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
+LEFT_OUT = (
+    "truncated",
+    "failed_tools",
+    "zero_variance",
+)  # cut by a limit of tokens; a tool failed; group's rewards equal
 OFFLOADS = ("none", "reference", "all")
 RANGES = {
     "above 0": lambda value: value > 0,
@@ -75,6 +81,7 @@ class Config(Options):
     seed: int = option(0, "seed of everything random in the run", "at least 0")
     steps: int = option(100, "optimisation steps", "at least 0", marks="resume")
     resume: str = option("", "'auto': the newest checkpoint in run_dir; or a checkpoint's path", marks="resume neutral")
+    accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
     device: str = option("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool | None = option(None, "same seed, same bits (auto: on a CPU without vLLM, web or deadline)")
@@ -112,6 +119,9 @@ class Config(Options):
         ("image_search=3", "text_search=3"), "results shown of a call, TOOL=N (else the tools' own)", marks="model"
     )
     max_tokens_per_turn: int = option(32, "tokens the model may generate in a turn", "above 0", marks="model")
+    max_result_tokens: int = option(
+        0, "tokens of a tool's result (0: as many as leave room)", "at least 0", marks="model"
+    )
     max_tokens: int = option(250, "tokens of a conversation, results and images included", "above 0", marks="model")
     temperature: float = option(1.0, "sampling temperature in training, also that of the log-probs", "above 0")
     concurrency: int = option(256, "conversations in a rank's engine at once", "above 0", marks="resume neutral")
@@ -149,9 +159,7 @@ class Config(Options):
     clip_low: float = option(0.2, "lower clip of the ratio: 1 - clip_low", "from 0 to 1")
     clip_high: float = option(0.2, "upper clip of the ratio: 1 + clip_high", "at least 0")
     ratio: str = option("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
-    drop_zero_variance_groups: bool = option(False, "leave groups of equal rewards out of the denominator, too")
-    train_on_truncated: bool = option(True, "train on conversations cut by a limit of tokens")
-    train_on_failed_tools: bool = option(True, "train on conversations in which a tool failed")
+    leave_out: tuple[str, ...] = option((), "conversations that the update leaves out, of these kinds", LEFT_OUT)
     loss_norm: str = option("tokens", "mean over tokens; of sequences' means; of sums / constant", LOSS_NORMS)
     kl_coef: float = option(0.0, "weight of the KL to the starting model (0: no reference model)", "at least 0")
     kl_kind: str = option("k3", "estimator of the KL", ("k1", "k2", "k3"))
@@ -234,7 +242,8 @@ def _converted(value, kind, name):
 
 
 def _check_allowed(name, value, allowed):
-    if isinstance(allowed, tuple) and value not in allowed:
+    values = value if isinstance(value, tuple) else (value,)
+    if isinstance(allowed, tuple) and not {*values} <= {*allowed}:
         raise InputError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
     if isinstance(allowed, str) and allowed and not RANGES[allowed](value):
         raise InputError(f"{name}={value}: must be {allowed}")
@@ -406,13 +415,16 @@ def lock(path: str | Path) -> IO:
 def run_main(main) -> None:
     """Call main(); bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
-        main()
+        return main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank sees the same input; one of them says so
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        message = " ".join(str(error).splitlines())
     except KeyboardInterrupt:
         sys.exit(130)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # where rank 0 says the same, torchrun ends this process before it repeats it
+        time.sleep(LET_RANK_0_SPEAK)
+    print("error:" if rank == "0" else f"error (rank {rank}):", message, file=sys.stderr)
+    sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 An engine is driven request by request. It is anything with
 
-    submit(request_id, prompt_ids, images, sampling)    queue a request; ids with one placeholder per image
+    submit(request_id, prompt, images, sampling)        queue a request; prompt: ids, placeholders expanded
     step() -> list[Reply]                               generate a little; the replies that are finished
     abort(request_ids) -> list[Reply]                   take requests back; what was sampled so far
     load_weights(named_tensors, version), sleep(), wake(), close()                        see `Engine`
@@ -75,12 +75,10 @@ class Engine:
         """End the engine."""
 
 
-def expanded(chat: Chat, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> list[int]:
-    """The prompt with one placeholder per vision token. Raises ValueError if prompt and reply exceed max_tokens."""
-    ids, most = chat.expand(prompt_ids, images), chat.cfg.max_tokens
-    if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > most:
-        raise ValueError(f"{len(ids)} + {sampling.max_tokens} tokens do not fit max_tokens={most}")
-    return ids
+def check_length(prompt: list[int], sampling: Sampling, cfg: Config) -> None:
+    """Raise ValueError if prompt and reply exceed max_tokens."""
+    if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > cfg.max_tokens:
+        raise ValueError(f"{len(prompt)} + {sampling.max_tokens} tokens do not fit max_tokens={cfg.max_tokens}")
 
 
 # -------------------------------------------------------------------------------------------------- plain PyTorch
@@ -107,9 +105,9 @@ class TorchEngine(Engine):
         self.cache: _KVCache | None = None
         self._forget("start")
 
-    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
-        ids = expanded(self.chat, prompt_ids, images, sampling)
-        self.queue.append(_Request(request_id, ids, images, sampling))
+    def submit(self, request_id: str, prompt: list[int], images: list[Picture], sampling: Sampling) -> None:
+        check_length(prompt, sampling, self.cfg)
+        self.queue.append(_Request(request_id, prompt, images, sampling))
 
     @torch.no_grad()
     def step(self) -> list[Reply]:
@@ -392,23 +390,23 @@ class VLLMEngine(Engine):
     def _model(self):
         return self.llm.apply_model(lambda model: model)[0]
 
-    def submit(self, request_id: str, prompt_ids: list[int], images: list[Picture], sampling: Sampling) -> None:
+    def submit(self, request_id: str, prompt: list[int], images: list[Picture], sampling: Sampling) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        ids = expanded(self.chat, prompt_ids, images, sampling)
-        prompt = {"prompt_token_ids": prompt_ids}
+        check_length(prompt, sampling, self.cfg)
+        inputs = {"prompt_token_ids": self.chat.collapse(prompt)}
         if images:
-            prompt["multi_modal_data"] = {"image": [self._image(p) for p in images]}
-            prompt["multi_modal_uuids"] = {"image": [p.key for p in images]}
+            inputs["multi_modal_data"] = {"image": [self._image(p) for p in images]}
+            inputs["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
             stop_token_ids=list(self.chat.stop_ids), ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
         )  # fmt: skip
         with _names_its_cause():
-            (rendered,) = self.llm.renderer.render_cmpl([prompt])
+            (rendered,) = self.llm.renderer.render_cmpl([inputs])
             self.llm.add_request(request_id, rendered, params)
-        self.running[request_id] = _Running(ids)
+        self.running[request_id] = _Running(prompt)
 
     def step(self) -> list[Reply]:
         """One step of vLLM: a token for what runs, and part of the prompts that wait."""

@@ -22,7 +22,7 @@ import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
 from config import Config, InputError, Options, as_dict, marked, need, option, parse, run_main
-from data import Question, decode_image, load_questions, path_of
+from data import Question, decode_image, file_id, load_questions, path_of
 from engines import Engine, engine_limits, make_engine
 from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
@@ -180,7 +180,7 @@ def header_of(
     folder: str, chat: Chat, cfg: Config, options: EvalOptions, files, temperature: float, world: toy.Toy
 ) -> dict:
     """What a result file says about its origin: options, and ids of model, questions, prompts, search and code."""
-    from analysis.results import code_version, file_id
+    from analysis.results import code_version
 
     neutral = marked("neutral", Config, EvalOptions)
     settings = {name: value for name, value in as_dict(cfg, options).items() if name not in neutral}

@@ -33,9 +33,9 @@ from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, parse_ca
 
 @dataclass(frozen=True)
 class Generate:
-    """A conversation asks for the model's next turn: ids with one placeholder per image."""
+    """A conversation asks for the model's next turn."""
 
-    prompt_ids: list[int] = field(repr=False)
+    prompt: list[int] = field(repr=False)
     images: list[Picture]
     sampling: Sampling
 
@@ -100,7 +100,7 @@ def _speak(episode, cfg, step, temperature):
     """The model's next turn: appends it and returns its text; sets the episode's stop if it was cut short."""
     room = min(cfg.max_tokens_per_turn, episode.room())
     seed = turn_seed(cfg.seed, step, episode.question_id, episode.sample, len(episode.turns))
-    reply = yield Generate(episode.engine_prompt(), list(episode.images), Sampling(temperature, room, seed))
+    reply = yield Generate(list(episode.tokens), list(episode.images), Sampling(temperature, room, seed))
     episode.add_reply(reply)
     if reply.finish_reason == "abort":
         episode.stop = Stop.ABORTED
@@ -265,7 +265,7 @@ class _Driver:
             name = f"{self.requests}"
             self.requests += 1
             self.generating[name] = index
-            self.engine.submit(name, request.prompt_ids, request.images, request.sampling)
+            self.engine.submit(name, request.prompt, request.images, request.sampling)
 
     def collect(self, deadline):
         """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
@@ -354,13 +354,13 @@ class ScriptedEngine(Engine):
     def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
         self.chat, self.script, self.queue = chat, script, []
 
-    def submit(self, request_id, prompt_ids, images, sampling):
-        self.queue.append((request_id, prompt_ids, images, sampling))
+    def submit(self, request_id, prompt, images, sampling):
+        self.queue.append((request_id, prompt, images, sampling))
 
     def step(self):
         replies = []
-        for request_id, prompt_ids, images, sampling in self.queue:
-            text = self.script(self.chat.show(prompt_ids), images, sampling)
+        for request_id, prompt, images, sampling in self.queue:
+            text = self.script(self.chat.show(prompt), images, sampling)
             ids = [*self.chat.encode(text), self.chat.im_end]
             reason = "stop" if len(ids) <= sampling.max_tokens else "length"
             ids = ids[: sampling.max_tokens]
@@ -439,11 +439,13 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
     }
     counts = {
         "tool_failures": sum(result.status == "error" for result in results),
+        "results_cut": sum(e.results_cut for e in episodes),
         **call_metrics(results),
         **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
         "done": len(done),
     }
     sums = all_sum({**means, **counts}, device)
+    sums["results_cut"] /= max(sums["search/calls"], 1.0)  # the share of calls
     n = max(sums.pop("done"), 1.0)
     return {name: value / n if name in means else value for name, value in sums.items()}
 

@@ -33,10 +33,20 @@ import grpo
 import policy
 import toy
 from chat import Chat, Episode, drop_overlong
-from checkpoint import RunDir, Stopper, before_and_after, check_log, export_hf, load_state, peak_memory_gb, say
-from config import Config, InputError, parse, run_main
-from data import Question, Stop, load_questions, write_jsonl
-from engines import EngineDied, engine_limits, make_engine
+from checkpoint import (
+    RunDir,
+    Stopper,
+    before_and_after,
+    check_log,
+    export_hf,
+    input_ids,
+    load_state,
+    peak_memory_gb,
+    say,
+)
+from config import Config, InputError, need, parse, run_main
+from data import Question, Stop, load_questions, path_of, prompt_path, write_jsonl
+from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
 from reward import Score, ramped_penalty, record, score_episode
 from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
@@ -74,15 +84,15 @@ def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Confi
 def is_compared(episode: Episode, cfg: Config) -> bool:
     """Aborted conversations say nothing about the policy, nor, if so configured, those in which a tool failed."""
     failed = any(result.status == "error" for _, result in episode.calls)
-    return episode.stop != Stop.ABORTED and (cfg.train_on_failed_tools or not failed)
+    return episode.stop != Stop.ABORTED and not (failed and "failed_tools" in cfg.leave_out)
 
 
 def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
     """Those that the update takes into account."""
     chosen = [s for s in samples if s.advantage is not None]
-    if not cfg.train_on_truncated:
+    if "truncated" in cfg.leave_out:
         chosen = [s for s in chosen if s.episode.stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
-    if cfg.drop_zero_variance_groups:
+    if "zero_variance" in cfg.leave_out:
         varied = {s.number for s in samples if s.advantage}
         chosen = [s for s in chosen if s.number in varied]
     return chosen
@@ -278,8 +288,8 @@ class Run:
 
     def __init__(self, cfg: Config, recipe: toy.Recipe):
         check_log(cfg)
-        if cfg.loss == "sft" and not cfg.train_files:
-            raise InputError("loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
+        conversations = cfg.loss != "sft" or cfg.train_files
+        need(conversations, "loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
         self.device = policy.init_distributed(cfg)
         self.dir = RunDir(cfg, recipe)
         world = toy.locate(recipe)
@@ -287,7 +297,8 @@ class Run:
             toy.ensure(recipe, cfg)
         folder = str(world.model) if cfg.model == "toy" else cfg.model
         self.cfg, self.chat = cfg, Chat(folder, cfg)
-        self.search = open_search(cfg, cfg.search_index or world.index)
+        index = cfg.search_index or world.index
+        self.search = open_search(cfg, index)
         self._load_data(recipe, world)
         limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
         say(f"engine {cfg.engine}: {limits}")
@@ -297,12 +308,19 @@ class Run:
             frozen = dict(trainable=False, offload=cfg.offload != "none")
             self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
         self.optimizer = policy.adamw(self.policy, cfg, self.device)
-        self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
+        self.engine = Engine()  # does nothing, where there is nothing to roll out
+        if cfg.loss != "sft" or self.val:
+            self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
         self.checkpoint_seconds = 0.0
-        best = {"step": -1, "reward": -math.inf}
-        self.state = {"step": 0, "metrics_bytes": 0, "threads": torch.get_num_threads(), "best": best}
+        self.state = {
+            "step": 0,
+            "metrics_bytes": 0,
+            "threads": torch.get_num_threads(),
+            "best": {"step": -1, "reward": None},
+            "inputs": input_ids(self._files_read(folder, index)),
+        }
         if self.dir.resume_from:
             self._resume(ordered)
         self.first = self.state["step"]
@@ -316,6 +334,7 @@ class Run:
         """train (questions, or episodes to imitate), val, and all that the training is about by id."""
         cfg = self.cfg
         train_files, val_files = toy.question_files(cfg, recipe)
+        self.files = [path_of(file) for file in (*train_files, *val_files)]
         if cfg.loss == "sft":
             from analysis.imitation import load_conversations
 
@@ -324,29 +343,34 @@ class Run:
         else:
             self.train = about = load_prompts(train_files, "training", self.chat, cfg)
         self.val = load_prompts(val_files, "validation", self.chat, cfg)[: cfg.val_limit or None] if val_files else []
-        if len(about) < cfg.updates_per_step:
-            raise InputError(
-                f"updates_per_step={cfg.updates_per_step}, but there are only {len(about)} questions to train on"
-            )
+        what = f"updates_per_step={cfg.updates_per_step}, but there are only {len(about)} questions to train on"
+        need(len(about) >= cfg.updates_per_step, what)
         self.questions = {q.id: q for q in about}
         check_questions([*about, *self.val], cfg)
 
+    def _files_read(self, folder, index):
+        """The files and folders whose content, not name, makes the run what it is."""
+        cfg = self.cfg
+        searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
+        return [folder, prompt_path(cfg.prompts), searched, *self.files, *cfg.sft_questions]
+
     def _conversations_to_come(self):
         steps = self.cfg.steps - self.state["step"]
-        validations = 2 + (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 2
+        between = (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 0
         per_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
         if self.cfg.loss == "sft":  # they are there already
             per_step = 0
-        return steps * per_step + validations * 2 * len(self.val)  # greedy and sampled
+        return steps * per_step + (between + 4) * len(self.val)  # first and last: greedy and sampled
 
     def _resume(self, ordered):
         saved = load_state(self.dir.resume_from, self.policy, self.optimizer)
-        if ordered and saved["threads"] != self.state["threads"]:
-            raise InputError(
-                f"{self.dir.resume_from} was made with {saved['threads']} threads a process, this run has "
-                f"{self.state['threads']}: give --threads {saved['threads']}, or --deterministic false"
-            )
-        own = ("metrics_bytes", "best") if self.dir.elsewhere else ()
+        then, now = saved["threads"], self.state["threads"]
+        ways = f"give --threads {then}, or --deterministic false"
+        need(not ordered or then == now, f"{self.dir.resume_from} was made with {then} threads, this is {now}: {ways}")
+        for path, id in saved["inputs"].items():
+            same = self.cfg.accept_changes or self.state["inputs"].get(path, id) == id
+            need(same, f"{path} has changed since {self.dir.resume_from} was made: --accept_changes true continues")
+        own = ("metrics_bytes", "best", "inputs") if self.dir.elsewhere else ("inputs",)
         self.state |= {key: saved[key] for key in self.state if key not in own}
 
     def loop(self) -> None:
@@ -459,11 +483,14 @@ class Run:
         mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
         batches = pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch)
         batches = equal_counts(batches, self.chat, self.policy, self.device)
+        if self.device.type == "cuda":
+            self.engine.sleep()
         plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature
         loss = partial(policy.imitation_loss, cfg.loss_norm)
         sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
         if self.val:
             self.engine.load_weights(full_weights(self.policy), version=step + 1)
+            self.engine.wake()
         seconds = time.monotonic() - started
         return {
             "loss": sums["loss"] / max(sums["count"], 1.0),
@@ -475,13 +502,17 @@ class Run:
         }
 
     def validate(self, step: int) -> None:
-        """Validation, greedy and at the training temperature; the model with the best greedy reward is exported."""
+        """Validation, greedy and, before and after the run, at the training temperature, too; the model with the best
+        greedy reward is exported."""
         from analysis.figures import summarize
 
         if not self.val:
             return
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
-        for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
+        temperatures = {"greedy": 0.0, "sampled": self.cfg.temperature}
+        if 0 < step < self.cfg.steps:
+            del temperatures["sampled"]
+        for name, temperature in temperatures.items():
             how = dict(temperature=temperature, step=step, guard=self.stopper.rollout)
             part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
             entry[name] = summarize(part, self.cfg)
@@ -489,8 +520,8 @@ class Run:
         self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
-        reward = entry["greedy"]["all"]["reward"]
-        if reward > self.state["best"]["reward"]:
+        reward, best = entry["greedy"]["all"]["reward"], self.state["best"]["reward"]
+        if best is None or reward > best:
             self.state["best"] = {"step": step, "reward": reward}
             self.export("best")
             if step:
@@ -551,8 +582,10 @@ def main() -> None:
             run.save()
         stop(f"error: step {run.state['step']}: {error}. --resume auto continues from here.")
     except EngineDied as error:  # on this rank alone
-        again = "the last checkpoint is as it was, --resume auto continues from it"
-        sys.exit(f"error: step {run.state['step']}: {error}; {again}")
+        sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
+    except OSError as error:
+        where = f"step {run.state['step']}: {run.dir.path}"
+        sys.exit(f"error: {where}: {error.strerror or error}; --resume auto continues from the last checkpoint")
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()

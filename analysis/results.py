@@ -17,26 +17,6 @@ from pathlib import Path
 from config import InputError, need
 from data import Question, key_of, load_questions, write_jsonl
 
-PIECES, PIECE = 64, 2**16  # `file_id` reads at most so many pieces, of so many bytes each
-
-
-def file_id(path: str | Path) -> str:
-    """Sixteen hex digits that identify a file: a hash of its size and of up to 64 evenly spaced pieces of 64 KiB (all
-    of it up to 4 MiB). For a folder: of its files by name, without hidden files and JSON lines."""
-    path = Path(path)
-    if path.is_dir():
-        files = [p for p in sorted(path.glob("[!.]*")) if p.is_file() and ".jsonl" not in p.name]
-        parts = [f"{p.name} {file_id(p)}" for p in files]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    size = path.stat().st_size
-    count = min(PIECES, -(-size // PIECE))
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(count):
-            file.seek(i * (size - PIECE) // (count - 1) if count == PIECES else i * PIECE)
-            digest.update(file.read(PIECE))
-    return digest.hexdigest()[:16]
-
 
 def code_version() -> str:
     """The commit of this program from `git describe`, if there is one, and a hash of the files that evaluate."""

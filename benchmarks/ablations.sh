@@ -36,10 +36,10 @@ run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --val_files "
 short() { local name=$1; shift; run "short-$name" --steps 40 --updates_per_step 2 "$@"; }
 short grpo
 short dr-grpo --advantage dr_grpo --loss_norm constant
-short dapo --clip_high 0.28 --drop_zero_variance_groups
+short dapo --clip_high 0.28 --leave_out zero_variance
 short gspo --ratio sequence --clip_low 0.0003 --clip_high 0.0004
 short leave-one-out --advantage rloo
-short no-truncated --train_on_truncated false
+short no-truncated --leave_out truncated
 for seed in ${SEEDS:-0 1 2}; do
     for mode in direct pipeline; do
         out=$RUNS/$mode-$seed.jsonl

@@ -107,7 +107,7 @@ class Asleep:
         self.word = chat.encode("a")[:1]
         self.new, self.running = [], []  # [request, tokens of its turn, steps to go]
 
-    def submit(self, request_id, prompt_ids, images, sampling):
+    def submit(self, request_id, prompt, images, sampling):
         length = math.ceil(np.random.default_rng(sampling.seed).exponential(STOP_SHARE))
         length = min(length, sampling.max_tokens)
         self.new.append([request_id, length, length])
@@ -188,7 +188,7 @@ def turn_by_turn(questions, engine, search, chat, cfg, each) -> list[Episode]:
     episodes = {}
     while requests:
         for name, request in requests.items():
-            engine.submit(name, request.prompt_ids, request.images, request.sampling)
+            engine.submit(name, request.prompt, request.images, request.sampling)
         replies = {}
         while len(replies) < len(requests):
             replies |= {reply.request_id: reply for reply in engine.step()}

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from typing import get_args, get_type_hints
 
 import pytest
@@ -74,7 +75,7 @@ def another(kind, field):
         return "llm", ("llm",)
     if isinstance(allowed, tuple):
         value = next(c for c in reversed(allowed) if c != default)
-        return value, value
+        return value, (value,) if isinstance(default, tuple) else value
     if bool in kinds:
         return str(not default).lower(), not default
     if int in kinds:
@@ -290,9 +291,11 @@ def test_every_number_has_a_lower_bound_and_shares_an_upper_one(kind, field):
 @each([(Config, Config.__dataclass_fields__["preset"]), *CHOICES])
 def test_choices(kind, field):
     message, allowed = refused(f"--{field.name}=other", kind=kind), field.metadata["allowed"] or PRESETS
+    several = isinstance(field.default, tuple)
     assert field.name in message and all(choice in message for choice in allowed)
     for choice in allowed:
-        assert getattr(made(kind, **{field.name: choice}), field.name) == choice
+        value = (choice,) if several else choice
+        assert getattr(made(kind, **{field.name: value}), field.name) == value
 
 
 def needs_index(**values):
@@ -386,13 +389,13 @@ def test_limits_and_results_of_tools():
 
 
 @pytest.mark.parametrize("mark, names", [
-    ("resume", "resume overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout threads "
-               "concurrency tool_threads rollout_deadline log search search_cache search_url search_budget "
+    ("resume", "resume accept_changes overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout "
+               "threads concurrency tool_threads rollout_deadline log search search_cache search_url search_budget "
                "search_deadline serpapi_url reader_url summarizer_url image_host allow_hosts toy_dir"),
-    ("neutral", "run_dir resume overwrite threads dist_timeout log concurrency tool_threads toy_dir search_url "
-                "search_budget search_deadline image_host allow_hosts out"),
+    ("neutral", "run_dir resume accept_changes overwrite threads dist_timeout log concurrency tool_threads toy_dir "
+                "search_url search_budget search_deadline image_host allow_hosts out"),
     ("model", "prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens max_turns "
-              "tool_limits tool_results max_tokens_per_turn max_tokens"),
+              "tool_limits tool_results max_tokens_per_turn max_result_tokens max_tokens"),
 ])  # fmt: skip
 def test_marks(mark, names):
     """What a resumed run may change, what an interrupted evaluation may continue with, what an export keeps."""
@@ -454,9 +457,11 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert out == "" and err == "error: a.pq:  not good   at all\n"
     assert leave(KeyboardInterrupt()) == 130
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("RANK", "1")  # rank 0 says it
-    assert leave(InputError("x")) == 2
-    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "1")  # gives rank 0 the time to say it, and then says it: it may be the only one
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert leave(InputError("x")) == 2 and waited == [5]
+    assert capsys.readouterr() == ("", "error (rank 1): x\n")
 
 
 def test_other_errors_surface():

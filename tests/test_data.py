@@ -885,7 +885,7 @@ def test_an_episode_only_grows_and_samples_are_marked_as_they_are_born(roomy):
 def test_a_result_that_does_not_fit_is_refused_whole(folder, cfg):
     """It fits if at least one token can be said after it. What is refused leaves the conversation alone; the call was
     made, and is kept."""
-    for result in (Result("ok", IMAGE_HITS), Result("error"), Result("ok", (Hit("long " * 300),))):
+    for result in (Result("no_results"), Result("error")):
         call, sizes = Call("image_search"), []
         for room in (10_000, 0, -1):
             chat = Chat(folder, replace(cfg, max_tokens=10_000, max_tokens_per_batch=10_000))
@@ -903,6 +903,39 @@ def test_a_result_that_does_not_fit_is_refused_whole(folder, cfg):
             else:
                 assert state(episode)[:-1] == before[:-1]
             assert episode.calls == [(call, result)]
+
+
+SENTENCES = "It was built in 1935. It is 3.5 metres high! Nobody knows why. "
+LONG = Hit("A page", "https://e.org/1", SENTENCES * 60)
+
+
+@pytest.mark.parametrize("hits, whole", [
+    ((LONG,), ""),
+    ((LONG, LONG, LONG), ""),
+    ((Hit("short", text="Bako."), LONG), " short: Bako.\n"),
+    ((LONG, Hit("short", text="Bako.")), " short: Bako.\n"),  # what a short one leaves is another's
+    ((Hit("塔", text="它在东京都港区。高三百三十三米。" * 60),), ""),
+    ((Hit("one sentence", text="word " * 900),), ""),
+    ((Hit("title " * 400, "https://e.org/" + "x" * 900), Hit("short")), " short\n"),
+    (tuple(Hit(f"title {i}", image=picture(5), text="Yes. " * 40) for i in range(9)), " title 8"),
+])  # fmt: skip
+@pytest.mark.parametrize("setting", [0, 150])
+def test_results_are_cut_to_what_leaves_room_for_an_answer(folder, cfg, hits, whole, setting):
+    lengths = dict(max_tokens=900, max_tokens_per_turn=60, max_prompt_tokens=400, max_tokens_per_batch=900)
+    chat = Chat(folder, replace(cfg, **lengths, max_result_tokens=setting))
+    episode = Episode.start(question(), chat)
+    for number in (1, 2):  # as many calls as the limits allow
+        episode.add_reply(reply_of(chat, "<text_search>x</text_search>"))
+        start, most = len(episode.tokens), episode.room_for_result()
+        assert most == min(setting or 900, (episode.room() - 60) // (3 - number))
+        assert episode.add_result(Call("text_search", "x"), Result("ok", hits))
+        assert len(episode.tokens) - start <= most + 3  # neighbouring texts are encoded together
+        shown = chat.show(episode.tokens[start:])
+        assert whole in shown and "\ufffd" not in shown and episode.results_cut == number
+        for text in re.findall(r"A page \(https://e.org/1\): (.*)", shown):
+            assert text and SENTENCES.count(text[-12:].strip()) == 1  # ends where a sentence does
+    assert episode.room() >= 57 and episode.record()["results_cut"] == 2
+    assert episode.calls == [(Call("text_search", "x"), Result("ok", hits))] * 2  # the record is of what was found
 
 
 def test_a_reply_that_does_not_fit_is_refused_whole(chat):
@@ -938,12 +971,11 @@ def test_an_empty_reply_is_a_turn_of_nothing(chat):
     assert episode.responses == [""] and not any(episode.sampled)
 
 
-def test_engine_prompt_and_expand_undo_each_other(roomy):
+def test_collapsed_placeholders_are_one_an_image(roomy):
     for episode in (talk(roomy), talk(roomy, 1), Episode.start(Question("q", "no picture?"), roomy)):
-        short = episode.engine_prompt()
+        short = roomy.collapse(episode.tokens)
         assert short.count(roomy.image_pad) == len(episode.images)
         assert [t for t in short if t != roomy.image_pad] == [t for t in episode.tokens if t != roomy.image_pad]
-        assert roomy.expand(short, episode.images) == episode.tokens
     assert [i.thumbnail for i in talk(roomy).images] == [False, False, True, True, True]
     assert [i.data for i in talk(roomy).images] == [picture(0), picture(1)] + [h.image for h in IMAGE_HITS if h.image]
 
@@ -1017,7 +1049,6 @@ def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
         episode.add_reply(reply_of(chat, "<text_search>x</text_search>"))
         assert episode.add_result(Call("text_search", word), Result("ok", (Hit(word, word, word), Hit(word))))
         assert episode.tokens.count(chat.image_pad) == sum(i.tokens for i in episode.images)
-        assert chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
         rest = chat.show(episode.tokens)
         assert rest.startswith(text)
         json.dumps(episode.record())
@@ -1038,7 +1069,7 @@ def test_image_tags_are_placeholders_in_a_question_and_text_everywhere_else(prom
         assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
         episode.add_reply(reply_of(chat, "x"))
         assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
-        assert len(episode.images) == 1 and chat.expand(episode.engine_prompt(), episode.images) == episode.tokens
+        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
 
 
 def test_replies_are_never_read_as_specials(chat):

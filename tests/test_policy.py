@@ -5,6 +5,9 @@ Run as a script, this file is one of the ranks of the tests with two processes."
 
 import json
 import os
+import random
+import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -729,17 +732,49 @@ def test_what_is_no_checkpoint_is_refused(model, tmp_path, content):
     assert str(path) in str(error.value) and one_line(error)
 
 
-@pytest.mark.parametrize("damage", ["metadata", "shard", "cut"])
-def test_a_damaged_checkpoint_is_refused(saved, damage):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "folder", *range(8)])
+def test_a_damaged_checkpoint_is_refused(saved, name, damage, capfd):
+    """Numbers: one bit is flipped, somewhere."""
     model, optimizer, path = saved
-    shard = path / "__0_0.distcp"
-    if damage == "cut":
-        os.truncate(shard, shard.stat().st_size // 2)
-    else:
-        {"shard": shard, "metadata": path / ".metadata"}[damage].unlink()
-    with pytest.raises(InputError, match="not a whole checkpoint") as error:
+    file, content = path / name, bytearray((path / name).read_bytes())
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "longer":
+        file.write_bytes(content + b"{}")
+    elif damage != "missing":
+        content[random.Random(damage).randrange(len(content))] ^= 1 << damage
+        file.write_bytes(content)
+    before = everything(model, optimizer)
+    with pytest.raises(InputError, match="not a (whole )?checkpoint") as error:
         checkpoint.load_state(path, model, optimizer)
     assert str(path) in str(error.value) and one_line(error)
+    assert same_bits(before, everything(model, optimizer)) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known before", "found out while writing"])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(saved, tmp_path, monkeypatch, known):
+    model, optimizer, path = saved
+    before = everything(model, optimizer)
+    with monkeypatch.context() as patch:
+        if known:
+            usage = SimpleNamespace(free=10_000)
+            patch.setattr(shutil, "disk_usage", lambda _: usage)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if known else 50_000, limits[1]))
+        try:
+            with pytest.raises(InputError, match="10,000 are free" if known else "cannot write [0-9,]+ bytes") as error:
+                checkpoint.save_state(path, model, optimizer, {"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    size = sum(file.stat().st_size for file in path.glob("*.distcp"))
+    said = int(re.search(r"([0-9,]{6,}) bytes", str(error.value))[1].replace(",", ""))
+    assert str(path) in str(error.value) and one_line(error) and 0.9 < said / size < 1.1
+    assert checkpoint.load_state(path, model, optimizer)["step"] == 1
+    assert same_bits(before, everything(model, optimizer))
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved, sharp_model):
@@ -759,12 +794,14 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     model = policy.load_policy(folder, chat, wide, device)
     episodes = some_episodes(chat)
     step(model, episodes, chat, wide, device, lr=0.1)
+    ends = model.generation_config.eos_token_id = [chat.im_end, 0]  # as Qwen's file says; its configuration has one
     for _ in range(2):  # over an earlier one too
         checkpoint.export_hf(tmp_path / "best", model, chat)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
     from safetensors.torch import load_file
 
+    assert json.loads((tmp_path / "best" / "generation_config.json").read_text())["eos_token_id"] == ends
     keys = set(load_file(tmp_path / "best" / "model.safetensors"))
     assert keys == set(load_file(folder / "model.safetensors"))
     assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= keys

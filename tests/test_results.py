@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import statistics
 
@@ -154,29 +155,38 @@ def test_of_a_validation_the_greedy_half_is_read(tmp_path):
     assert results.read_results(tmp_path / "eval-000000.jsonl") == ({}, records[:1])
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**16, 2**16 + 1, 2**22 - 5, 2**22, 2**22 + 1])
-def test_an_id_changes_with_any_byte_of_a_small_file_and_with_the_ends_of_a_large_one(tmp_path, size):
+@pytest.mark.parametrize("size", [0, 1, 2**8, 2**8 + 1, 2**12 - 5, 2**12, 2**12 + 1])
+def test_an_id_changes_with_any_byte_of_a_small_file_and_with_the_ends_of_a_large_one(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(data, "PIECES", 16)
+    monkeypatch.setattr(data, "PIECE", 2**8)
     path, content = tmp_path / "f", bytearray(random.Random(size).randbytes(size))
     path.write_bytes(content)
-    ids = [results.file_id(path)]
-    for at in {0, size // 2, size - 1} if size else ():
+    ids = [data.file_id(path)]
+    for at in {0, size - 1, *range(size if size <= 2**12 else 0)} if size else ():
         content[at] ^= 1
         path.write_bytes(content)
-        ids.append(results.file_id(path))
+        ids.append(data.file_id(path))
         content[at] ^= 1
     assert len(set(ids)) == len(ids)
     path.write_bytes(content)
-    assert results.file_id(path) == ids[0]
+    assert data.file_id(path) == ids[0]
 
 
 def test_the_id_of_a_folder_is_not_changed_by_its_results(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = results.file_id(tmp_path)
+    before = data.file_id(tmp_path)
     (tmp_path / "eval.jsonl").write_text("x")
     (tmp_path / "eval-direct.jsonl.part0").write_text("x")
-    assert results.file_id(tmp_path) == before
+    assert data.file_id(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    assert results.file_id(tmp_path) != before
+    assert data.file_id(tmp_path) != before
+
+
+@pytest.mark.parametrize("path", ["missing", "pipe", "/dev/zero", "x" * 300, "nul\0"])
+def test_what_has_no_id_is_a_line(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="cannot read it"):
+        data.file_id(tmp_path / path)
 
 
 # ------------------------------------------------------------------------------------------- statistics

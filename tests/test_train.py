@@ -9,13 +9,17 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -161,6 +165,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, world):
     for id in by_question:  # advantages of a group sum to zero
         assert abs(sum(r["advantage"] for r in rollouts if r["question_id"] == id)) < 1e-4
     assert rollouts[0]["turns"][0]["text"].count("<image>") == 1
+    assert ["sampled" in line for line in lines if line["phase"] == "eval"] == [True, False, True]
     log = path.with_suffix(".log").read_text()
     assert "⟦" in log and "accuracy" in log  # the marked conversation, the table at the end
 
@@ -462,6 +467,103 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
 
 
+def everything_in(path):
+    return {p: p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    """A copy of the undisturbed run, to be spoilt."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("file, content", [
+    ("state.json", "{}"), ("state.json", "null"), ("state.json", None), ("state.json", '{"step": -1}'),
+    ("config.json", "null"), ("config.json", "[]"), ("config.json", None), ("config.json", '{"run_dir": null}'),
+    ("metrics.jsonl", ""), ("metrics.jsonl", None), ("metrics.jsonl", '{"step": 0}\n'),
+], ids=str)  # fmt: skip
+def test_a_resume_that_is_refused_deletes_nothing(arguments, copy, tmp_path, capfd, file, content):
+    """A state whose numbers were changed by hand, a run that is none, and metrics that lost lines. `content` None: the
+    file has other numbers (state.json), is another run's (config.json) or is missing."""
+    newest = sorted((copy / "checkpoints").iterdir())[-1]
+    path = newest / file if file == "state.json" else copy / file
+    if content is not None:
+        path.write_text(content)
+    elif file == "metrics.jsonl":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace('"step": 4', '"step": 1').replace('"seed": 0', '"seed": 1'))
+    before = everything_in(copy)
+    # the copy's options name the directory that it was copied from, which may differ
+    line = refused(capfd, *arguments, f"--run_dir={copy}", "--resume=auto", "--steps=4")
+    assert everything_in(copy) == before and str(copy) in line
+    if file == "metrics.jsonl":  # the way that the line names
+        capfd.readouterr()
+        code, _ = run_train(arguments, f"--run_dir={tmp_path / 'new'}", f"--resume={newest}", "--steps=4")
+        assert code == 0
+
+
+def test_odd_names_in_a_run_are_left_alone(arguments, copy):
+    odd = [
+        "rollouts/step-x.jsonl",
+        "rollouts/notes-3.txt",
+        "checkpoints/step-",
+        "checkpoints/step-1a/x",
+        "rollouts/eval",
+    ]
+    for name in odd:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    code, _ = run_train(arguments, f"--run_dir={copy}", "--resume=auto", "--steps=4")
+    assert code == 0 and all((copy / name).read_text() == "mine" for name in odd)
+
+
+@pytest.mark.parametrize("way", ["--resume=auto", "--overwrite"])
+def test_a_run_directory_has_one_run(arguments, copy, capfd, way):
+    """Another process holds the lock; when it is killed, it is released."""
+    script = "import config, sys, time; held = config.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script, copy], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    before = everything_in(copy)
+    line = refused(capfd, *arguments, f"--run_dir={copy}", way)
+    assert f"{copy} is in use by process {holder.pid} on " in line and everything_in(copy) == before
+    holder.kill()
+    holder.wait()
+    config.lock(copy).close()
+
+
+@pytest.mark.parametrize("changed", ["train_files", "val_files", "prompts", "search_index", "model"])
+def test_a_resumed_run_reads_what_it_read_before(arguments, world, tmp_path, capfd, changed):
+    """Another content under the same name is refused, unless the user says that it may be."""
+    toy_world = world[0]
+    sources = {"train_files": toy_world.train, "val_files": toy_world.val, "search_index": toy_world.index}
+    sources |= {"prompts": ROOT / "prompts" / "toy", "model": toy_world.model}
+    own = {name: tmp_path / path.name for name, path in sources.items()}
+    for name, path in sources.items():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, own[name])
+    options = [*arguments, *(f"--{name}={path}" for name, path in own.items()), f"--run_dir={tmp_path / 'run'}"]
+    code, _ = run_train(options, "--steps=2")
+    assert code == 0
+    code, _ = run_train(options, "--steps=3", "--resume=auto")  # nothing has changed
+    assert code == 0
+    if changed == "prompts":
+        (own[changed] / "question.txt").write_text("Now then: {question}")
+    elif changed == "model":
+        (own[changed] / "generation_config.json").write_text('{"eos_token_id": [1, 0], "top_p": 0.5}')
+    elif changed == "search_index":
+        shutil.copy(toy_world.index, own[changed])
+        with sqlite3.connect(own[changed]) as db:
+            db.execute("CREATE TABLE more (x)")
+    else:
+        table = pq.read_table(own[changed])
+        pq.write_table(table.slice(1), own[changed])
+    line = refused(capfd, *options, "--steps=4", "--resume=auto")
+    assert f"{own[changed]} has changed" in line and "--accept_changes" in line
+    for more in (["--accept_changes=true", "--steps=4"], ["--steps=5"]):  # then this is what it has read
+        code, _ = run_train(options, *more, "--resume=auto")
+        assert code == 0
+
+
 def test_bad_inputs(arguments, tmp_path, capfd):
     run_dir = f"--run_dir={tmp_path / 'run'}"
     assert "no such file" in refused(capfd, *arguments, run_dir, "--train_files", tmp_path / "none.parquet")
@@ -523,9 +625,9 @@ def test_which_conversations_train(arguments, monkeypatch):
     assert train.advantage_metrics(samples, torch.device("cpu")) == {
         "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
     }  # fmt: skip
-    assert of("--train_on_truncated=false") == (advantages, [i for i in kept if i != 3])
-    assert of("--drop_zero_variance_groups") == (advantages, [i for i in kept if i not in (6, 7, 8)])
-    without, kept = of("--train_on_failed_tools=false")
+    assert of("--leave_out=truncated") == (advantages, [i for i in kept if i != 3])
+    assert of("--leave_out=zero_variance") == (advantages, [i for i in kept if i not in (6, 7, 8)])
+    without, kept = of("--leave_out=failed_tools")
     assert 10 not in without and kept == list(without) and without[9] == pytest.approx(0.7071, 1e-3)
     assert of("--advantage=rloo")[0][9] == pytest.approx(0.75)
     assert of("--advantage=dr_grpo")[0][9] == pytest.approx(0.5)
@@ -833,6 +935,7 @@ def logged(cfg, tmp_path, log):
     run_dir.log({"step": 0, "phase": "eval", "greedy": {"all": {"accuracy": 0.25}}})
     run_dir.log({"step": 0, "phase": "train", "loss": 1.5})
     assert [entry["phase"] for entry in run_dir.read_log()] == ["eval", "train"]
+    run_dir.lock.close()
     return run_dir.path
 
 
@@ -842,6 +945,10 @@ def test_tensorboard(cfg, device, tmp_path):
     events = event_accumulator.EventAccumulator(str(path / "tensorboard")).Reload()
     found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     assert found == {"greedy/all/accuracy": [(0, 0.25)], "loss": [(0, 1.5)]}
+    log = checkpoint.open_log(replace(cfg, log="tensorboard"), path, 0)  # resumed before step 0
+    log(0, {"loss": 2.5})
+    events = event_accumulator.EventAccumulator(str(path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 2.5)]
 
 
 def test_wandb_offline(cfg, device, tmp_path, monkeypatch):

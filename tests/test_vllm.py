@@ -153,9 +153,7 @@ class Alone:
         self.load(9)
 
     def abort(self):
-        prompt, images = self.chat.prompt(pictured([1])[0])
-        pad = self.chat.image_pad  # one placeholder for each image, as `Episode.engine_prompt` gives
-        ids = [t for i, t in enumerate(prompt) if t != pad or prompt[i - 1] != pad]
+        ids, images = self.chat.prompt(pictured([1])[0])
         self.engine.submit("a", ids, images, Sampling(1.0, 40, 0))
         self.engine.submit("b", ids, images, Sampling(0.0, 40, 0))
         for _ in range(4):
