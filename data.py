@@ -160,7 +160,8 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
                 else:
                     raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
             if only is None:
-                need(found, f"{file}: no question is left of it; {''.join(bad[before:][:1]) or 'it has no rows'}")
+                why = bad[before] if len(bad) > before else "it has no rows"
+                need(found, f"{file}: no question is left of it; {why}")
                 _check_pictures(found, file, benchmark, progress)
             questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
     pa.default_memory_pool().release_unused()  # it keeps as much as the largest file took
@@ -279,8 +280,8 @@ def _as_verl(row, benchmark):
     values = [row.get(column) for column in answers]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
     texts = [v for v in flat if isinstance(v, str | int | float)]
-    ranges = [v["range"] for v in flat if isinstance(v, dict) and v.get("range")]  # InfoSeek's of a numeric answer
-    texts += [f"between {low} and {high}" for low, high, *_ in ranges]  # read by reward.em_unicode
+    ranges = [v.get("range") for v in flat if isinstance(v, dict)]  # InfoSeek's of a number; reward.in_range reads them
+    texts += [f"between {r[0]} and {r[1]}" for r in ranges if isinstance(r, list) and len(r) > 1]
     return {
         "prompt": [{"role": "user", "content": row[question]}],
         "images": [row[image]] if row[image] else [],
