@@ -183,7 +183,7 @@ class Config(Options):
 
     # -- evaluation and checkpoints
     eval_every: int = option(50, "steps between validations (0: only before and after)", "at least 0", marks="resume")
-    val_limit: int = option(0, "validate on the first n questions (0: all)", "at least 0", marks="resume")
+    val_limit: int = option(0, "validate on n questions, evenly spaced (0: all)", "at least 0", marks="resume")
     save_every: int = option(20, "steps between checkpoints (0: only at the end)", "at least 0", marks="resume")
     keep_last: int = option(2, "checkpoints kept", "above 0", marks="resume")
 
@@ -406,9 +406,10 @@ def lock(path: str | Path) -> IO:
     except OSError:
         file.seek(0)
         raise InputError(f"{path} is in use by {file.read().strip() or 'another process'}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    with suppress(OSError):  # on a full disk it is locked without a name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
     return file
 
 

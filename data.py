@@ -565,6 +565,11 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
         file.writelines(json.dumps(r) + "\n" for r in records)
 
 
+def thinned(items: list, limit: int) -> list:
+    """At most `limit` of the items, evenly spaced; 0: all."""
+    return items[:: -(-len(items) // limit)] if limit else items
+
+
 def key_of(record: dict) -> tuple[str, int]:
     return record["question_id"], record["sample"]
 

@@ -22,7 +22,7 @@ import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
 from config import Config, InputError, Options, as_dict, marked, need, option, parse, run_main
-from data import Question, decode_image, file_id, load_questions, path_of
+from data import Question, decode_image, file_id, load_questions, path_of, thinned
 from engines import Engine, engine_limits, make_engine
 from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
@@ -147,7 +147,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     files = options.files or (str(world.val),)
     loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
     questions, dropped = drop_overlong(loaded, chat, options.mode)
-    questions = questions[: cfg.val_limit or None]
+    questions = thinned(questions, cfg.val_limit)
     if not questions:
         raise InputError("there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
     rank, samples = dist.get_rank(), options.samples

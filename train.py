@@ -45,7 +45,7 @@ from checkpoint import (
     say,
 )
 from config import Config, InputError, need, parse, run_main
-from data import Question, Stop, load_questions, path_of, prompt_path, write_jsonl
+from data import Question, Stop, load_questions, path_of, prompt_path, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
 from reward import Score, ramped_penalty, record, score_episode
@@ -342,7 +342,9 @@ class Run:
             about = [e.question for e in self.train]
         else:
             self.train = about = load_prompts(train_files, "training", self.chat, cfg)
-        self.val = load_prompts(val_files, "validation", self.chat, cfg)[: cfg.val_limit or None] if val_files else []
+        self.val = []
+        if val_files:
+            self.val = thinned(load_prompts(val_files, "validation", self.chat, cfg), cfg.val_limit)
         what = f"updates_per_step={cfg.updates_per_step}, but there are only {len(about)} questions to train on"
         need(len(about) >= cfg.updates_per_step, what)
         self.questions = {q.id: q for q in about}

@@ -39,7 +39,7 @@ from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions, write_questions
-from engines import EngineDied, TorchEngine
+from engines import Engine, EngineDied, TorchEngine
 from rollout import ScriptedEngine, run
 from search.index import OfflineSearch, SearchDB
 
@@ -788,6 +788,22 @@ def test_the_readme_s_first_command_with_two_processes(arguments, tmp_path):
     assert "5 training questions and 3 validation questions" in done.stderr
 
 
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_an_error_on_one_of_the_ranks_is_said_by_that_rank(tmp_path, where):
+    """And what is wrong on all of them is said once."""
+    (tmp_path / "job.py").write_text(
+        "import os, sys\nimport torch.distributed as dist\nimport config\n"
+        "def main():\n    dist.init_process_group('gloo')\n"
+        "    if sys.argv[1] == 'all' or os.environ['RANK'] == '1':\n"
+        "        raise config.InputError('that file is not here')\n    dist.barrier()\nconfig.run_main(main)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run([*torchrun, tmp_path / "job.py", where], env=paths, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "that file is not here" in line]
+    assert said == [{"one": "error (rank 1): that file is not here", "all": "error: that file is not here"}[where]]
+
+
 # ------------------------------------------------------------------------------------------------------ the curves
 
 
@@ -863,7 +879,7 @@ def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, 
     assert (float(loss), float(count)) == (-float(logp.sum()), len(logp)) and float(stats["nll"]) == float(loss)
 
 
-def test_supervised_training_makes_held_out_answers_likelier(world, talks, arguments, tmp_path, device):
+def test_supervised_training_makes_held_out_answers_likelier(world, talks, arguments, tmp_path, device, monkeypatch):
     """Six steps on right answers: those about other questions become likelier, and a resumed run ends in the same
     bits."""
     path, _ = talks
@@ -873,6 +889,7 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
         code, _ = run_train(sft, f"--run_dir={run_dir}", *more)
         assert code == 0, run_dir.with_suffix(".log").read_text()
     assert_same_run(whole, parts)
+    assert type(started(monkeypatch, *sft, f"--run_dir={tmp_path / 'x'}").engine) is Engine  # nothing is sampled
     nll = [line["nll"] for line in metrics(whole)]
     assert len(nll) == 6 and nll[-1] < nll[0]
     held_out, _ = loaded(world, path / "test.jsonl")
