@@ -175,8 +175,9 @@ class Chat:
         texts[place] = before + texts[place]
         texts[-1] += after
         segments = [*head, texts[0]]
-        for image, text in zip(question.images, texts[1:], strict=True):
-            segments += [self.picture(image), text]
+        sizes = question.sizes or [None] * len(question.images)
+        for image, size, text in zip(question.images, sizes, texts[1:], strict=True):
+            segments += [self.picture(image, size=size), text]
         return self._encode_segments([*segments, *to_model])
 
     def result_turn(
@@ -272,11 +273,12 @@ class Chat:
 
     # -- pictures
 
-    def picture(self, data: bytes, thumbnail: bool = False) -> Picture:
-        """The record of an encoded image, at the pixel range of questions or of thumbnails."""
+    def picture(self, data: bytes, thumbnail: bool = False, size: tuple[int, int] | None = None) -> Picture:
+        """The record of an encoded image, at the pixel range of questions or of thumbnails. size: its (width, height),
+        where it is known; else it is decoded."""
         key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge = self.processor.patch_size, self.processor.merge_size
-        height, width = self._sizes.get(key, lambda: self._size(decode_image(data), thumbnail))
+        height, width = self._sizes.get(key, lambda: self._size(size or decode_image(data).size, thumbnail))
         grid = (height // patch, width // patch)
         return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
 
@@ -288,14 +290,14 @@ class Chat:
     def final_image(self, picture: Picture) -> Image.Image:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
         image = decode_image(picture.data)
-        height, width = self._size(image, picture.thumbnail)
+        height, width = self._size(image.size, picture.thumbnail)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
-    def _size(self, image, thumbnail):
+    def _size(self, size, thumbnail):
         cfg = self.cfg
         low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
         factor = self.processor.patch_size * self.processor.merge_size
-        return final_size(image.height, image.width, factor, low, high)
+        return final_size(size[1], size[0], factor, low, high)
 
     def _check_pixel_range(self):
         cfg, size = self.cfg, dict(self.processor.size)
@@ -305,7 +307,7 @@ class Chat:
         if min(cfg.min_pixels, cfg.thumb_min_pixels) < low or max(cfg.max_pixels, cfg.thumb_max_pixels) > high:
             raise InputError(f"{self.folder}: pixel ranges must lie within its image processor's, {low} to {high}")
         for thumbnail in (False, True):
-            self._size(Image.new("RGB", (1, 1)), thumbnail)  # raises InputError if no size fits the range
+            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
 
     # -- prompt files
 

@@ -98,7 +98,7 @@ class Config(Options):
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass to save memory")
 
     # -- data
-    train_files: tuple[str, ...] = option((), "questions: PATH (veRL layout) or BENCHMARK=PATH (none: the toy world's)")
+    train_files: tuple[str, ...] = option((), "questions: PATH or NAME=PATH, see docs/data.md (none: the toy world's)")
     val_files: tuple[str, ...] = option((), "the same, for validation (none: the toy world's, or no validation)")
     skip_bad_rows: bool = option(False, "leave bad rows out and count them, instead of stopping at the first")
     prompts: str = option("prompts/toy", "folder of the prompt files (see prompts/)", marks="model")
@@ -148,7 +148,7 @@ class Config(Options):
     per_search_penalty: bool = option(True, "take the penalty once for each search (the paper: once)")
     penalty_ramp_steps: int = option(0, "raise the penalty from -p to +p over this many steps (0: off)", "at least 0")
     format_weight: float = option(0.1, "alpha: weight of the format in the reward", "from 0 to 1")
-    match: str = option("em", "em: exact match; sub_em: an accepted answer inside the prediction", ("em", "sub_em"))
+    match: str = option("em", "equal to an answer, equal as Unicode, or containing it", ("em", "em_unicode", "sub_em"))
     any_order: bool = option(False, "accept well-formed tool calls in any number and order as good format")
 
     # -- loss

@@ -11,19 +11,23 @@ import enum
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import string
 import sys
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image
 
 from config import InputError, need, replacing
 
@@ -42,7 +46,8 @@ class Stop(enum.Enum):
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `images` are encoded files (PNG, JPEG ...); the first is the one that image search sees."""
+    """One question. `images` are encoded files (PNG, JPEG ...); the first is the one that image search sees. `sizes`:
+    their (width, height) once decoded, or (), where nobody has looked yet."""
 
     id: str
     text: str
@@ -52,6 +57,7 @@ class Question:
     data_id: str | None = None
     image_url: str | None = None
     system: str | None = None
+    sizes: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,12 +134,15 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
 
     veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path}, or either as it is, or base64], `reward_model`
     {ground_truth, candidate_answers}; `data_source`, `image_urls` and `data_id` may be missing. BENCHMARK is a key of
-    BENCHMARKS, whose columns are read, and the data_source of its questions. Paths of images start at the file's
-    folder. Images stay encoded, but each is decoded once to see that it can be.
+    BENCHMARKS, whose columns are read, and the data_source of its questions; those without a picture are left out.
+    Paths of images start at the file's folder. Images stay encoded, but each is decoded once to see that it can be.
+    A file in which no question has a picture has to be meant: text=PATH (veRL layout).
 
-    only: the ids to read (all rows are, without it). Raises InputError naming file, row (from 0) and field; with
-    skip_bad_rows bad rows are left out and counted.
+    only: the ids to read (all rows are, without it). Raises InputError naming file, row (from 0) and field, or a file
+    of which nothing is left; with skip_bad_rows bad rows are left out and counted.
     """
+    import pyarrow as pa
+
     questions, bad = [], []
     names = [Path(path_of(file)).name for file in files]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
@@ -142,16 +151,36 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
             benchmark, path = _split(file)
             read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
+            found, before = [], len(bad)
             for number, outcome in _in_order(pool, read, rows):
                 if isinstance(outcome, Question):
-                    questions.append(outcome)
-                elif outcome and skip_bad_rows:
+                    found.append(outcome)
+                elif skip_bad_rows:
                     bad.append(f"row {number} of {file}: {outcome}")
-                elif outcome:
+                else:
                     raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
+            if only is None:
+                why = bad[before] if len(bad) > before else "it has no rows"
+                need(found, f"{file}: no question is left of it; {why}")
+                _check_pictures(found, file, benchmark, progress)
+            questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
+    pa.default_memory_pool().release_unused()  # it keeps as much as the largest file took
     if bad and progress:
         print(f"left out {len(bad)} bad rows, the first: {bad[0]}", file=sys.stderr)
     return questions
+
+
+def _check_pictures(found, file, benchmark, progress):
+    """Say how many of a file's questions have no picture. Raises InputError if none has."""
+    blind = sum(not q.images for q in found)
+    if not blind or benchmark == TEXT:
+        return
+    column, left_out, hint = "images", "", f" (write {TEXT}=PATH where there are none)"
+    if BENCHMARKS.get(benchmark):
+        column, left_out, hint = BENCHMARKS[benchmark][2], ", and are left out", ""
+    need(blind < len(found), f"{file}: no question has a picture in {column!r}{hint}")
+    if progress:
+        print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
 
 
 def _in_order(pool, work, items):
@@ -165,6 +194,7 @@ def _in_order(pool, work, items):
         yield future.result()
 
 
+TEXT = "text"  # before a path as if it were a benchmark: a file in veRL layout whose questions have no pictures
 COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "data_id")  # the first two are needed
 
 # Benchmarks whose files are not in veRL layout: the columns of question, answers, picture and id. Where such a file is
@@ -172,10 +202,11 @@ COLUMNS = ("prompt", "reward_model", "images", "data_source", "image_urls", "dat
 BENCHMARKS = {
     # hub lmms-lab/FVQA, fvqa_test.parquet (arXiv 2506.20670): veRL layout, pictures as bytes
     "fvqa-test": None,
-    # github open-vision-language/infoseek, infoseek_val.jsonl (arXiv 2302.11713); pictures are OVEN's, beside it, named
-    # by image_id. The 2,000 questions of arXiv 2506.20670 (mmsearch_r1_infoseek_sub_2k.parquet) are in veRL layout.
+    # github open-vision-language/infoseek, infoseek_val.jsonl (arXiv 2302.11713); pictures are OVEN's, named by
+    # image_id, beside it or in OVEN's folders (oven_images/04/oven_04925271.jpg). The 2,000 questions of arXiv
+    # 2506.20670 (mmsearch_r1_infoseek_sub_2k.parquet) are in veRL layout.
     "infoseek": ("question", ("answer", "answer_eval"), "image_id", "data_id"),
-    # hub CaraJ/MMSearch, end2end.parquet (arXiv 2409.12959); questions without a picture are left out
+    # hub CaraJ/MMSearch, end2end.parquet (arXiv 2409.12959)
     "mmsearch": ("query", ("gt_answer", "alternative_gt_answers"), "query_image", "sample_id"),
     # hub m-a-p/SimpleVQA (arXiv 2502.13059), English and Chinese; pictures as base64
     "simplevqa": ("question", ("answer",), "image", "data_id"),
@@ -185,14 +216,26 @@ BENCHMARKS = {
 
 
 def path_of(file: str | Path) -> str:
-    """The path in PATH or BENCHMARK=PATH."""
+    """The path in PATH, BENCHMARK=PATH or text=PATH."""
     return _split(file)[1]
 
 
 def _split(file):
-    """(benchmark or None, path)"""
+    """(benchmark, TEXT or None; path)"""
     benchmark, _, path = str(file).partition("=")
-    return (benchmark, path) if path and benchmark in BENCHMARKS else (None, str(file))
+    return (benchmark, path) if path and benchmark in (*BENCHMARKS, TEXT) else (None, str(file))
+
+
+def _columns(names, benchmark):
+    """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError if one that is
+    needed is missing."""
+    needed, wanted = COLUMNS[:2], COLUMNS
+    if BENCHMARKS.get(benchmark) and not set(needed) <= set(names):
+        question, answers, image, id = BENCHMARKS[benchmark]
+        needed, wanted = (question, answers[0], image), (question, *answers, image, id)
+    for column in needed:
+        need(column in names, f"no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
+    return wanted
 
 
 def _rows(file, benchmark=None) -> Iterator[dict]:
@@ -207,15 +250,11 @@ def _rows(file, benchmark=None) -> Iterator[dict]:
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            needed, wanted = COLUMNS[:2], COLUMNS
-            if benchmark and BENCHMARKS[benchmark] and not set(needed) <= set(names):
-                question, answers, image, id = BENCHMARKS[benchmark]
-                needed, wanted = (question, answers[0], image), (question, *answers, image, id)
-            present = ", ".join(names) or "an empty table"
-            for column in needed:
-                need(column in names, f"{file}: no column {column!r}, only {present}")
-            for batch in table.iter_batches(batch_size=64, columns=[c for c in wanted if c in names]):
+            columns = [c for c in _columns(names, benchmark) if c in names]
+            for batch in table.iter_batches(batch_size=64, columns=columns):
                 yield from batch.to_pylist()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
 
@@ -231,7 +270,8 @@ def _json_rows(file):
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a readable JSON file ({first_line(error)})") from None
+        expected = "expected a list of rows, or one row a line"
+        raise InputError(f"{file}: not a readable JSON file ({first_line(error)}); {expected}") from None
 
 
 def _as_verl(row, benchmark):
@@ -239,11 +279,13 @@ def _as_verl(row, benchmark):
     question, answers, image, id = BENCHMARKS[benchmark]
     values = [row.get(column) for column in answers]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    texts = [v for v in flat if isinstance(v, str | int | float)]  # InfoSeek's ranges of numbers are not text
+    texts = [v for v in flat if isinstance(v, str | int | float)]
+    ranges = [v.get("range") for v in flat if isinstance(v, dict)]  # InfoSeek's of a number; reward.in_range reads them
+    texts += [f"between {r[0]} and {r[1]}" for r in ranges if isinstance(r, list) and len(r) > 1]
     return {
-        "prompt": [{"role": "user", "content": row.get(question)}],
-        "images": [row[image]],
-        "reward_model": {"ground_truth": next(iter(texts), None), "candidate_answers": texts[1:]},
+        "prompt": [{"role": "user", "content": row[question]}],
+        "images": [row[image]] if row[image] else [],
+        "reward_model": {"ground_truth": None, "candidate_answers": texts},
         "data_id": row.get(id),
     }
 
@@ -278,21 +320,18 @@ def first_line(error: Exception) -> str:
 
 
 def _read_row(numbered, label, folder, benchmark):
-    """(number of the row, a Question, or a string that says what is wrong, or None if it is none of the benchmark's)"""
+    """(number of the row, a Question, or a string that says what is wrong)"""
     number, row = numbered
-    if benchmark and BENCHMARKS[benchmark] and "prompt" not in row:
-        if not row.get(BENCHMARKS[benchmark][2]):  # no picture
-            return number, None
-        row = _as_verl(row, benchmark)
-    data_id = row.get("data_id")
     try:
+        if _columns(row, benchmark) is not COLUMNS:
+            row = _as_verl(row, benchmark)
+        data_id = row.get("data_id")
         system, text = _messages(row.get("prompt"))
         need(isinstance(row.get("images"), list | None), "field images: expected a list")
         images = tuple(_image_bytes(image, folder) for image in row.get("images") or ())
         split_at_images(text, len(images))
         try:
-            for image in images:
-                decode_image(image)
+            sizes = tuple(decode_image(image).size for image in images)
         except InputError as error:
             raise InputError(f"field images: {error}") from None
         return number, Question(
@@ -300,10 +339,11 @@ def _read_row(numbered, label, folder, benchmark):
             text=text,
             images=images,
             answers=_answers(row.get("reward_model")),
-            data_source=benchmark or str(row.get("data_source") or "unknown"),
+            data_source=benchmark if benchmark in BENCHMARKS else str(row.get("data_source") or "unknown"),
             data_id=None if data_id is None else str(data_id),
             image_url=_url(row.get("image_urls")),
             system=system,
+            sizes=sizes,
         )
     except InputError as error:
         return number, str(error)
@@ -357,8 +397,10 @@ def _base64(text):
 
 
 def _find(path, folder):
-    """Where a picture is: its path may lack the ending (InfoSeek's ids), or be meant from the folder (/image/1.jpg)."""
-    places = [folder / f"{name}{end}" for name in (path, path.lstrip("/")) for end in ("", ".jpg", ".JPEG", ".png")]
+    """Where a picture is: its path may lack the ending (InfoSeek's ids), or be meant from the folder (/image/1.jpg), or
+    be in one of the folders of OVEN, which are named by the first two digits: oven_images/04/oven_04925271.jpg."""
+    names = [path, path.lstrip("/"), f"oven_images/{path[5:7]}/{path}", f"../oven_images/{path[5:7]}/{path}"]
+    places = [folder / f"{name}{end}" for name in names for end in ("", ".jpg", ".JPEG", ".png")]
     return next((place for place in places if place.is_file()), folder / path)
 
 
@@ -380,7 +422,9 @@ def _answers(reward_model):
     need(isinstance(candidates, list | None), "field reward_model.candidate_answers: not a list")
     answers = [a for a in (reward_model.get("ground_truth"), *(candidates or ())) if a is not None]
     need(all(isinstance(a, str | int | float) for a in answers), "field reward_model: an answer is not text")
-    answers = tuple(dict.fromkeys(map(str, answers)))
+    answers = [a for a in answers if not isinstance(a, float) or math.isfinite(a)]  # NaN: pandas' missing value
+    whole = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # pandas' 1998.0 is "1998"
+    answers = tuple(dict.fromkeys(map(str, whole)))
     need(any(map(normalize_answer, answers)), "field reward_model: no usable answer")
     return answers
 
@@ -395,6 +439,16 @@ def normalize_answer(text: str) -> str:
 
 
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
+PNG = b"\x89PNG\r\n\x1a\n"
+UPRIGHT = {  # EXIF's orientation -> what puts the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
 
 
@@ -408,25 +462,55 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
     what is not a whole, reasonably sized picture. formats: Pillow's names of those allowed (default: all it reads);
     max_pixels: default Pillow's limit."""
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-        if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
-            raise Image.DecompressionBombError
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise InputError(f"{image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _decode(data, formats, max_pixels)
     except InputError:
         raise
     except Image.DecompressionBombError:
         raise InputError("too many pixels: a decompression bomb?") from None
     except Exception as error:  # on broken files, Pillow's readers raise about anything
+        plain = _without_metadata(data)
+        if plain != data:
+            return decode_image(plain, formats, max_pixels)
         raise InputError(f"not a whole picture ({type(error).__name__})") from None
 
 
+def _decode(data, formats, max_pixels):
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
+        raise Image.DecompressionBombError
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise InputError(f"{image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
+    image.load()
+    turn = None
+    with suppress(Exception):  # on broken metadata, Pillow's readers raise about anything
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _without_metadata(data):
+    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
+    checksum or form. Other files as they are."""
+    if not data.startswith(PNG):
+        return data
+    kept, start = [PNG], len(PNG)
+    while start < len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        chunk = data[start : start + length + 12]
+        sound = int.from_bytes(chunk[-4:], "big") == zlib.crc32(chunk[4:-4])
+        if kind[:1].isupper() or (sound and kind in (b"tRNS", b"eXIf")):  # capital letters: its size, palette, pixels
+            kept.append(chunk)
+        start += length + 12
+    return b"".join(kept)
+
+
 def _to_rgb(image):
-    if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip it to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        image.info.pop("transparency", None)
+    if image.mode[0] in "IF":  # grey of up to 32 bits, or of floats: convert("RGB") would clip it
+        values = np.asarray(image, np.float32)
+        values = np.where(np.isfinite(values), values, 0)
+        low, high = min(values.min(), 0), values.max()
+        bits = max(8, math.ceil(math.log2(high - low + 1)))  # 12-bit cameras write files of 16 bits
+        scale = 255 / (high - low or 1) if image.mode == "F" else 256 / 2**bits
+        image = Image.fromarray(((values - low) * scale).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

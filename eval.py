@@ -145,7 +145,8 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     from analysis.results import ResultFile
 
     files = options.files or (str(world.val),)
-    questions, dropped = drop_overlong(load_questions(files, skip_bad_rows=cfg.skip_bad_rows), chat, options.mode)
+    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
+    questions, dropped = drop_overlong(loaded, chat, options.mode)
     questions = thinned(questions, cfg.val_limit)
     if not questions:
         raise InputError("there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))

@@ -14,8 +14,10 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from chat import Episode
@@ -47,22 +49,93 @@ def extract_answer(turn: str) -> str | None:
 
 
 def exact_match(prediction: str | None, answers: Iterable[str]) -> bool:
-    """True if the prediction equals an accepted answer, both normalised. None matches nothing."""
-    return prediction is not None and normalize_answer(prediction) in _normalize_all(answers)
+    """True if the prediction equals an accepted answer, both normalised as the paper does. None matches nothing."""
+    accepted = {normalize_answer(answer) for answer in _listed(answers)} - {""}  # "The" must not match nothing
+    return prediction is not None and normalize_answer(prediction) in accepted
 
 
-def sub_match(prediction: str | None, answers: Iterable[str]) -> bool:
-    """True if the prediction contains an accepted answer, both normalised. By characters: "york" contains "or"."""
-    return prediction is not None and any(answer in normalize_answer(prediction) for answer in _normalize_all(answers))
+def unicode_match(prediction: str | None, answers: Iterable[str], anywhere: bool = False) -> bool:
+    """True if the prediction equals an accepted answer (anywhere: or has its words somewhere), both as
+    `normalize_unicode` writes them, or is a number in an accepted range."""
+    answers = _listed(answers)
+    if prediction is None:
+        return False
+    said, accepted = normalize_unicode(prediction), {normalize_unicode(answer) for answer in answers} - {""}
+    contained = anywhere and any(f" {answer} " in f" {said} " for answer in accepted)
+    return said in accepted or contained or in_range(prediction, answers)
 
 
-def _normalize_all(answers: Iterable[str]) -> set[str]:
+def _listed(answers):
     if isinstance(answers, str):  # each letter would be an answer
         raise TypeError(f"answers must be a list of strings, not the string {answers!r}")
-    return {normalize_answer(answer) for answer in answers} - {""}  # "The" or "…?" must not match an empty prediction
+    return list(answers)
 
 
-MATCHES = {"em": exact_match, "sub_em": sub_match}
+# Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218b])")  # 5² is not 52; m² is m2
+THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of India: 1,00,000
+NOTHING = "'\"`\u02b9\u02bb\u02bc\u02bd\u2032\u2033."  # with quotes and invisible characters: O’Brien is OBrien
+WRITTEN_AS = str.maketrans("\u00b4\u066b\u066c", "'.,")  # an acute accent for a quote; Arabic points
+ARTICLES = ("a", "an", "the")
+
+
+def normalize_unicode(text: str) -> str:
+    """A text without what is only a way of writing: forms of a character (NFKC), case, punctuation, white space, and
+    articles but for the last word (vitamin A). Numbers stay numbers: 3.5, -5, and 1000 for 1,000. C++ and C# are not C.
+    A text of nothing but punctuation stays as it is."""
+    text = RAISED.sub(" ", text.translate(WRITTEN_AS))
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = "".join("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in THOUSANDS.sub("", text))
+    written = ""
+    for before, char, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
+        kind, starts_number = unicodedata.category(char), after.isdecimal() or (char == "-" and after == ".")
+        if char == "." and starts_number and not before.isalpha():
+            written += char
+        elif char == "-" and starts_number and not before.isalnum():
+            written += char
+        elif char in "+#" and (before.isalnum() or before == "+"):
+            written += char
+        elif kind == "Sm" and char not in "+~|\u2044":  # <5 and √2 are not 5 and 2
+            written += f" {char} "
+        elif char in NOTHING or kind in ("Pi", "Pf", "Cf"):
+            written += " " if before.isdecimal() and after.isdecimal() else ""
+        elif kind[0] in "LMN":
+            char = str(unicodedata.decimal(char, char))
+            written += f" {char} " if UNSPACED.match(char) else char
+        else:
+            written += " "
+    words = written.split()
+    words = [word for word in words[:-1] if word not in ARTICLES] + words[-1:]
+    return " ".join(words) or " ".join(text.split())
+
+
+NUMBER = r"(?:(?<!\d)[-+])?\.?\d+(?:,\d{3})*\.?\d*(?:[eE][-+]?\d+)?"
+RANGE = re.compile(rf"between ({NUMBER}) and ({NUMBER})")
+
+
+def in_range(prediction: str, answers: Iterable[str]) -> bool:
+    """True if an answer is "between X and Y", and the prediction's first number lies there, or its first two are a
+    range that lies there or shares at least half with it (intersection over union). InfoSeek's own metric counts so
+    (github edchengg/infoseek_eval), but for a prediction without numbers, which is 0 there and wrong here."""
+    text = re.sub("[\u2010-\u2015\u2212]", "-", unicodedata.normalize("NFKC", prediction))
+    numbers = [float(number.replace(",", "")) for number in re.findall(NUMBER, text)[:2]]
+    for found in filter(None, map(RANGE.fullmatch, answers)):
+        low, high = map(float, found.groups())
+        if len(numbers) == 2 and numbers[0] <= numbers[1]:
+            first, last = numbers
+            shared = max(0.0, min(last, high) - max(first, low))
+            union = (last - first + 1e-12) + (high - low + 1e-12) - shared
+            if (low <= first and last <= high) or shared / union >= 0.5 - 1e-12:
+                return True
+        elif numbers and low <= numbers[0] <= high:
+            return True
+    return False
+
+
+MATCHES = {"em": exact_match, "em_unicode": unicode_match, "sub_em": partial(unicode_match, anywhere=True)}
 
 
 # --------------------------------------------------------------------------------------------------------- format
@@ -130,7 +203,7 @@ def score(
     """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
 
     search_penalty: a right answer that searched is multiplied by 1 - search_penalty, or by that once for each search
-    with per_search_penalty. match: "em" (equal) or "sub_em" (contained). any_order: see `format_ok`.
+    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`.
     Raises ValueError for another match, TypeError if either list is a bare string.
     """
     if match not in MATCHES:

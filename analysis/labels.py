@@ -95,14 +95,14 @@ def judges_table(records: list[dict], missing: Counter) -> str:
     """The verdicts of the judges by data source, and where the judges agree, as text."""
     sources = [*sorted({r["data_source"] for r in records}), "all"]
     width = max(map(len, sources))
-    lines = [f"{'':{width}}  judge   judged  missing  accuracy (95 %)"]
+    lines = [f"{'':{width}}  judge       judged  missing  accuracy (95 %)"]
     for source in sources:
         part = [r for r in records if source in ("all", r["data_source"])]
         for name in part[0]["judged"]:
             judged = sum(r["judged"][name] is not None for r in part)
             f = accuracy(by_question(part, name))
             interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
-            lines.append(f"{source:{width}}  {name:6}  {judged:6d}  {len(part) - judged:7d}  {interval}")
+            lines.append(f"{source:{width}}  {name:10}  {judged:6d}  {len(part) - judged:7d}  {interval}")
     for (a, b), (same, n) in agreement(records).items():
         lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
     if missing:

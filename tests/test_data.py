@@ -10,6 +10,8 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -96,7 +98,8 @@ def write(path: Path, *rows: dict) -> str:
 
 
 def load_one(tmp_path, **changes) -> Question:
-    (loaded,) = load_questions([write(tmp_path / "a.pq", row(**changes))])
+    path = write(tmp_path / "a.pq", row(**changes))
+    (loaded,) = load_questions([path if changes.get("images", "there") not in ([], None, ...) else f"text={path}"])
     return loaded
 
 
@@ -136,7 +139,7 @@ def test_files_of_one_name_keep_their_rows_apart(tmp_path):
 def test_many_rows_stay_in_order(tmp_path):
     texts = [f"question {n}" for n in range(300)]  # more than are in flight, more than a batch
     path = write(tmp_path / "a.pq", *(row(t, images=[]) for t in texts))
-    assert [q.text for q in load_questions([path])] == texts
+    assert [q.text for q in load_questions([f"text={path}"])] == texts
 
 
 @pytest.mark.parametrize("images, expected", [
@@ -177,6 +180,8 @@ def test_an_absolute_path_of_an_image(tmp_path):
     ({"ground_truth": None, "candidate_answers": '["c"]'}, ("c",)),
     ({"candidate_answers": ["c"]}, ("c",)),
     ({"ground_truth": 1969}, ("1969",)),
+    ({"ground_truth": 1998.0, "candidate_answers": "[3.50, 1e3, NaN, -0.0]"}, ("1998", "3.5", "1000", "0")),
+    ({"ground_truth": float("nan"), "candidate_answers": ["c"]}, ("c",)),
     ({"ground_truth": "", "candidate_answers": '["c"]'}, ("", "c")),
     ({"ground_truth": "🇪🇸", "style": "rule"}, ("🇪🇸",)),
 ])  # fmt: skip
@@ -185,7 +190,8 @@ def test_answers(tmp_path, reward_model, answers):
 
 
 @pytest.mark.parametrize("reward_model", [
-    None, "Spain", {"style": "rule"}, {"ground_truth": None}, {"ground_truth": ""}, {"ground_truth": " …".strip("…")},
+    None, "Spain", {"style": "rule"}, {"ground_truth": None}, {"ground_truth": float("nan")},
+    {"candidate_answers": "[NaN, Infinity]"}, {"ground_truth": ""}, {"ground_truth": " …".strip("…")},
     {"ground_truth": "the", "candidate_answers": '["A", "an a", "?!", ""]'},
     {"ground_truth": "a b", "candidate_answers": '["c"'}, {"ground_truth": "a b", "candidate_answers": "c, d"},
     {"ground_truth": "a b", "candidate_answers": '{"c": 1}'}, {"ground_truth": "a b", "candidate_answers": '"c"'},
@@ -198,7 +204,6 @@ def test_rows_without_usable_answers(tmp_path, reward_model):
 
 
 def test_an_answer_is_usable_if_the_reward_can_match_it():
-    """data.py stands above reward.py, so it has the rule a second time."""
     rng, pieces = random.Random(0), ["a", "an", "the", "The", " ", "?", "-", ".", "b", "é", "…", "\n", "’", "🇪🇸"]
     for _ in range(3000):
         answer = "".join(rng.choices(pieces, k=rng.randrange(5)))
@@ -255,12 +260,14 @@ def test_placeholders_must_be_as_many_as_images(tmp_path, chat, text, images):
     assert load_one(tmp_path, text=text, images=[{"bytes": PNG}] * holes).text == text
 
 
+def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """A part of a PNG."""
+    checksum = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
 def bomb(width, height) -> bytes:
     """A PNG of a few hundred bytes that claims to be large."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
 
@@ -313,9 +320,11 @@ def test_columns_of_another_type_are_bad_rows(tmp_path):
 def test_all_bad_rows_are_counted(tmp_path, capsys):
     first = write(tmp_path / "a.pq", row("x", reward_model=None), row("y", reward_model=None))
     second = write(tmp_path / "b.pq", row(" "), row("z"))
-    assert [q.text for q in load_questions([first, second], skip_bad_rows=True)] == ["z"]
+    third = write(tmp_path / "c.pq", row("u"), row("v", reward_model=None), row("w", reward_model=None))
+    assert [q.text for q in load_questions([third, second], skip_bad_rows=True)] == ["u", "z"]
     assert "left out 3 bad rows" in capsys.readouterr().err
-    assert load_questions([first], skip_bad_rows=True) == []
+    message = refused(load_questions, [second, first], skip_bad_rows=True)
+    assert message.startswith(f"{first}: no question is left of it; row 0 of {first}: field reward_model")
 
 
 def test_only_some_rows(tmp_path):
@@ -330,7 +339,7 @@ def test_only_some_rows(tmp_path):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_files_that_cannot_be_read(tmp_path, skip):
-    good = Path(write(tmp_path / "good.pq", row(images=[]), row(images=[]))).read_bytes()
+    good = Path(write(tmp_path / "good.pq", row(), row())).read_bytes()
     texts = pa.array(["what?"], pa.string()).buffers()
     broken_text = pa.StringArray.from_buffers(1, texts[1], pa.py_buffer(b"wh\xfft?"))
     cases = {"text": b"prompt,images\n", "empty": b"", "cut": good[: len(good) // 2], "tail": good[-200:]}
@@ -355,10 +364,51 @@ def test_a_missing_column_is_named(tmp_path, column):
     assert "no column 'prompt', only question, answer" in refused(load_questions, [other])
 
 
-def test_a_file_of_no_rows_is_no_question(tmp_path):
+def test_a_file_of_no_rows_is_refused(tmp_path):
     path = tmp_path / "a.pq"
     pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), path)
-    assert load_questions([path]) == [] == load_questions([])
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "a.jsonl").write_text("\n")
+    for file in (path, tmp_path / "a.json", tmp_path / "a.jsonl"):
+        assert refused(load_questions, [file]) == f"{file}: no question is left of it; it has no rows"
+    assert load_questions([]) == []
+
+
+@pytest.mark.parametrize("images", [..., [], None])
+@pytest.mark.parametrize("ending", ["pq", "jsonl"])
+def test_a_file_without_pictures_has_to_be_meant(tmp_path, capsys, images, ending):
+    def file(name, *rows):
+        path = tmp_path / f"{name}.{ending}"
+        write(path, *rows) if ending == "pq" else write_json(path, rows)
+        return path
+
+    seen = row(images=[base64.b64encode(PNG).decode()])
+    blind = file("blind", row("x", images=images, image="a.png"), row("y", images=images, image="b.png"))
+    for skip in (False, True):
+        message = refused(load_questions, [file("seen", seen), blind], skip_bad_rows=skip)
+        assert message.startswith(f"{blind}: no question has a picture in 'images'") and "text=PATH" in message
+    assert [(q.text, q.images, q.data_source) for q in load_questions([f"text={blind}"])] == [
+        ("x", (), "toy"), ("y", (), "toy")
+    ]  # fmt: skip
+    assert load_questions([blind], only={f"{blind.name}:1"})[0].text == "y"  # a file that was used already
+    assert capsys.readouterr().err == ""
+    some = file("some", seen, row("x", images=None), seen)
+    assert [len(q.images) for q in load_questions([some, file("seen", seen)])] == [1, 0, 1, 1]
+    assert capsys.readouterr().err == f"{some}: 1 of 3 questions have no picture\n"
+    load_questions([some], progress=False), load_questions([f"text={some}"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loaded_file_leaves_only_its_pictures_in_memory(tmp_path):
+    """Arrow's pool and the buffers of a file of 60 MB do not stay beside the questions."""
+    path = write(tmp_path / "a.pq", *(row(images=[PNG + random.randbytes(400_000)]) for _ in range(150)))
+    script = (
+        "import pyarrow.parquet, data\n"
+        "def megabytes(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6\n"
+        f"before = megabytes(); kept = data.load_questions([{path!r}]); print(megabytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert 60 < float(done.stdout) < 110, done.stderr
 
 
 def test_overlong_prompts_are_dropped_and_counted_never_cut(chat):
@@ -420,9 +470,67 @@ def test_turned_photos_are_put_upright(format):
         assert image.getpixel((20, 4))[0] > 200 and image.getpixel((20, 20))[0] < 60, orientation
 
 
-def test_broken_metadata_does_not_make_a_picture_bad():
+@pytest.mark.parametrize("dtype, low, high", [
+    (np.uint16, 0, 1023), (np.uint16, 0, 4095), (np.uint16, 0, 65535), (np.int32, 0, 255), (np.int32, 0, 4095),
+    (np.int32, 0, 2**24 - 1), (np.int32, -2048, 2047), (np.float32, 0, 1), (np.float32, 0, 255), (np.float32, -1, 1),
+    (np.float32, 0, 1e6), (np.float32, 0, 0.01), (np.float32, 0, 12.5),
+])  # fmt: skip
+def test_deep_greys_are_scaled_by_their_range(dtype, low, high):
+    values = np.array([[low, low + (high - low) * 0.25, low + (high - low) * 0.5, high]] * 3).astype(dtype)
+    shown = np.asarray(decode_image(encoded(Image.fromarray(values), "TIFF")))
+    assert np.abs(shown[0, :, 0] - np.array([0, 64, 128, 255.0])).max() <= 2 and (shown == shown[:, :, :1]).all()
+
+
+def test_deep_greys_without_a_range():
+    for values in ([0, 0], [np.nan, np.nan], [np.nan, 0], [np.inf, -np.inf], [0.5, 0.5]):
+        assert decode_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF")).size == (2, 1)
+    assert decode_image(encoded(Image.new("I;16", (2, 2), 0))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def exif(*entries) -> bytes:
+    """Orientation 6 and further entries: (tag, a value of up to four bytes as ASCII)."""
+    packed = [struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\x06")] + [struct.pack(">HHI4s", t, 2, 4, v) for t, v in entries]
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(packed)) + b"".join(packed) + bytes(4)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize(
+    "entries", [[], [(0x0128, b"2\0")], [(0x0128, b"inch")], [(0x011A, b"72/1")], [(0x8769, b"x")]]
+)
+def test_odd_metadata_neither_refuses_a_picture_nor_leaves_it_lying(format, entries):
+    file = encoded(noise(40, 30), format, exif=exif(*entries), **({"save_all": True} if format == "MPO" else {}))
+    turned = np.asarray(decode_image(encoded(noise(40, 30), format)).transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(decode_image(file), turned)
+
+
+def test_broken_exif_is_no_exif():
     for exif in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"):
         assert decode_image(encoded(noise(40, 30), "JPEG", exif=exif)).size == (40, 30)
+
+
+LONG = zlib.compress(b"x" * 3_000_000)
+METADATA = {  # name: chunks of a PNG, before its pixels or after them
+    "zTXt of 3 MB": chunk(b"zTXt", b"Comment\0\0" + LONG),
+    "iTXt of 3 MB": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+    "tEXt of 70 MB": chunk(b"tEXt", b"Comment\0" + b"x" * 1_000_000) * 70,
+    "tEXt, bad checksum": chunk(b"tEXt", b"Comment\0hello", 7),
+    "iCCP, bad checksum": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"y"), 7),
+    "eXIf, bad checksum": chunk(b"eXIf", b"MM\0*garbage", 7),
+    "unknown, bad checksum": chunk(b"abCd", b"x", 7),
+    "pHYs too short": chunk(b"pHYs", b"\0"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_that_cannot_be_read_is_ignored(name):
+    image, whole = noise(40, 30), encoded(noise(40, 30))
+    start, end = whole[:33], whole[-12:]  # up to the pixels; IEND
+    for file in (whole[:-12] + METADATA[name] + end, start + METADATA[name] + whole[33:]):
+        assert np.array_equal(decode_image(file), image)
+    turned = start + chunk(b"eXIf", exif()[6:]) + METADATA[name] + whole[33:]
+    assert decode_image(turned).size == (30, 40)  # what can be read is read
+    for broken in (file[:-1500], file.replace(whole[60:70], bytes(10))):  # pixels stay checked
+        assert "not a whole picture" in refused(decode_image, broken)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "DDS"])
@@ -500,6 +608,20 @@ def test_processors_resize_the_final_image_by_identity(chat, folder, thumbnail, 
             batch = processor.preprocess([final], do_resize=True, return_tensors="pt")
             assert torch.equal(batch["pixel_values"], pixels)
             assert batch["image_grid_thw"].tolist() == [[1, *shown.grid]]
+
+
+def test_the_pictures_of_a_file_are_decoded_once(tmp_path, chat, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("data._decode", lambda *args, decode=data._decode: decoded.append(1) or decode(*args))
+    turned = encoded(noise(50, 90), "JPEG", exif=exif())
+    asked = load_questions(
+        [write(tmp_path / "a.pq", row("<image> or <image>?", images=[PNG, turned]), row(images=[PNG]))]
+    )
+    assert [q.sizes for q in asked] == [((60, 50), (90, 50)), ((60, 50),)]
+    kept, _ = drop_overlong(asked, chat)
+    shown = [chat.prompt(q) for q in asked]
+    assert len(decoded) == 3 and kept
+    assert shown == [Chat(chat.folder, chat.cfg).prompt(dataclasses.replace(q, sizes=())) for q in asked]
 
 
 def test_a_picture_of_its_final_size_is_not_touched(chat):
@@ -1122,14 +1244,17 @@ def write_json(path, rows, as_list=False):
     path.write_text(f"[{','.join(lines)}]" if as_list else "".join(f"{line}\n\n" for line in lines))
 
 
-def test_benchmarks_as_they_lie_on_disk(tmp_path):
+def test_benchmarks_as_they_lie_on_disk(tmp_path, capsys):
     """A file of each, in the columns that the sets have on the hub; pictures as bytes, path and base64."""
     (tmp_path / "oven_1.JPEG").write_bytes(JPEG)
+    (tmp_path / "oven_images" / "04").mkdir(parents=True)
+    (tmp_path / "oven_images" / "04" / "oven_04925271.jpg").write_bytes(JPEG)
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "7.png").write_bytes(PNG)
     text = base64.b64encode(PNG).decode()
     infoseek = {"data_id": "v1", "image_id": "oven_1", "question": "what?", "answer": ["a", "b"]}
-    ranges = infoseek | {"data_id": "v2", "answer": ["7"], "answer_eval": ["7", {"wikidata": 7, "range": [6, 8]}]}
+    ranges = infoseek | {"data_id": "v2", "image_id": "oven_04925271", "answer": ["7"]}
+    ranges |= {"answer_eval": ["7", {"wikidata": 7, "range": [6.3, 7.7]}]}
     write_json(tmp_path / "infoseek_val.jsonl", [infoseek, ranges])
     mmsearch = {"sample_id": 3, "query": "who?", "query_image": {"bytes": PNG, "path": None}, "gt_answer": "c"}
     blind = mmsearch | {"query_image": None, "alternative_gt_answers": []}
@@ -1144,9 +1269,11 @@ def test_benchmarks_as_they_lie_on_disk(tmp_path):
     names = ["infoseek", "mmsearch", "simplevqa", "livevqa", "fvqa-test"]
     assert set(names) == set(data.BENCHMARKS)
     found = load_questions([f"{name}={tmp_path / file}" for name, file in zip(names, files, strict=True)])
+    said = f"mmsearch={tmp_path}/end2end.parquet: 1 of 2 questions have no picture, and are left out\n"
+    assert capsys.readouterr().err == said
     assert [(q.data_source, q.id, q.data_id, q.text, q.answers, q.images) for q in found] == [
         ("infoseek", "infoseek_val.jsonl:0", "v1", "what?", ("a", "b"), (JPEG,)),
-        ("infoseek", "infoseek_val.jsonl:1", "v2", "what?", ("7",), (JPEG,)),
+        ("infoseek", "infoseek_val.jsonl:1", "v2", "what?", ("7", "between 6.3 and 7.7"), (JPEG,)),
         ("mmsearch", "end2end.parquet:0", "3", "who?", ("c", "d", "e"), (PNG,)),
         ("simplevqa", "simple.parquet:0", "5", "it?", ("f",), (PNG,)),
         ("livevqa", "qa.json:0", "s1", "when?", ("2025",), (PNG,)),
@@ -1155,6 +1282,30 @@ def test_benchmarks_as_they_lie_on_disk(tmp_path):
     ]
     verl = write(tmp_path / "mmsearch_r1_infoseek_sub_2k.parquet", row())
     assert load_questions([f"infoseek={verl}"])[0].data_source == "infoseek"  # in veRL layout, read as that
+
+
+def test_infoseek_s_pictures_beside_the_folder_of_its_questions(tmp_path):
+    for folder in ("infoseek_data", "oven_images/05"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "oven_images/05/oven_05000001.JPEG").write_bytes(JPEG)
+    rows = [{"data_id": "v", "image_id": "oven_05000001", "question": "what?", "answer": ["b"], "answer_eval": ["b"]}]
+    write_json(tmp_path / "infoseek_data/infoseek_val.jsonl", rows)
+    assert load_questions([f"infoseek={tmp_path}/infoseek_data/infoseek_val.jsonl"])[0].images == (JPEG,)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ([{"query": "?", "query_image": None, "gt_answer": "yes"}] * 2, "no question has a picture in 'query_image'"),
+    ([{"query": "?", "image": "x.png", "gt_answer": "yes"}], "row 0 of .*no column 'query_image', only query, image"),
+    ([{"question": "?", "query_image": "x.png", "gt_answer": "yes"}], "row 0 of .*no column 'query', only question"),
+    ({"data": [{"query": "?", "query_image": "x.png", "gt_answer": "yes"}]}, "row 0 of .*no column 'query', only data"),
+    ([], "no question is left of it; it has no rows"),
+])  # fmt: skip
+def test_rows_of_a_benchmark_do_not_vanish(tmp_path, content, said):
+    (tmp_path / "qa.json").write_text(json.dumps(content))
+    for skip in (False, True):
+        assert re.search(said, refused(load_questions, [f"livevqa={tmp_path}/qa.json"], skip_bad_rows=skip))
+    (tmp_path / "qa.json").write_text(json.dumps({"data": [{}]}, indent=1))
+    assert "expected a list of rows, or one row a line" in refused(load_questions, [tmp_path / "qa.json"])
 
 
 def test_verl_layout_as_json_lines(tmp_path):
@@ -1167,7 +1318,8 @@ def test_verl_layout_as_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"prompt": 1}', "row 0 of .*a.jsonl: field prompt"),
+        ('{"prompt": 1}', "row 0 of .*a.jsonl: no column 'reward_model', only prompt"),
+        ('{"prompt": 1, "reward_model": 1}', "row 0 of .*a.jsonl: field prompt"),
         ('{"prompt": ', "a.jsonl: not a readable JSON file"),
         ("[1, 2]", "row 0 of .*a.jsonl: not a JSON object"),
         ("3", "row 0 of .*a.jsonl: not a JSON object"),

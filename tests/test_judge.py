@@ -307,7 +307,7 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
 
 @pytest.mark.parametrize(
     ("values", "why"),
-    [({"judges": ("em", "gpt")}, "no judge 'gpt'; choose from em, sub_em, llm"),
+    [({"judges": ("em", "gpt")}, "no judge 'gpt'; choose from em, em_unicode, sub_em, llm"),
      ({"judge_url": "ftp://x"}, "judge_url"), ({"judge_url": ""}, "judge_url"),
      ({"judge_url": "https://name:secret@x.example/v1"}, "judge_url"),
      ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url")],

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ IMG = "<search><img></search>"
 ANSWER = "<reason>I know it.</reason><answer>Paris</answer>"
 IMAGE = f"<reason>I must look.</reason>{IMG}"
 TEXT = "<reason>I must read.</reason><text_search>capital of France</text_search>"
+SUB_MATCH = reward.MATCHES["sub_em"]
 KINDS = {"answer": ANSWER, "image_search": IMAGE, "text_search": TEXT, "broken": "Paris"}
 
 
@@ -108,15 +110,118 @@ def test_exact_match():
         assert not reward.exact_match(empty, ["", "an", "?!"])  # nothing matches nothing
 
 
-def test_sub_match():
-    assert reward.sub_match("It is the city of Paris, France.", ["Lyon", "the Paris"])
-    assert not reward.sub_match("Par", ["Paris"])  # the answer in the prediction, not the other way round
-    assert not reward.sub_match("Paris", ["", "the", "..."])  # the empty string is contained in everything
-    assert not reward.sub_match(None, ["None"])
+@pytest.mark.parametrize(
+    "texts, others",
+    [
+        ("O’Brien, O'Brien, O´Brien, OʼBrien, Ｏ＇Ｂｒｉｅｎ, “O`Brien”", "Brien"),
+        ("Austria–Hungary, Austria-Hungary, Austria — Hungary, the Austria‐Hungary", "AustriaHungary"),
+        ("Côte d’Ivoire, Co\u0302te d'Ivoire, «côte d‘ivoire»!, C\u200bôte d'Ivoire", "Cote d'Ivoire"),
+        ("STRASSE, Straße, strasse.", "Strase"),
+        ("東京タワー, 東京 タワー。, 「東京・タワー」, 東京ﾀﾜｰ", "東京"),
+        ("हिन्दी, हिन्दी।", "हन्दी, हिन्दू"),
+        ("1998, １９９８, ١٩٩٨, १९९८", "98, 1989"),
+        ("3.5, ３.５, ٣٫٥, 3.5.", "35, 3 5, 3:5, .35, -3.5"),
+        ("-5, −5, (–5), -5 %, ‑5", "5, 5-"),
+        ("1000000, 1,000,000, 10,00,000", "1, 1000"),
+        ("1939-1945, 1939–1945, 1939/1945", "19391945, 1939"),
+        ("10², 10^2", "102"),
+        ("2½, 2 1/2", "21/2, 212, 2"),
+        ("km², km2", "km"),
+        ("C++, c++", "C, C#"),
+        ("C#", "C, C♯"),
+        ("A+", "A, A-"),
+        ("<5", "5, >5"),
+        ("√2", "2"),
+        ("5'10\"", "510"),
+        ("U.S.A., USA, the USA", "US A"),
+        ("Lord of the Rings, The Lord of Rings", "Lord"),
+        ("Vitamin A, vitamin a.", "Vitamin, Vitamin an"),
+        ("The, the", "A, An"),
+        ("🇪🇸, 🇪🇸 ", "🇫🇷"),
+        ("?, ？", "!, …"),
+    ],
+)
+def test_unicode_match_tells_ways_of_writing_from_other_answers(texts, others):
+    split = re.compile(r",(?:\s|$)").split
+    for text, answer in itertools.product(split(texts), repeat=2):
+        assert reward.unicode_match(text, ["none of these", answer]), (text, answer)
+        assert SUB_MATCH(text, [answer]), (text, answer)
+    for text, other in itertools.product(split(texts), split(others)):
+        assert not reward.unicode_match(text, [other]) and not reward.unicode_match(other, [text]), (text, other)
+
+
+def test_unicode_match_of_nothing():
+    for text in (None, "", " "):
+        assert not reward.unicode_match(text, ["", " ", "None"]) and not SUB_MATCH(text, ["", "None"])
+    rng = random.Random(0)
+    for _ in range(2000):  # what is normal stays as it is; nothing raises
+        text = "".join(
+            chr(rng.choice([rng.randrange(0x300), rng.randrange(0x3100), rng.randrange(0x110000)])) for _ in "123456"
+        )
+        once = reward.normalize_unicode(text)
+        assert reward.normalize_unicode(once).replace(" ", "") == once.replace(" ", ""), ascii(text)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, right",
+    [
+        ("It is the city of Paris, France.", "the Paris", True),
+        ("a town in Egypt", "PT", False),  # whole words
+        ("Par", "Paris", False),  # the answer in the prediction, not the other way round
+        ("New York City", "york city", True),
+        ("a Yorkshire terrier", "York", False),
+        ("It took 3.5 hours", "5", False),
+        ("It took 3.5 hours", "3.5", True),
+        ("−5 °C", "5", False),
+        ("written in C++", "C", False),
+        ("答案是东京。", "东京", True),  # without spaces each character is a word
+        ("建于2008年", "2008", True),
+        ("อยู่ที่กรุงเทพ", "กรุงเทพ", True),
+        ("Paris", "...", False),
+        (None, "None", False),
+    ],
+)
+def test_sub_match(prediction, answer, right):
+    assert SUB_MATCH(prediction, ["Lyon", answer]) is right
+
+
+def metric_numerical_range(prediction, low, high):
+    """What infoseek_eval.py (github edchengg/infoseek_eval) does with a prediction of one or two numbers."""
+    first, last = prediction[0], prediction[-1]
+    if len(prediction) == 1 or first > last:
+        return low <= first <= high
+    overlap = max(0.0, min(last, high) - max(first, low))
+    sizes = (last - first) + 1e-12 + (high - low) + 1e-12
+    return (low <= first <= high and low <= last <= high) or overlap / (sizes - overlap) >= 0.5 - 1e-12
+
+
+def test_ranges_count_as_infoseek_s_metric_counts_them():
+    rng = random.Random(0)
+    for _ in range(3000):
+        low, high = sorted(rng.randrange(-8, 9) / 2 for _ in "12")
+        said = [rng.randrange(-8, 9) / 2 for _ in range(rng.choice([1, 2]))]
+        text = rng.choice(["{}", "about {} km", "from {}."]).format(" to ".join(map(str, said)))
+        answers = ["none", f"between {low} and {high}"]
+        expected = metric_numerical_range(said, low, high)
+        assert reward.unicode_match(text, answers) == SUB_MATCH(text, answers) == expected, (text, answers)
+        assert not reward.exact_match(text, answers)
+
+
+@pytest.mark.parametrize(
+    "prediction, right",
+    [
+        ("900", True), ("1,100 m", True), ("1.0e3", True), ("９５０", True), ("−950", False), ("890", False),
+        ("900-1100", True), ("900–1100", True), ("800 to 1,000 m", False), ("850 to 1,050 m", True),
+        ("1000, or 7", True),
+        ("many", False), ("", False), ("1e999", False), ("between 900 and 1100", True),
+    ],
+)  # fmt: skip
+def test_numbers_in_a_range(prediction, right):
+    assert reward.unicode_match(prediction, ["between 900 and 1.1e3"]) is right
 
 
 def test_a_bare_string_is_refused():
-    for match in (reward.exact_match, reward.sub_match):
+    for match in reward.MATCHES.values():
         with pytest.raises(TypeError, match="list of strings"):
             match("P", "Paris")
     with pytest.raises(TypeError, match="list of strings"):
@@ -298,10 +403,12 @@ def test_score_says_why():
         kept.reward = 2.0
 
 
-def test_an_answer_of_nothing_is_never_right():
+def test_what_normalises_to_nothing_is_never_right_or_is_compared_as_it_stands():
     turn = "<reason>?</reason><answer>The</answer>"
-    for match in ("em", "sub_em"):
-        assert reward.score([turn], ["the", "", "a."], match=match).correct is False
+    assert reward.score([turn], ["the", "", "a."]).correct is False
+    for match in ("em_unicode", "sub_em"):
+        assert reward.score([turn], ["the", ""], match=match).correct is True
+        assert reward.score([turn], ["", "a."], match=match).correct is False
 
 
 def test_match():
