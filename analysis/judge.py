@@ -1,6 +1,6 @@
-"""Second opinions on answers: exact match, sub-match, and a language model that sees the picture.
+"""Second opinions on answers: the reward's matches, and a language model that sees the picture.
 
-    python -m analysis judge RESULTS --judges em sub_em llm --judge_url http://localhost:8000/v1
+    python -m analysis judge RESULTS --judges em em_unicode llm --judge_url http://localhost:8000/v1
 
 The llm judge is any OpenAI-compatible chat endpoint, asked at temperature 0 (if it takes that) for yes or no
 (MMSearch-R1's authors: GPT-4o). Its key, JUDGE_API_KEY in the environment, goes nowhere but into the request's header.
