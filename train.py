@@ -314,13 +314,8 @@ class Run:
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
         self.checkpoint_seconds = 0.0
-        self.state = {
-            "step": 0,
-            "metrics_bytes": 0,
-            "threads": torch.get_num_threads(),
-            "best": {"step": -1, "reward": None},
-            "inputs": input_ids(self._files_read(folder, index)),
-        }
+        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
+        self.state |= dict(threads=torch.get_num_threads(), inputs=input_ids(self._files_read(folder, index)))
         if self.dir.resume_from:
             self._resume(ordered)
         self.first = self.state["step"]
@@ -522,10 +517,9 @@ class Run:
         if not self.val:
             return
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
-        temperatures = {"greedy": 0.0, "sampled": self.cfg.temperature}
-        if 0 < step < self.cfg.steps:
-            del temperatures["sampled"]
-        for name, temperature in temperatures.items():
+        for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
+            if name == "sampled" and 0 < step < self.cfg.steps:
+                continue
             how = dict(temperature=temperature, step=step, guard=self.stopper.rollout)
             part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
             entry[name] = summarize(part, self.cfg)
@@ -596,11 +590,8 @@ def main() -> None:
         if run.state["step"]:
             run.save()
         stop(f"error: step {run.state['step']}: {error}. --resume auto continues from here.")
-    except EngineDied as error:  # on this rank alone
+    except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
         sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
-    except OSError as error:
-        where = f"step {run.state['step']}: {run.dir.path}"
-        sys.exit(f"error: {where}: {error.strerror or error}; --resume auto continues from the last checkpoint")
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()
