@@ -86,14 +86,17 @@ def verify(options):
 @contextmanager
 def _filled(path):
     """A cache that an import fills; a new one in which nothing was kept is taken away again."""
-    new = not Path(path).exists()
-    with closing(SearchCache(path, write=True)) as cache:
-        try:
-            yield cache
-        except BaseException:
-            if new and not cache.stats()["results"]:
-                cache.path.unlink()
-            raise
+    new, kept = not Path(path).exists(), True
+    try:
+        with closing(SearchCache(path, write=True)) as cache:
+            try:
+                yield cache
+            finally:
+                kept = cache.stats()["results"]
+    except BaseException:
+        if new and not kept:  # and closed: SQLite has taken the files beside it away
+            Path(path).unlink()
+        raise
 
 
 def export_cache(options):
@@ -218,8 +221,8 @@ class ImagesOptions(Options):
 
 def images(options):
     out, written = Path(options.out), set()
-    out.mkdir(parents=True, exist_ok=True)
     questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
+    out.mkdir(parents=True, exist_ok=True)
     for question in tqdm(questions, desc="images", disable=None):
         for image in question.images[:1]:
             name = picture_name(image)
@@ -271,4 +274,5 @@ def _check_files(options):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know the letters of a title
     run_main(main)
