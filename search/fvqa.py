@@ -89,10 +89,10 @@ def _fvqa_entry(entry):
     sound = all(isinstance(value, list | tuple | np.ndarray) for value in (titles, pictures))
     need(sound, "expected two lists, of titles and of pictures, URLs or paths")
     try:
-        pictures = [_as_jpeg(picture) for picture in pictures[:MAX_HITS]]
+        pictures = [_as_jpeg(picture) for picture in pictures[: min(len(titles), MAX_HITS)]]
     except Exception as error:
         raise InputError(f"a picture that cannot be read ({first_line(error)})") from None
-    return list(titles[:MAX_HITS]), pictures
+    return titles, pictures
 
 
 def _as_jpeg(picture):
