@@ -12,6 +12,7 @@ TAG = re.compile(r"<(/?)!?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]{0,2000}>")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
 
 ACCENTS = re.compile("[\u0300-\u036f\u0591-\u05bd\u05c1\u05c2\u064b-\u065f\u0670]+")  # and points of Hebrew and Arabic
+SPACED = {n: " " for n in range(128) if not chr(n).isalnum()}
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 # Line_Break=SA: Thai, Lao, Khmer, Burmese ...; Korean has spaces, but its words carry endings
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Line_Break=SA}ー"
@@ -76,10 +77,11 @@ def terms(text: str, letters: bool = False) -> list[str]:
         pairs = [a + b for a, b in zip(single, single[1:], strict=False)]
         return f" {' '.join(single + pairs if letters else pairs or single)} "
 
-    if not text.isascii():
-        text = re.sub("[\uff00-\uffef]+", lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
-        text = ACCENTS.sub("", unicodedata.normalize("NFD", text.casefold()))
-        text = RUN.sub(split, unicodedata.normalize("NFC", text))
+    if text.isascii():
+        return text.lower().translate(SPACED).split()  # the same, in a tenth of the time
+    text = re.sub("[\uff00-\uffef]+", lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
+    text = ACCENTS.sub("", unicodedata.normalize("NFD", text.casefold()))
+    text = RUN.sub(split, unicodedata.normalize("NFC", text))
     return WORD.findall(text.lower())
 
 

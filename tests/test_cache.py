@@ -476,7 +476,7 @@ def nested(n, kind=tuple):
     return value
 
 
-def as_pickle(titles=b"]", pictures=b"]", id=b"X\1\0\0\0x"):
+def as_pickle(titles=b"](X\1\0\0\0te", pictures=b"]", id=b"X\1\0\0\0x"):
     names = [
         b"X" + len(name).to_bytes(4, "little") + name
         for name in (b"tool_returned_web_title_list", b"tool_returned_images_urls")
@@ -491,7 +491,7 @@ HOSTILE = {
     "long id": as_pickle(id=b"\x8b\xff\xff\0\0" + b"\1" * 65535),
     "long decimal": as_pickle(titles=b"]I" + b"9" * 5000 + b"\na"),
     "surrogates": as_pickle(id=b"X\3\0\0\0\xed\xa0\xbd"),
-    "surrogates in a picture's name": as_pickle(titles=b"](X\1\0\0\0te", pictures=b"](X\3\0\0\0\xed\xa0\xbde"),
+    "surrogates in a picture's name": as_pickle(pictures=b"](X\3\0\0\0\xed\xa0\xbde"),
     "deep lists": as_pickle(pictures=b"]" * 200_000 + b"a" * 199_999),
     "a deep key": as_pickle(pictures=b"}" + b")" + b"\x85" * 200_000 + b"Ns"),
     "colliding keys": as_pickle(pictures=b"}(" + COLLIDING + b"u"),
