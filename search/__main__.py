@@ -3,10 +3,10 @@
     index --docs DOCS.jsonl --images IMAGES.jsonl --out INDEX    build an index; either input may be left out
     ask INDEX --text WORDS | --image FILE [--count N]            show what a search in it returns
     stats FILE                                                   what an index or a cache holds: counts, ages, sizes
-    verify CACHE                                                 check every hash of a cache
+    verify FILE                                                  check every hash of an index, a cache or a snapshot
     export CACHE --out SNAPSHOT.parquet                          write a cache as a parquet file, to publish
     import SNAPSHOT.parquet --out CACHE                          add an exported file to a cache
-    import-fvqa PICKLE --out CACHE [--live]                      add FVQA's image-search cache to a cache
+    import-fvqa FILE --out CACHE [--live]                        add FVQA's image-search cache, a pickle or JSON
     serve --address HOST:PORT [options of train.py]              answer the searches of other machines
     images --files QUESTIONS.parquet --out DIR                   write questions' pictures, to be served for live search
 
@@ -15,18 +15,17 @@
 
 import sqlite3
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from config import Config, InputError, Options, need, option, parse, run_main
-from data import Call, Hit, Question, decode_image, load_questions
+from data import Call, Hit, Question, decode_image, first_line, load_questions
 from search import open_search
-from search.cache import CACHE_ID, SearchCache, export, import_parquet
+from search.cache import CACHE_ID, SearchCache, export, import_parquet, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
 from search.index import OfflineSearch, SearchDB, build_from, file_header
 from search.live import picture_name
@@ -49,17 +48,20 @@ class CopyOptions(FileOptions):
 
 def stats(options):
     path = Path(options.file)
-    if not path.is_file() or file_header(path)[0] != CACHE_ID:
+    if not _is_cache(path):
         return print(_index_line(path))
     with closing(SearchCache(path)) as cache:
         s = cache.stats()
     counts = ", ".join(f"{n:,} {name}" for name, n in s["counts"].items()) or "empty"
-    oldest, newest = (time.strftime("%Y-%m-%d", time.gmtime(s[name])) for name in ("oldest", "newest"))
     print(
-        f"{path}: {s['results']:,} results ({counts}), {oldest} to {newest}; found again {s['found']:,} "
+        f"{path}: {s['results']:,} results ({counts}), {s['oldest']} to {s['newest']}; found again {s['found']:,} "
         f"times (hit rate {s['hit_rate']:.0%}); {s['images']:,} images, {s['image_bytes'] / 1e6:.1f} MB; "
         f"file {s['bytes'] / 1e6:.1f} MB"
     )
+
+
+def _is_cache(path):
+    return (file_header(path) or (None,))[0] == CACHE_ID
 
 
 def _index_line(path):
@@ -69,12 +71,32 @@ def _index_line(path):
 
 
 def verify(options):
-    with closing(SearchCache(options.file)) as cache:
-        problems = 0
-        for problems, line in enumerate(cache.verify(), 1):  # noqa: B007
-            print(line)
-    need(not problems, f"{options.file}: {problems:,} problems")
-    print(f"{options.file}: every hash is right")
+    path, problems = Path(options.file), 0
+    if file_header(path) == (None, 0):
+        for _ in snapshot_rows(path):
+            pass
+    else:
+        with closing((SearchCache if _is_cache(path) else SearchDB)(path)) as store:
+            for problems, line in enumerate(store.verify(), 1):  # noqa: B007
+                print(line)
+    need(not problems, f"{path}: {problems:,} problems")
+    print(f"{path}: every hash is right")
+
+
+@contextmanager
+def _filled(path):
+    """A cache that an import fills; a new one in which nothing was kept is taken away again."""
+    new, kept = not Path(path).exists(), True
+    try:
+        with closing(SearchCache(path, write=True)) as cache:
+            try:
+                yield cache
+            finally:
+                kept = cache.stats()["results"]
+    except BaseException:
+        if new and not kept:  # and closed: SQLite has taken the files beside it away
+            Path(path).unlink()
+        raise
 
 
 def export_cache(options):
@@ -83,7 +105,7 @@ def export_cache(options):
 
 
 def import_cache(options):
-    with closing(SearchCache(options.out, write=True)) as cache:
+    with _filled(options.out) as cache:
         print(f"{options.out}: {import_parquet(options.file, cache):,} results read from {options.file}")
 
 
@@ -95,7 +117,7 @@ class FVQAOptions(CopyOptions):
 
 
 def import_fvqa_cache(options):
-    with closing(SearchCache(options.out, write=True)) as cache:
+    with _filled(options.out) as cache:
         count, missing = import_fvqa(options.file, cache, fetching_client() if options.live else None)
     print(f"{options.out}: {count:,} entries read from {options.file}, {len(missing):,} pictures missing")
     if missing:
@@ -199,8 +221,8 @@ class ImagesOptions(Options):
 
 def images(options):
     out, written = Path(options.out), set()
-    out.mkdir(parents=True, exist_ok=True)
     questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
+    out.mkdir(parents=True, exist_ok=True)
     for question in tqdm(questions, desc="images", disable=None):
         for image in question.images[:1]:
             name = picture_name(image)
@@ -235,12 +257,22 @@ def main(argv: list[str] | None = None) -> None:
     for field, shown in (("file", "FILE after the command"), ("files", "--files"), ("out", "--out")):
         need(more or getattr(options, field, True), f"give {shown}")
     try:
+        if kind is not ImagesOptions:  # whose output is a folder
+            _check_files(options)
         run(*options) if more else run(options)
     except sqlite3.DatabaseError as error:
-        raise InputError(f"search {name}: a file cannot be read or written ({error})") from None
+        raise InputError(f"search {name}: a file cannot be read or written ({first_line(error)})") from None
     except OSError as error:
         raise InputError(f"{error.filename or name}: {error.strerror}") from None
 
 
+def _check_files(options):
+    """What is read or written is a file, if there is something: a device may have no end."""
+    for name in ("file", "docs", "images", "image", "out"):
+        path = getattr(options, name, "")
+        need(not path or Path(path).is_file() or not Path(path).exists(), f"{path}: not a file")
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know the letters of a title
     run_main(main)

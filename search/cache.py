@@ -2,7 +2,8 @@
 
 `--search record` fills one, `--search replay` answers from one. It is in WAL mode: any number of threads and processes
 of one machine may use it (a network file system's locks are not enough for that: `python -m search serve` is for
-several machines), and one that is killed leaves it sound. `export` and `import_parquet` publish one as a parquet file.
+several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` and
+`import_parquet` publish one as a parquet file.
 """
 
 import dataclasses
@@ -16,15 +17,14 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Config, InputError
+from config import Config, InputError, replacing
 from data import Call, Hit, Question, Result, Usage, decode_image, first_line
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
-from search.index import SQLiteFile
+from search.index import SQLiteFile, sha256
 from search.live import ENGINE, PAGE_CHARACTERS, WebSearch, summarizer_prompt
 from tools import TOOLS, picture_of, results, title
 
@@ -58,10 +58,10 @@ def canonical(request: dict) -> str:
 
 class SearchCache(SQLiteFile):
     """What live searches returned, open for reading, or also for writing. Methods raise sqlite3.DatabaseError if the
-    file cannot be read or written, or holds nonsense."""
+    file cannot be read or written, or holds what nobody put there."""
 
     what, build = "search cache", "`--search record` writes one"
-    application, versions = CACHE_ID, (CACHE_VERSION,)
+    application, version = CACHE_ID, CACHE_VERSION
 
     def __init__(self, path: str | Path, write: bool = False):
         """write: make the file if there is none."""
@@ -76,15 +76,16 @@ class SearchCache(SQLiteFile):
         """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
         key = request_key(canonical(request))
         with self._connection() as db:
-            row = db.execute("SELECT status, result FROM results WHERE key = ?", (key,)).fetchone()
-            if row and count and row[0] != "error":
+            row = db.execute("SELECT status, result, sha256 FROM results WHERE key = ?", (key,)).fetchone()
+            kept = row and _load_result(db, canonical(request), *row)
+            if kept and count and kept.status == "ok":
                 with self._writing:
                     db.execute("UPDATE results SET used = used + 1 WHERE key = ?", (key,))
-            return row and _load_result(*row, partial(_image, db))
+            return kept
 
     def put(self, request: dict, result: Result) -> Result:
-        """Keep a result, unless one that is no error is there already; returns what is now kept, so that everybody who
-        asks the same at the same time goes on with the same answer."""
+        """Keep a result, unless a better one is there already (ok, then no_results, then error); returns what is now
+        kept, so that everybody who asks the same at the same time goes on with the same answer."""
         self.put_all([(canonical(request), time.time(), result)])
         return self.get(request)
 
@@ -97,53 +98,44 @@ class SearchCache(SQLiteFile):
                     _insert_result(db, request, created, result)
                 db.execute("COMMIT")
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk has ended it already
+                    db.execute("ROLLBACK")
                 raise
 
     def rows(self) -> Iterator[tuple[str, float, Result]]:
         """All of it, as put_all takes it, in the order of the keys."""
         with self._connection() as db:
-            sql = "SELECT request, created, status, result FROM results ORDER BY key"
+            sql = "SELECT request, CAST(created AS REAL), status, result, sha256 FROM results ORDER BY key"
             for request, created, *row in db.execute(sql):
-                yield request, created, _load_result(*row, partial(_image, db))
+                yield request, created, _load_result(db, request, *row)
 
     def stats(self) -> dict:
         """results, by kind and status; found: times one was found again; hit_rate: of all searches, those that found
-        one; oldest, newest: seconds since 1970; images, image_bytes; bytes of the file."""
-        sql = "SELECT status, json_extract(request, '$.kind'), count(*), sum(used), min(created), max(created)"
+        one; oldest, newest: days; images, image_bytes; bytes of the file."""
+        sql = "SELECT json_extract(request, '$.kind'), status, count(*) FROM results GROUP BY 1, 2 ORDER BY 1, 2"
+        days = "date(min(created), 'unixepoch'), date(max(created), 'unixepoch')"
         with self._connection() as db:
-            rows = db.execute(f"{sql} FROM results GROUP BY 1, 2 ORDER BY 2, 1").fetchall()
-            ((images, image_bytes),) = db.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM images")
-        total, found = sum(row[2] for row in rows), sum(row[3] for row in rows)
-        return {
-            "results": total,
-            "counts": {f"{kind or 'other'} {status}": n for status, kind, n, *_ in rows},
-            "found": found,
-            "hit_rate": found / max(found + total, 1),
-            "oldest": min((row[4] for row in rows), default=0.0),
-            "newest": max((row[5] for row in rows), default=0.0),
-            "images": images,
-            "image_bytes": image_bytes,
-            "bytes": self.path.stat().st_size,
-        }
+            counts = {f"{kind or 'other'} {status}": n for kind, status, n in db.execute(sql)}
+            ((total, found, *days),) = db.execute(f"SELECT count(*), total(used), {days} FROM results")
+            ((images, image_bytes),) = db.execute("SELECT count(*), total(length(data)) FROM images")
+        stats = {"results": total, "counts": counts, "found": int(found), "hit_rate": found / max(found + total, 1)}
+        stats |= {"oldest": days[0], "newest": days[1], "images": images, "image_bytes": int(image_bytes)}
+        return stats | {"bytes": self.path.stat().st_size}
 
     def verify(self) -> Iterator[str]:
         """What is wrong with the file, a line each; nothing if every hash is right."""
         with self._connection() as db:
             yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
-            known = set()
             for hash, data in db.execute("SELECT hash, data FROM images"):
-                known.add(hash)
-                if hashlib.sha256(data).hexdigest() != hash:
+                if sha256([data]) != hash:
                     yield f"image {hash}: its bytes have another hash"
-            for key, request, *row, sha256 in db.execute("SELECT key, request, status, result, sha256 FROM results"):
-                if request_key(request) != key:
+            for key, request, *row in db.execute("SELECT key, request, status, result, sha256 FROM results"):
+                if sha256([request]) != key:
                     yield f"result {key}: its request has another hash"
-                if _sha256(request, *row) != sha256:
-                    yield f"result {key}: its content has another hash"
-                else:
-                    lost = [h["image"] for h in json.loads(row[1])["hits"] if h["image"] and h["image"] not in known]
-                    yield from (f"result {key}: image {hash} is missing" for hash in lost)
+                try:
+                    _load_result(db, request, *row)
+                except sqlite3.DatabaseError as error:
+                    yield f"result {key}: {error}"
 
 
 def _make_cache(path):
@@ -164,7 +156,7 @@ def _make_cache(path):
 def _insert_result(db, request, created, result):
     hits, images = [], {}
     for hit in result.hits:
-        hash = hit.image and hashlib.sha256(hit.image).hexdigest()
+        hash = hit.image and sha256([hit.image])
         images |= {hash: hit.image} if hash else {}
         hits.append({**vars(hit), "image": hash})
         if not hit.full_size:
@@ -174,26 +166,27 @@ def _insert_result(db, request, created, result):
     db.execute(
         "INSERT INTO results(key, request, status, result, sha256, created) VALUES (?, ?, ?, ?, ?, ?) "
         "ON CONFLICT(key) DO UPDATE SET status = excluded.status, result = excluded.result, sha256 = excluded.sha256, "
-        "created = excluded.created WHERE results.status = 'error'",
-        (request_key(request), request, result.status, content, _sha256(request, result.status, content), created),
+        "created = excluded.created WHERE results.status = 'error' "
+        "OR (results.status = 'no_results' AND excluded.status = 'ok')",
+        (sha256([request]), request, result.status, content, sha256((request, result.status, content)), created),
     )
-
-
-def _sha256(request, status, result):
-    return hashlib.sha256("\0".join((request, status, result)).encode()).hexdigest()
 
 
 def _image(db, hash):
     row = db.execute("SELECT data FROM images WHERE hash = ?", (hash,)).fetchone()
     if row is None:
         raise sqlite3.DatabaseError(f"image {hash} is missing")
+    if sha256(row) != hash:
+        raise sqlite3.DatabaseError(f"image {hash} is damaged")
     return row[0]
 
 
-def _load_result(status, content, image):
+def _load_result(db, request, status, content, hash):
+    if sha256((request, status, content)) != hash or not isinstance(status, str):  # bytes have the same hash
+        raise sqlite3.DatabaseError("its content has another hash: the file is damaged")
     try:
         content = json.loads(content)
-        hits = (Hit(**{**hit, "image": hit["image"] and image(hit["image"])}) for hit in content["hits"])
+        hits = [Hit(**{**hit, "image": hit["image"] and _image(db, hit["image"])}) for hit in content["hits"]]
         return Result(status, tuple(hits), content["error"], content["error_kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise sqlite3.DatabaseError(f"a kept result is damaged ({type(error).__name__})") from None
@@ -201,52 +194,55 @@ def _load_result(status, content, image):
 
 def export(cache: SearchCache, path: str | Path) -> int:
     """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
-    full_size}]. Returns the number of rows."""
+    full_size}], with the checksums of its pages. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, temporary, count = pa.string(), Path(f"{path}.{secrets.token_hex(4)}.tmp"), 0
+    text, count = pa.string(), 0
     hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary(), "full_size": pa.bool_()})
     names = ("request", "status", "error", "error_kind")
     schema = pa.schema({**dict.fromkeys(names, text), "created": pa.float64(), "hits": pa.list_(hit)})
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for part in batches(cache.rows(), 256):
-                table = []
-                for request, created, r in part:
-                    table.append({"request": request, "created": created, **vars(r), "hits": [*map(vars, r.hits)]})
-                writer.write_table(pa.Table.from_pylist(table, schema))
-                count += len(table)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write it ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
+        for part in batches(cache.rows(), 256):
+            table = []
+            for request, created, r in part:
+                table.append({"request": request, "created": created, **vars(r), "hits": [*map(vars, r.hits)]})
+            writer.write_table(pa.Table.from_pylist(table, schema))
+            count += len(table)
     return count
 
 
 def import_parquet(path: str | Path, cache: SearchCache) -> int:
     """Add the rows of an exported file to a cache, all or none; returns their number. Raises InputError."""
+    count = 0
+
+    def counted():
+        nonlocal count
+        for row in snapshot_rows(path):
+            count += 1
+            yield row
+
+    cache.put_all(counted())
+    return count
+
+
+def snapshot_rows(path: str | Path) -> Iterator[tuple[str, float, Result]]:
+    """The rows of an exported file, as `SearchCache.put_all` takes them. Raises InputError if one is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count = 0
-
-    def rows():
-        nonlocal count
-        with pq.ParquetFile(path) as table:
+    number = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as table:
             for batch in table.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
-                    count += 1
+                    number += 1
                     yield _row(row)
-
-    try:
-        cache.put_all(rows())
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}, row {count}: not an exported cache ({type(error).__name__}: {error})") from None
-    return count
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}, row {number}: not an exported cache ({type(error).__name__}: {error})") from None
 
 
 def _row(row):
@@ -272,7 +268,8 @@ class CachedSearch:
     """Keeps what `inner` finds and finds it again (record); without one, finds only what was kept (replay).
 
     Calls that ask the same while the first of them is under way wait for its answer: the conversations of a group cost
-    one search. A kept error is what a replay answers; a recording tries again.
+    one search. A kept error or "no results" is what a replay answers; a recording tries again (a search engine may come
+    back empty-handed once), but asks only once for what it finds to be nothing.
     """
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
@@ -280,6 +277,7 @@ class CachedSearch:
         self.methods = {"image_search": self._image_request, "text_search": self._text_request}
         self._prompt = hashlib.sha256(summarizer_prompt().encode()).hexdigest()[:16]
         self._pending: dict[str, Future] = {}
+        self._empty: set[str] = set()  # keys for which this process has found nothing
         self._lock = threading.Lock()
 
     def request(self, call: Call, question: Question) -> dict:
@@ -302,19 +300,24 @@ class CachedSearch:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
             request = self.request(call, question)
+            key = request_key(canonical(request))
             kept = self._kept(request, call, question)
-            if kept and (self.inner is None or kept.status != "error"):
+            if self._stands(kept, key):
                 return dataclasses.replace(kept, usage=Usage(cached=1))
             if self.inner is None:
                 missing = f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}"
                 raise Failure("not_recorded", missing)
-            return self._once(request_key(canonical(request)), request, call, question)
+            return self._once(key, request, call, question)
         except Failure as failure:
             return failed(failure)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except sqlite3.DatabaseError as error:
             return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
+
+    def _stands(self, kept, key):
+        """Whether a kept result is the answer, and need not be searched for again."""
+        return kept and (self.inner is None or kept.status == "ok" or key in self._empty)
 
     def _kept(self, request, call, question):
         kept = self.cache.get(request, count=self.inner is not None)
@@ -333,10 +336,12 @@ class CachedSearch:
             return dataclasses.replace(pending.result(), usage=Usage(cached=1))
         try:
             kept = self.cache.get(request)  # by one that was under way when this call looked
-            if kept and kept.status != "error":
+            if self._stands(kept, key):
                 pending.set_result(kept)
                 return dataclasses.replace(kept, usage=Usage(cached=1))
             found = self.inner.search(call, question)
+            if found.status == "no_results":
+                self._empty.add(key)
             result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
             pending.set_result(result)
             return result

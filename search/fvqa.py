@@ -1,27 +1,31 @@
-"""FVQA's image-search cache, which its authors publish as a pickle, read into a cache of ours.
+"""FVQA's image-search cache, which its authors publish as a pickle and others as JSON, read into a cache of ours.
 
-A pickle is a program; this one is read by a reader that knows plain containers, strings and pictures, and refuses
-everything else before it runs.
+A pickle is a program. Here it may put plain data together; what it would call is only written down (`_Made`), and only
+if it is one of a few names. Time and memory grow with the file alone.
 """
 
-import collections
+import json
+import mmap
 import pickle
+import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Hit, Result
+from data import Hit, Result, first_line
 from search.cache import SearchCache, batches, canonical
 from search.calls import Failure
 from search.embedding import WEB_IMAGE_BYTES, WEB_PIXELS, thumbnail, web_thumbnail
 from search.text import clean
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url
+
+MAX_HITS = 50  # of an entry; FVQA has five
 
 
 def fetching_client(**options) -> Client:
@@ -32,34 +36,32 @@ def fetching_client(**options) -> Client:
 def import_fvqa(
     path: str | Path, cache: SearchCache, client: Client | None = None
 ) -> tuple[int, list[tuple[str, str]]]:
-    """Add FVQA's image-search cache, a pickle {data_id: {"tool_returned_web_title_list": [title],
-    "tool_returned_images_urls": [URL or PIL image]}}; returns the number of entries and (data_id, URL) of the pictures
-    that are missing: all that are given as URLs without a client, those that cannot be fetched with one.
+    """Add FVQA's image-search cache, {data_id: {titles, pictures}} (see `_fvqa_entry`); returns the number of entries
+    and (data_id, URL or path) of the pictures that are missing: URLs without a client or that cannot be fetched with
+    it, paths that are no picture in the file's folder.
 
     Hits without a picture keep their title. In a replay an entry answers image searches about questions with its
     data_id where nothing is kept under the picture itself. Raises InputError.
     """
-    try:
-        with open(path, "rb") as file:
-            entries = _Unpickler(file).load()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    except Exception as error:  # on broken files pickle raises about anything
-        raise InputError(f"{path}: not a pickle of plain data ({str(error) or type(error).__name__})") from None
+    entries = _entries(path)
     need(isinstance(entries, dict), f"{path}: expected a dictionary by data_id")
-    missing, now = [], time.time()
+    missing, now, found = [], time.time(), partial(_found_picture, client, Path(path).parent)
 
     def rows(pool):
         for id, entry in tqdm(entries.items(), desc="import", unit=" entries", leave=False, disable=None):
-            titles, pictures = _fvqa_entry(path, id, entry)
-            urls = [p for p in pictures if isinstance(p, str)]
-            fetched = dict(zip(urls, pool.map(partial(_fetch_picture, client), urls), strict=True))
-            missing.extend((str(id), url) for url in urls if fetched[url] is None)
-            hits = tuple(
-                Hit(clean(title, 300), image=fetched[p] if isinstance(p, str) else p)
-                for title, p in zip(titles, pictures, strict=False)
-            )
-            yield canonical({"data_id": str(id)}), now, Result("ok" if hits else "no_results", hits)
+            try:
+                need(isinstance(entry, dict) and isinstance(id, str | int), "expected a dictionary under a data_id")
+                titles, pictures = _fvqa_entry(entry)
+                request = canonical({"data_id": str(id)})
+                request.encode()  # JSON can spell half a character
+            except Exception as error:  # of what a file may hold, numpy and Pillow raise about anything
+                raise InputError(f"{path}, entry {clean(str(id), 40)}: {first_line(error)}") from None
+            hits = []
+            for title, picture, image in zip(titles, pictures, pool.map(found, pictures), strict=False):
+                hits.append(Hit(clean(title, 300), image=image))
+                if image is None:
+                    missing.append((str(id), picture))
+            yield request, now, Result("ok" if hits else "no_results", tuple(hits))
 
     with ThreadPoolExecutor(16) as pool:
         for part in batches(rows(pool), 64):  # what was fetched is kept, should the rest be interrupted
@@ -67,78 +69,167 @@ def import_fvqa(
     return len(entries), missing
 
 
-def _fvqa_entry(path, id, entry):
-    """(titles, pictures as JPEG bytes or URLs) of an entry, one of each for each hit."""
-    if not isinstance(entry, dict) or not isinstance(id, str | int):
-        raise InputError(f"{path}, entry {str(id)[:40]}: expected a dictionary under a data_id")
-    titles, pictures = entry.get("tool_returned_web_title_list"), entry.get("tool_returned_images_urls")
-    if not isinstance(titles, list | tuple) or not isinstance(pictures, list | tuple):
-        raise InputError(f"{path}, entry {str(id)[:40]}: expected two lists, of titles and of pictures or URLs")
+def _entries(path):
     try:
-        return titles, [p.jpeg() if isinstance(p, _PickledImage) else str(p)[:2000] for p in pictures]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}, entry {str(id)[:40]}: a picture that cannot be read ({error})") from None
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            is_json = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+            return json.loads(data[:]) if is_json else _Reader(data, encoding="latin1").load()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
+    except Exception as error:  # on broken files these readers raise about anything
+        raise InputError(f"{path}: not a pickle of plain data, nor JSON ({first_line(error)})") from None
 
 
-def _fetch_picture(client, url):
-    """A thumbnail, or None if there is no client or no picture."""
+def _fvqa_entry(entry):
+    """(titles, pictures) of an entry. They are lists under these names; a picture is there as such or as a URL, or in
+    the JSON form as a path. Pictures are returned as JPEG bytes, URLs and paths as text, anything else as ""."""
+    titles = entry.get("tool_returned_web_title_list", entry.get("tool_returned_web_title"))
+    pictures = entry.get("cached_images_path", entry.get("tool_returned_images_urls"))
+    titles, pictures = _array(titles), _array(pictures)
+    sound = all(isinstance(value, list | tuple | np.ndarray) for value in (titles, pictures))
+    need(sound, "expected two lists, of titles and of pictures, URLs or paths")
     try:
-        return web_thumbnail(client.fetch(url, Job(60.0))) if client and is_web_url(url) else None
-    except (Failure, InputError):
-        return None
+        pictures = [_as_jpeg(picture) for picture in pictures[: min(len(titles), MAX_HITS)]]
+    except Exception as error:
+        raise InputError(f"a picture that cannot be read ({first_line(error)})") from None
+    return titles, pictures
 
 
-class _PickledImage:
-    """Stands in for PIL images of a pickle: takes their state, and makes a picture only of what is sound."""
+def _as_jpeg(picture):
+    if isinstance(picture, bytes):
+        return web_thumbnail(picture)
+    if not isinstance(picture, _Made):
+        return clean(picture, 2000)
+    if picture.jpeg is None:  # a hostile file may show one picture a million times
+        picture.jpeg = thumbnail(_image(picture).convert("RGB"))
+    return picture.jpeg
+
+
+def _image(made):
+    if made.name == "numpy.ndarray":
+        array = _array(made)
+        need(isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim > 1, "no array of a picture")
+        return Image.fromarray(array)
+    need(made.is_picture, f"it is a {made.name}")
+    _, mode, size, palette, data = made.state[:5]  # as Pillow writes it
+    width, height = size
+    need(0 < width * height <= WEB_PIXELS and max(size) <= 200 * min(size), f"{width} x {height} pixels")
+    image = Image.frombytes(mode, (width, height), _as_bytes(data))
+    if mode in ("P", "PA") and palette:
+        image.putpalette(palette)
+    return image
+
+
+def _found_picture(client, folder, picture):
+    """The thumbnail of a picture, a URL or a path, or None. Paths were written elsewhere: one is sought in the folder,
+    by as much of its end as there is."""
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        if is_web_url(picture):
+            return web_thumbnail(client.fetch(picture, Job(60.0))) if client else None
+        parts = [part for part in PurePosixPath(picture).parts if part.strip("/.")]
+        for n in range(len(parts)):
+            if (file := folder.joinpath(*parts[n:])).is_file():
+                return web_thumbnail(file.read_bytes())
+    except (Failure, InputError, OSError):
+        pass
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- pickles
+
+
+class _Made:
+    """What a pickle names, or would call and give a state: a picture, a numpy array or data type, or what pictures
+    carry along (fractions and notes of their metadata), which nobody looks at."""
+
+    def __init__(self, name, args=(), state=None):
+        self.name, self.args, self.state, self.jpeg = name, args, state, None
+
+    @property
+    def is_picture(self):
+        return self.name.startswith("PIL.") and self.name.endswith((".Image", "ImageFile"))
 
     def __setstate__(self, state):
         self.state = state
 
-    def jpeg(self) -> bytes:
-        _, mode, size, palette, data = self.state[:5]  # as Pillow writes it
-        width, height = size
-        if not 0 < width * height <= WEB_PIXELS or max(size) > 200 * min(size):
-            raise ValueError(f"{width} x {height} pixels")
-        image = Image.frombytes(mode, (width, height), data)
-        if mode in ("P", "PA") and palette:
-            image.putpalette(palette)
-        return thumbnail(image.convert("RGB"))
+    def __call__(self, *args):
+        last = self.name.rpartition(".")[2]
+        if last == "encode":  # bytes, in protocols 0 to 2
+            return _as_bytes(args[0])
+        if last in ("bytes", "bytearray"):
+            return _as_bytes(args[0]) if args else b""
+        if last == "OrderedDict":
+            return {}
+        if last == "_reconstructor":
+            return _Made(args[0].name)
+        if last == "_reconstruct":
+            return _Made("numpy.ndarray")
+        if last == "_frombuffer":
+            data, dtype, shape, order = args[:4]
+            return _Made("numpy.ndarray", state=(1, shape, dtype, order == "F", data))
+        if last == "scalar":
+            return _array(_Made("numpy.ndarray", state=(1, (), args[0], False, args[1]))).item()
+        return _Made(self.name, args)
 
 
-class _Ignored(str):
-    """Stands in for what pictures carry along: notes in a PNG, fractions in EXIF."""
-
-    def __setstate__(self, state):
-        pass
-
-
-def _reconstruct(cls, base, state):
-    """What `copyreg._reconstructor` does, for pictures and their notes alone (protocols 0 and 1)."""
-    if (cls, base) not in ((_PickledImage, object), (_Ignored, str)):
-        raise pickle.UnpicklingError("only pictures may be reconstructed")
-    return cls() if base is object else cls(state)
+NAMES = re.compile(
+    r"PIL\.\w+\.([A-Z]\w*|iTXt)|fractions\.Fraction|collections\.OrderedDict|copyreg\._reconstructor|_codecs\.encode|"
+    r"builtins\.(object|str|unicode|bytes|bytearray)|numpy\.(dtype|ndarray|_?core\.multiarray\.(_reconstruct|scalar)|"
+    r"_?core\.numeric\._frombuffer)"
+)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows plain containers, strings, numbers, bytes and PIL images; anything else is refused before it runs."""
+class _Reader(pickle._Unpickler):  # the one in Python: its steps can be replaced, and its memo is a dictionary
+    """Names become `_Made`, and keys of dictionaries are such that their hashes are quick and do not collide."""
 
-    allowed: dict[tuple[str, str], Callable | type] = {
-        ("builtins", "object"): object,
-        ("builtins", "unicode"): str,
-        ("builtins", "str"): str,
-        ("builtins", "set"): set,
-        ("builtins", "frozenset"): frozenset,
-        ("builtins", "bytearray"): bytearray,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("copyreg", "_reconstructor"): _reconstruct,
-        ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),  # bytes, in protocol 2
-        ("PIL.PngImagePlugin", "iTXt"): _Ignored,
-    }
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce
+    for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        del dispatch[code[0]]
 
     def find_class(self, module, name):
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        if module.split(".")[0] == "PIL" and (name == "Image" or name.endswith("ImageFile")):
-            return _PickledImage
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not allowed")
-        return self.allowed[module, name]
+        full = f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}"
+        if not NAMES.fullmatch(full):
+            raise pickle.UnpicklingError(f"it holds {full}, which is not allowed")
+        return _Made(full)
+
+    def fill(self, target, items):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            long = isinstance(key, int) and abs(key) >= 2**63
+            if long or not isinstance(key, str | int | float | bytes | _Made | None):
+                raise pickle.UnpicklingError("a tuple or a long number as a key")
+            target[key] = value
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.fill(self.stack[-1], items)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.fill(self.stack[-1], [key, value])
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self.fill(self.stack[-1], items)
+
+    for code, step in ((pickle.DICT, load_dict), (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems)):
+        dispatch[code[0]] = step
+
+
+def _as_bytes(data):
+    return data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
+
+
+def _array(value):
+    """A numpy array of numbers or text, or a list of objects, if that is what was pickled; else the value itself."""
+    if not isinstance(value, _Made) or value.name != "numpy.ndarray":
+        return value
+    _, shape, dtype, fortran, data = value.state
+    if isinstance(data, list):
+        return data
+    code = f"{dtype.state[1]}{dtype.args[0]}"
+    need(re.fullmatch(r"[<>|=][biufSU]\d{1,5}", code), f"an array of {code[:40]!r}")
+    return np.frombuffer(_as_bytes(data), code).reshape(shape, order="F" if fortran else "C")

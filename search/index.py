@@ -1,64 +1,77 @@
 """The offline search: an SQLite file of documents, found by BM25, and of pictures, found by what they look like.
 
 A document is {"title", "text", "url"?, "id"?}, a picture {"image", "title", "url"?, "id"?}. Text search is SQLite's
-FTS5 over title and text; image search compares embeddings (search/embedding.py). An index is built once and only read
-from then on; any number of threads and processes may.
+FTS5 over the terms (search/text.py) of title and text; image search compares embeddings (search/embedding.py). An index
+is built once and only read from then on, by any number of threads and processes. Every row is read with its hash.
 
 Legend: N pictures of an index, D numbers of an embedding.
 """
 
+import hashlib
 import json
 import re
 import secrets
 import sqlite3
-import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Call, Hit, Question, Result, decode_image
+from data import Call, Hit, Question, Result, decode_image, first_line
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
+from search.text import terms
 from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
-INDEX_VERSION = 2  # rises when the tables or `embed` change; version 1, which had no table `settings`, is read, too
-MAX_QUERY_WORDS = 64  # different words of a query that count; a model may well say ten thousand
-LARGE_INDEX = 100_000  # documents from which on words that a tenth of them hold are left out of queries
+INDEX_VERSION = 3  # rises when the tables, `embed` or `terms` change
+MAX_QUERY_TERMS = 64  # different terms of a query that count; a model may well say ten thousand
+LARGE_INDEX = 100_000  # documents from which on terms that a tenth of them hold are left out of queries
 
 
-# A build that fails is thrown away whole: it needs no journal.
+# A build that fails is thrown away whole: it needs no journal. FTS5 gets terms in a row: to its tokenizer `ascii`, all
+# that is not ASCII is a letter.
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {INDEX_VERSION};
 PRAGMA journal_mode = OFF;
-CREATE VIRTUAL TABLE docs USING
-    fts5(title, text, url UNINDEXED, id UNINDEXED, tokenize = 'unicode61 remove_diacritics 2');
-CREATE TABLE images(title TEXT, url TEXT, id TEXT, thumbnail BLOB, embedding BLOB);
+CREATE TABLE docs(title TEXT, url TEXT, id TEXT, content TEXT, sha256 TEXT);
+CREATE TABLE images(title TEXT, url TEXT, id TEXT, content BLOB, sha256 TEXT, embedding BLOB);
+CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', tokenize = 'ascii');
 CREATE TABLE settings(name TEXT PRIMARY KEY, value TEXT);
 """
+
+
+def sha256(values: Iterable) -> str:
+    """The hash of texts, numbers and bytes in a row."""
+    sum = hashlib.sha256()
+    for n, value in enumerate(values):
+        data = value if isinstance(value, bytes) else str(value).encode()
+        sum.update(b"\0" + data if n else data)
+    return sum.hexdigest()
 
 
 class SQLiteFile:
     """A SQLite file that any number of threads may use at once. Raises InputError if `path` is not one of ours."""
 
-    what, build, application, versions = "", "", 0, ()
+    what, build, application, version = "", "", 0, 0
 
     def __init__(self, path: str | Path, options: str = "mode=ro"):
         self.path, self._options = Path(path), options
         self._idle: deque[sqlite3.Connection] = deque()  # each use borrows one: no two threads share a connection
         self._closed = False
-        need(self.path.is_file(), f"{path}: no such {self.what}; {self.build}")
-        application, self.version = file_header(self.path)
-        if application != self.application or self.version not in self.versions:
-            version = f"in version {self.version} of the format"
-            said = f"a {self.what} {version}" if application == self.application else f"not a {self.what}"
-            raise InputError(f"{path}: {said}, expected version {self.versions[-1]}; {self.build}")
+        header = file_header(self.path)
+        need(header, f"{path}: no such {self.what}; {self.build}")
+        application, version = header
+        need(application == self.application, f"{path}: not a {self.what}; {self.build}")
+        other = f"a {self.what} in version {version} of the format, expected version {self.version}"
+        need(version == self.version, f"{path}: {other}: make it again; {self.build}")
 
     @contextmanager
     def _connection(self):
@@ -86,48 +99,36 @@ class SearchDB(SQLiteFile):
     """An index, open for reading."""
 
     what, build = "search index", "`python -m search index` builds one"
-    application, versions = APPLICATION_ID, (1, INDEX_VERSION)
+    application, version = APPLICATION_ID, INDEX_VERSION
 
     def __init__(self, path: str | Path):
         super().__init__(path)
         try:
-            self.embedding = self._setting("image_embedding")
-            self._common = frozenset(self._setting("common_words").split())
-            self._rowids, self._embeddings = self._load_embeddings()
-        except (sqlite3.DatabaseError, ValueError) as error:  # ValueError: an embedding of another length
+            with self._connection() as db:
+                self._settings = dict(db.execute("SELECT name, value FROM settings"))
+                self._rowids, self._embeddings = _load_embeddings(db)
+            need(self._settings.get("sha256") == _head_sum(self._settings, self._embeddings), "a wrong hash")
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:  # TypeError: a number where bytes should be
             self.close()
-            raise InputError(f"{path}: damaged search index ({error}); build it again") from None
+            raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
+        self.embedding = self._settings["image_embedding"]
+        self._common = frozenset(self._settings["common_terms"].split())
         self._embed = Encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
 
-    def _setting(self, name):
-        if self.version == 1:
-            return ""
-        with self._connection() as db:
-            found = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else ""
-
-    def _load_embeddings(self):
-        """int64 [N], float32 [N, D]; filled row by row, so that nothing is held twice."""
-        with self._connection() as db:
-            ((count, size),) = db.execute("SELECT count(*), max(length(embedding)) FROM images")
-            rowids, embeddings = np.empty(count, np.int64), np.empty((count, (size or 0) // 4), np.float32)
-            for n, (rowid, blob) in enumerate(db.execute("SELECT rowid, embedding FROM images ORDER BY rowid")):
-                rowids[n], embeddings[n] = rowid, np.frombuffer(blob, np.float32)
-        return rowids, embeddings
-
     def text(self, query: str, k: int) -> list[Hit]:
-        """The k best documents that hold any of the query's words, best first (equals: in the order they were indexed).
+        """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
 
-        Any string is a valid query: operators and quotes mean nothing, no words find nothing, words after the first
-        MAX_QUERY_WORDS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
-        hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read.
+        Any string is a valid query: operators and quotes mean nothing, no terms find nothing, terms after the first
+        MAX_QUERY_TERMS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
+        hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read or is damaged.
         """
         match = _match_expression(query, self._common)
         if not match:
             return []
-        sql = "SELECT title, url, text FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
+        sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
         with self._connection() as db:
-            return [Hit(title, url=url, text=text) for title, url, text in db.execute(sql, (match, k))]
+            rows = [_row(db, "docs", rowid) for (rowid,) in db.execute(sql, (match, k)).fetchall()]
+        return [Hit(title, url=url, text=text) for title, url, _, text in rows]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
         """The k pictures that look most like the encoded picture `data`, with thumbnails, best first (equals: in the
@@ -140,17 +141,16 @@ class SearchDB(SQLiteFile):
         # einsum adds up each row in the same order, so equal pictures score equally; BLAS promises no such thing.
         scores = np.einsum("nd,d->n", self._embeddings, query)
         best = self._rowids[np.argsort(-scores, kind="stable")[:k]]
-        sql = "SELECT title, url, thumbnail FROM images WHERE rowid = ?"
         with self._connection() as db:
-            rows = [db.execute(sql, (rowid,)).fetchone() for rowid in best.tolist()]
-        return [Hit(title, url=url, image=thumbnail) for title, url, thumbnail in rows]
+            rows = [_row(db, "images", rowid) for rowid in best.tolist()]
+        return [Hit(title, url=url, image=thumbnail) for title, url, _, thumbnail in rows]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
         """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
         with self._connection() as db:
             rows = [row for row, *page in db.execute("SELECT rowid, title, url FROM images") if tuple(page) in pages]
             for row in rows:  # apart from the pages: most thumbnails need not be read
-                yield from db.execute("SELECT thumbnail FROM images WHERE rowid = ?", (row,)).fetchone()
+                yield _row(db, "images", row)[3]
 
     def stats(self) -> dict[str, int]:
         """How much there is: docs, images, bytes (of the file)."""
@@ -158,18 +158,70 @@ class SearchDB(SQLiteFile):
             ((docs,),) = db.execute("SELECT count(*) FROM docs")
         return {"docs": docs, "images": len(self._rowids), "bytes": self.path.stat().st_size}
 
+    def verify(self) -> Iterator[str]:
+        """What is wrong with the file, a line each; nothing if every hash is right."""
+        with self._connection() as db:
+            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
+            for table in ("docs", "images"):
+                for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
+                    if _row_sum(row) != sum:
+                        yield f"row {rowid} of {table} has another hash"
+            if _words_sum(db) != self._settings["words"]:
+                yield "the index of the words has another hash, or documents are missing"
+
+
+COLUMNS = "title, url, id, content, sha256"  # of both tables: the row, and its hash
+
+
+def _row(db, table, rowid):
+    """title, url, id, and text or thumbnail"""
+    row = db.execute(f"SELECT {COLUMNS} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()
+    if row is None or _row_sum(row[:4]) != row[4]:
+        raise sqlite3.DatabaseError(f"row {rowid} of {table} is damaged; build the index again")
+    return row[:4]
+
+
+def _row_sum(row):
+    """The hash of a row and of its types (one bit tells text from bytes)."""
+    return sha256(part for value in row for part in (type(value).__name__, value))
+
+
+def _load_embeddings(db):
+    """int64 [N], float32 [N, D]; filled row by row, so that nothing is held twice."""
+    ((count, size, least),) = db.execute("SELECT count(*), max(length(embedding)), min(length(embedding)) FROM images")
+    need(size == least, "embeddings of different lengths")
+    rowids, embeddings = np.empty(count, np.int64), np.empty((count, (size or 0) // 4), np.float32)
+    for n, (rowid, blob) in enumerate(db.execute("SELECT rowid, embedding FROM images ORDER BY rowid")):
+        rowids[n], embeddings[n] = rowid, np.frombuffer(blob, np.float32)
+    return rowids, embeddings
+
+
+def _head_sum(settings, embeddings):
+    """The hash of what is read when an index is opened."""
+    named = (settings.get(name) for name in ("image_embedding", "common_terms", "words"))
+    return sha256(chain(named, (row.tobytes() for row in embeddings)))
+
+
+def _words_sum(db):
+    """The hash of FTS5's own tables, and of the number of documents."""
+    counted = db.execute("SELECT count(*) FROM docs")
+    tables = (db.execute(f"SELECT * FROM words_{name}") for name in ("config", "data", "docsize", "idx"))
+    return sha256(value for rows in (counted, *tables) for row in rows for value in row)
+
 
 def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
-    """The query's words, quoted and OR-ed, without common ones if there are others. Only letters and digits get
-    through, so nothing in it is FTS5 syntax."""
-    words = dict.fromkeys(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", query).lower()))
-    words = [word for word in words if word not in common] or list(words)
-    return " OR ".join(f'"{word}"' for word in words[:MAX_QUERY_WORDS])
+    """The query's terms, quoted and OR-ed, without common ones if there are others. Only letters and digits are in
+    them, so nothing is FTS5 syntax."""
+    wanted = dict.fromkeys(terms(query))
+    wanted = [term for term in wanted if term not in common] or list(wanted)
+    return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])
 
 
-def file_header(path):
-    """(application id, version) in SQLite's file header; (None, 0) of another file."""
+def file_header(path: Path) -> tuple[int | None, int] | None:
+    """(application id, version) in SQLite's file header; (None, 0) of another file; None if there is no file."""
     try:
+        if not path.is_file():
+            return None
         with open(path, "rb") as file:
             header = file.read(72)
     except OSError as error:
@@ -195,8 +247,9 @@ def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, 
 
 def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, image_embedding: str) -> int:
     """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
-    if path.is_dir() or (path.exists() and file_header(path)[0] != APPLICATION_ID):
-        raise InputError(f"{path}: exists and is not a search index; choose another name")
+    header = file_header(path)
+    sound = header[0] == APPLICATION_ID if header else not path.exists()
+    need(sound, f"{path}: exists and is not a search index; choose another name")
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = embed_image
     if image_embedding:
@@ -207,14 +260,14 @@ def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, imag
     try:
         with closing(sqlite3.connect(temporary)) as db:
             db.executescript(SCHEMA)
-            columns = "docs(title, text, url, id)"
-            bad = _insert(db, columns, lambda row: _strings(row, "title", "text"), docs, skip_bad_rows)
-            columns = "images(title, url, id, thumbnail, embedding)"
-            bad += _insert(db, columns, lambda row: _image_values(row, folder, embedder), images, skip_bad_rows)
-            db.execute("INSERT INTO settings VALUES ('image_embedding', ?)", (image_embedding,))
-            db.execute("INSERT INTO docs(docs) VALUES ('optimize')")
-            db.execute("INSERT INTO settings VALUES ('common_words', ?)", (_common_words(db),))
-            db.commit()  # the only one; returns when the bytes are on the disk
+            bad = _insert(docs, "docs", partial(_add_document, db), skip_bad_rows)
+            bad += _insert(images, "images", partial(_add_image, db, folder, embedder), skip_bad_rows)
+            db.execute("INSERT INTO words(words) VALUES ('optimize')")
+            db.commit()  # FTS5 has written all of its tables
+            settings = {"image_embedding": image_embedding, "common_terms": _common_terms(db), "words": _words_sum(db)}
+            settings["sha256"] = _head_sum(settings, _load_embeddings(db)[1])
+            db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
+            db.commit()  # returns when the bytes are on the disk
         temporary.replace(path)
     except sqlite3.OperationalError as error:
         raise InputError(f"{path}: cannot write the index ({error})") from None
@@ -223,11 +276,11 @@ def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, imag
     return bad
 
 
-def _insert(db, columns, values, rows, skip_bad_rows):
-    sql, bad = f"INSERT INTO {columns} VALUES ({', '.join('?' * len(columns.split(',')))})", 0
-    for where, row in tqdm(rows, f"index {columns.split('(')[0]}", unit=" rows", leave=False, disable=None):
+def _insert(rows, name, add, skip_bad_rows):
+    bad = 0
+    for where, row in tqdm(rows, f"index {name}", unit=" rows", leave=False, disable=None):
         try:
-            db.execute(sql, values(_as_dict(row)))
+            add(_as_dict(row))
         except InputError as error:
             if not skip_bad_rows:
                 raise InputError(f"{where}: {error}") from None
@@ -235,20 +288,29 @@ def _insert(db, columns, values, rows, skip_bad_rows):
     return bad
 
 
-def _common_words(db):
-    """Words that over a tenth of the documents of a large index hold: every query with one would rank them all, for
+def _common_terms(db):
+    """Terms that over a tenth of the documents of a large index hold: every query with one would rank them all, for
     seconds, and their weight in BM25 is small."""
     ((count,),) = db.execute("SELECT count(*) FROM docs")
     if count < LARGE_INDEX:
         return ""
-    db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, docs, row)")
-    return " ".join(word for (word,) in db.execute("SELECT term FROM temp.words WHERE doc > ?", (count // 10,)))
+    db.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab(main, words, row)")
+    return " ".join(term for (term,) in db.execute("SELECT term FROM temp.terms WHERE doc > ?", (count // 10,)))
 
 
-def _image_values(row, folder, embedder):
+def _add_document(db, row):
+    title, text, url, id = _strings(row, "title", "text")
+    indexed = [" ".join(terms(field, letters=True)) for field in (title, text)]
+    values = (title, url, id, text)
+    db.execute(f"INSERT INTO docs({COLUMNS}) VALUES (?, ?, ?, ?, ?)", (*values, _row_sum(values)))
+    db.execute("INSERT INTO words(rowid, title, text) VALUES (last_insert_rowid(), ?, ?)", indexed)
+
+
+def _add_image(db, folder, embedder, row):
     strings, data = _strings(row, "title"), row.get("image")
     if isinstance(data, str | Path):
         try:
+            need((folder / data).is_file(), "no such file")
             data = (folder / data).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise InputError(f"field image: cannot read {row['image']!r} ({error})") from None
@@ -258,7 +320,10 @@ def _image_values(row, folder, embedder):
     except InputError as error:
         raise InputError(f"field image: {error}") from None
     format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
-    return *strings, thumbnail(image, format), embedder(image).astype(np.float32).tobytes()
+    values = (*strings, thumbnail(image, format))
+    embedding = embedder(image).astype(np.float32).tobytes()
+    sql = f"INSERT INTO images({COLUMNS}, embedding) VALUES (?, ?, ?, ?, ?, ?)"
+    db.execute(sql, (*values, _row_sum(values), embedding))
 
 
 def _as_dict(row):

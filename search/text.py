@@ -1,11 +1,22 @@
-"""Text from the web, made harmless: cleaned strings, pages without their markup, and the sentences that fit a query."""
+"""Text, made harmless (cleaned strings, pages without their markup), and searched: the terms of a text, and the
+sentences of a page that fit a query."""
 
 import html
 import re
+import unicodedata
 from collections import Counter
+
+import regex
 
 TAG = re.compile(r"<(/?)!?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]{0,2000}>")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
+
+ACCENTS = re.compile("[\u0300-\u036f\u0591-\u05bd\u05c1\u05c2\u064b-\u065f\u0670]+")  # and points of Hebrew and Arabic
+SPACED = {n: " " for n in range(128) if not chr(n).isalnum()}
+WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
+# Line_Break=SA: Thai, Lao, Khmer, Burmese ...; Korean has spaces, but its words carry endings
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Line_Break=SA}ー"
+RUN = regex.compile(rf"[{UNSPACED}][{UNSPACED}\p{{M}}]*")
 
 
 def clean(text, limit: int) -> str:
@@ -57,16 +68,29 @@ def sentences(text: str) -> list[str]:
     return [s[at : at + 500] for s in found for at in range(0, len(s), 500)]
 
 
+def terms(text: str, letters: bool = False) -> list[str]:
+    """What a text is searched by, the same for queries and for what they find: words without case and accents, and of
+    scripts without spaces each two letters in a row; letters: also each one, so that a query of one letter finds it."""
+
+    def split(run):
+        single = regex.findall(r"\X", run[0])
+        pairs = [a + b for a, b in zip(single, single[1:], strict=False)]
+        return f" {' '.join(single + pairs if letters else pairs or single)} "
+
+    if text.isascii():
+        return text.lower().translate(SPACED).split()  # the same, in a tenth of the time
+    text = re.sub("[\uff00-\uffef]+", lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
+    text = ACCENTS.sub("", unicodedata.normalize("NFD", text.casefold()))
+    text = RUN.sub(split, unicodedata.normalize("NFC", text))
+    return WORD.findall(text.lower())
+
+
 def passages(text: str, query: str, count: int) -> str:
-    """The `count` sentences that fit the query best, in their order: each word of the query counts more the fewer
-    sentences hold it. The first sentences, if none holds a word."""
-    found = [(s, set(_words(s))) for s in sentences(text)]
-    wanted = set(_words(query))
+    """The `count` sentences that fit the query best, in their order: each term of the query counts more the fewer
+    sentences hold it. The first sentences, if none holds one."""
+    found = [(s, set(terms(s, letters=True))) for s in sentences(text)]
+    wanted = set(terms(query))
     holders = Counter(word for _, words in found for word in words & wanted)
     score = [sum(1 / holders[word] for word in words & wanted) for _, words in found]
     best = sorted(range(len(found)), key=lambda n: (-score[n], n))[:count]
     return " ".join(found[n][0] for n in sorted(n for n in best if score[n] or not any(score)))
-
-
-def _words(text):
-    return re.findall(r"\w+", text.lower())

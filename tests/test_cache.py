@@ -1,6 +1,7 @@
 """The cache of results: content keys, checked hashes, threads, processes and a kill, parquet, FVQA's pickle."""
 
 import collections
+import contextlib
 import copyreg
 import dataclasses
 import hashlib
@@ -25,14 +26,14 @@ import pytest
 from conftest import ROOT, picture, question
 from hammer import asked, hammered
 from local_web import LocalWeb, wait_until
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from config import Config, InputError
 from data import Call, Hit, Result
 from search import __main__ as search_main
 from search import embedding as search_embedding
 from search import open_search
-from search.cache import SearchCache, canonical, request_key
+from search.cache import CachedSearch, SearchCache, canonical, request_key, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
 from search.index import SearchDB, build
 
@@ -87,7 +88,7 @@ def test_statistics(cache):
     stats = cache.stats()
     assert stats["counts"] == {"image ok": 2, "text error": 1, "text ok": 1}
     assert (stats["found"], stats["hit_rate"], stats["images"], stats["image_bytes"]) == (4, 0.5, 1, len(JPEG))
-    assert abs(stats["oldest"] - time.time()) < 100 and stats["newest"] >= stats["oldest"]
+    assert stats["oldest"] <= stats["newest"] <= time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def test_reading_changes_nothing_and_needs_no_writable_folder(tmp_path, cache):
@@ -111,17 +112,49 @@ def test_reading_changes_nothing_and_needs_no_writable_folder(tmp_path, cache):
     "sql, found",
     [
         ("UPDATE images SET data = x'00'", "bytes have another hash"),
+        ("UPDATE results SET status = CAST(status AS BLOB)", "content has another hash"),
+        ("UPDATE results SET created = 'long ago', result = '{}'", "content has another hash"),
         ("UPDATE results SET result = replace(result, 't0', 't1')", "content has another hash"),
         ("UPDATE results SET status = 'no_results'", "content has another hash"),
         ("UPDATE results SET request = replace(request, 'q0', 'q1')", "request has another hash"),
         ("DELETE FROM images", "is missing"),
     ],
 )
-def test_verify_finds_what_was_changed(cache, sql, found):
-    cache.put(asked(0), result())
+def test_what_was_changed_is_found_by_verify_and_by_reading(tmp_path, cache, sql, found):
+    search = open_search(Config(search="replay", search_cache=str(cache.path)))
+    call = Call("text_search", "q0")
+    cache.put(search.request(call, question(0)), result())
     with cache._connection() as db:
         db.execute(sql)
     assert any(found in line for line in cache.verify())
+    read = search.search(call, question(0))  # which does not read the request
+    assert read == result() if "request" in found else read.error_kind == "index"
+    with pytest.raises(InputError):
+        search_main.main(["export", str(cache.path), "--out", str(tmp_path / "s.parquet")])
+    search_main.main(["stats", str(cache.path)])
+
+
+def test_a_recording_looks_again_where_nothing_was_found(cache):
+    """Once in a process; and a failure does not take the place of what was kept, nor does nothing of something."""
+
+    class Scripted:
+        found, asked = [Result("no_results"), result(0, "error"), result(1), Result("no_results")], 0
+
+        def search(self, call, question):
+            self.asked += 1
+            return self.found[self.asked - 1]
+
+    def searched(inner):
+        search = CachedSearch(cache, inner, Config(search="record", search_cache="c"))
+        return search.search(Call("text_search", "q"), question(0))
+
+    web = Scripted()
+    once = CachedSearch(cache, web, Config(search="record", search_cache="c"))
+    for _ in range(3):
+        assert once.search(Call("text_search", "q"), question(0)) == Result("no_results")
+    assert web.asked == 1 and searched(None) == Result("no_results")  # a replay
+    assert searched(web) == Result("no_results") and web.asked == 2  # the second is an error
+    assert searched(web) == result(1) == searched(None) == searched(web) and web.asked == 3
 
 
 def test_damage_is_an_error_not_an_empty_result(cache):
@@ -131,6 +164,54 @@ def test_damage_is_an_error_not_an_empty_result(cache):
             db.execute(sql)
         with pytest.raises(sqlite3.DatabaseError, match="damaged"):
             cache.get(asked(0))
+        assert any("another hash" in line for line in cache.verify())
+
+
+def test_any_flipped_bit_is_found_or_does_nothing(tmp_path, cache):
+    """Of a cache, an index and a snapshot: what is read after it is what was there, or an error; no command fails
+    with anything but a line; and where a read differs, `verify` says so."""
+    kept = [(canonical(asked(n)), 1e9, result(n, ("ok", "no_results", "error")[n % 3])) for n in range(20)]
+    cache.put_all(kept)
+    cache.close()
+    search_main.main(["export", str(cache.path), "--out", str(tmp_path / "s.parquet")])
+    docs = [{"title": f"t{n}", "text": f"word{n % 5} 東京 {n}", "url": f"u{n}"} for n in range(30)]
+    build(tmp_path / "i.sqlite", docs, [{"image": picture(n), "title": f"p{n}"} for n in range(3)])
+
+    def read_cache(path):
+        with closing(SearchCache(path)) as opened:
+            return [opened.get(asked(n)) for n in range(20)]
+
+    def read_index(path):
+        with closing(SearchDB(path)) as opened:
+            return [opened.text(query, 9) for query in ("word1", "東京", "7")], opened.image(picture(1), 3)
+
+    def read_snapshot(path):
+        return [row for row in snapshot_rows(path)]
+
+    rng, changed = random.Random(0), collections.Counter()
+    for name, read in (("c.sqlite", read_cache), ("i.sqlite", read_index), ("s.parquet", read_snapshot)):
+        sound, expected = (tmp_path / name).read_bytes(), read(tmp_path / name)
+        for _ in range(80):
+            damaged = bytearray(sound)
+            damaged[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+            path = tmp_path / f"damaged-{name}"
+            path.write_bytes(damaged)
+            verified = True
+            for command in ("verify", "stats"):
+                try:
+                    search_main.main([command, str(path)])
+                except InputError as error:
+                    verified &= command != "verify"
+                    assert "\n" not in str(error)
+            try:
+                found = read(path)
+            except (sqlite3.DatabaseError, InputError):
+                continue
+            if found != expected and name == "c.sqlite":  # what is lost is looked up again
+                found = [a if b is None else b for a, b in zip(expected, found, strict=True)]
+            changed[name] += found != expected and verified
+            assert found == expected or name == "i.sqlite"  # FTS5's own tables are checked by `verify` alone
+    assert not +changed
 
 
 def test_two_processes_of_eight_threads_and_one_is_killed(tmp_path):
@@ -247,8 +328,7 @@ def test_bad_files_are_one_line(tmp_path, cache):
         pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], **change}], schema), tmp_path / f"bad{n}.parquet")
         with pytest.raises(InputError, match=f"bad{n}.parquet, row 2"):
             search_main.main(["import", str(tmp_path / f"bad{n}.parquet"), "--out", str(tmp_path / "d.sqlite")])
-        with closing(SearchCache(tmp_path / "d.sqlite")) as untouched:
-            assert untouched.stats()["results"] == 0
+        assert not list(tmp_path.glob("d.sqlite*"))
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     for args, why in (
         (["import", "text", "--out", "d.sqlite"], "not a readable parquet"),
@@ -259,13 +339,21 @@ def test_bad_files_are_one_line(tmp_path, cache):
         (["export", "text", "--out", "x.parquet"], "not a search cache"),
         (["export", "none", "--out", "x.parquet"], "no such search cache"),
         (["export", "c.sqlite", "--out", "none/x.parquet"], "cannot write"),
-        (["verify", "text"], "not a search cache"),
+        (["import", "..", "--out", "d.sqlite"], "not a file"),
+        (["import", "good.parquet", "--out", ".."], "not a file"),
+        (["export", "c.sqlite", "--out", "/dev/null"], "/dev/null: not a file"),
+        (["import-fvqa", "/dev/zero", "--out", "d.sqlite"], "/dev/zero: not a file"),
+        (["stats", "x" * 300], "name too long"),
+        (["export", "c.sqlite", "--out", "x" * 254], "name too long"),
+        (["import", "good.parquet", "--out", "x" * 254], "cannot make|name too long"),
+        (["verify", "text"], "not a readable parquet"),
         (["stats", "text"], "not a search index"),
     ):  # fmt: skip
+        before = {*tmp_path.iterdir()}
         args = [str(tmp_path / a) if n in (1, 3) else a for n, a in enumerate(args)]
         with pytest.raises(InputError, match=why) as error:
             search_main.main(args)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and {*tmp_path.iterdir()} == before  # no empty cache
 
 
 def test_an_index_is_no_cache_and_a_cache_no_index(tmp_path, cache):
@@ -295,11 +383,27 @@ def test_fvqa_s_pickle_with_pictures(tmp_path, cache, protocol):
     png = pil(picture(2))
     png.info["note"] = PngImagePlugin.iTXt("a note", "en", "note")
     palette = pil(picture(3)).quantize(64, dither=Image.Dither.NONE)
-    pictures = [pil(JPEG), png, palette, pil(JPEG).convert("RGBA"), pil(JPEG).convert("L")]
+    exif = pil(JPEG)
+    exif.info |= {"dpi": (TiffImagePlugin.IFDRational(72, 1), 72.0), "exif": exif.getexif(), "icc": bytearray(b"x")}
+    pictures = [exif, png, palette, pil(JPEG).convert("RGBA"), pil(JPEG).convert("L")]
     entry = {"tool_returned_web_title_list": [f"t{n}" for n in range(6)], "tool_returned_images_urls": pictures}
     content = {"fvqa_1": entry, "fvqa_2": {**entry, "tool_returned_images_urls": []}}
+    arrays = [np.asarray(pil(JPEG)), np.asfortranarray(np.asarray(pil(JPEG).convert("L"))), b"", None, "u"]
+    titles = np.array([f"t{n}" for n in range(5)])
+    pictures_array = np.empty(5, object)
+    pictures_array[:] = arrays[:2] + [JPEG] + arrays[3:]
+    content[np.str_("fvqa_3")] = {
+        "tool_returned_web_title_list": titles,
+        "tool_returned_images_urls": pictures_array,
+    }
     path = write_pickle(tmp_path / "p", collections.OrderedDict(content), protocol)
-    assert import_fvqa(path, cache) == (2, [])
+    assert import_fvqa(path, cache) == (3, [("fvqa_3", ""), ("fvqa_3", "u")])
+    shown = cache.get({"data_id": "fvqa_3"}).hits
+    assert [hit.title for hit in shown] == list(titles) and [hit.image is None for hit in shown] == 3 * [False] + 2 * [
+        True
+    ]
+    for hit, mode in zip(shown, ("RGB", "L", "RGB"), strict=False):
+        assert hit.image == search_embedding.thumbnail(pil(JPEG).convert(mode).convert("RGB"))
     kept = cache.get({"data_id": "fvqa_1"})
     assert kept.status == "ok" and [hit.title for hit in kept.hits] == [f"t{n}" for n in range(5)]
     for hit, image in zip(kept.hits, pictures, strict=True):
@@ -328,6 +432,102 @@ def test_fvqa_s_urls_are_fetched_if_live_and_listed_if_not(tmp_path, cache, caps
         assert import_fvqa(path, cache, client) == (1, [("7", url) for url in urls[1:]])
     hits = cache.get({"data_id": "7"}).hits
     assert [hit.title for hit in hits] == list("abcd") and [hit.image is None for hit in hits] == [False] + 3 * [True]
+
+
+def test_fvqa_as_json_with_pictures_in_files(tmp_path, cache):
+    """Paths were written elsewhere, and lead out of the folder of the JSON file in no case."""
+    folder = tmp_path / "here" / "images"
+    folder.mkdir(parents=True)
+    (tmp_path / "secret.jpg").write_bytes(JPEG)
+    (folder / "1.jpg").write_bytes(JPEG)
+    (folder / "text.jpg").write_text("none")
+    os.mkfifo(folder / "pipe")
+    paths = [
+        "images/1.jpg",
+        "/root/data/images/1.jpg",
+        "../../x/images/1.jpg",
+        "../secret.jpg",
+        None,
+        "pipe",
+        3,
+        "text.jpg",
+    ]
+    entry = {"tool_returned_web_title": [f"標題{n}" for n in range(8)], "cached_images_path": paths}
+    file = tmp_path / "here" / "cache.json"
+    file.write_text("\ufeff" + json.dumps({"fvqa_train_1": entry, "fvqa_train_2": {**entry, "cached_images_path": []}}))
+    count, missing = import_fvqa(file, cache)
+    hits = cache.get({"data_id": "fvqa_train_1"}).hits
+    assert count == 2 and [hit.title for hit in hits] == entry["tool_returned_web_title"]
+    assert [hit.image for hit in hits] == 3 * [search_embedding.web_thumbnail(JPEG)] + 5 * [None]
+    assert missing == [("fvqa_train_1", path) for path in ("../secret.jpg", "", "pipe", "", "text.jpg")]
+
+
+def shared(n):
+    value = []
+    for _ in range(n):
+        value = [value, value]
+    return value
+
+
+def nested(n, kind=tuple):
+    value = kind()
+    for _ in range(n):
+        value = kind((value,))
+    return value
+
+
+def as_pickle(titles=b"](X\1\0\0\0te", pictures=b"]", id=b"X\1\0\0\0x"):
+    names = [
+        b"X" + len(name).to_bytes(4, "little") + name
+        for name in (b"tool_returned_web_title_list", b"tool_returned_images_urls")
+    ]
+    return b"\x80\2}" + id + b"}(" + names[0] + titles + names[1] + pictures + b"us."
+
+
+COLLIDING = b"".join(b"\x8a\x12" + (n * (2**61 - 1)).to_bytes(18, "little") + b"N" for n in range(20_000))
+HOSTILE = {
+    "no state": as_pickle(pictures=b"](cPIL.Image\nImage\n)\x81e"),
+    "no state, by name": as_pickle(pictures=b"](cPIL.Image\nImage\ne"),
+    "long id": as_pickle(id=b"\x8b\xff\xff\0\0" + b"\1" * 65535),
+    "long decimal": as_pickle(titles=b"]I" + b"9" * 5000 + b"\na"),
+    "surrogates": as_pickle(id=b"X\3\0\0\0\xed\xa0\xbd"),
+    "surrogates in a picture's name": as_pickle(pictures=b"](X\3\0\0\0\xed\xa0\xbde"),
+    "deep lists": as_pickle(pictures=b"]" * 200_000 + b"a" * 199_999),
+    "a deep key": as_pickle(pictures=b"}" + b")" + b"\x85" * 200_000 + b"Ns"),
+    "colliding keys": as_pickle(pictures=b"}(" + COLLIDING + b"u"),
+    "memo": as_pickle(pictures=b"]r\0\0\0\x10"),
+    "a large array of bytes": as_pickle(pictures=b"\x96" + (2**50).to_bytes(8, "little")),
+    "numbers as an array": as_pickle(pictures=b"](cnumpy\nndarray\n)\x81e"),
+    "sets": as_pickle(pictures=b"\x8f"),
+    "cut off": as_pickle()[:-3],
+    "json, deep": b'{"x":' + b"[" * 200_000,
+    "json, half a character": b'{"\\ud83d": {"tool_returned_web_title": [], "cached_images_path": []}}',
+    "json, a list": b"[1]",
+    "json, a long number": b'{"x": ' + b"9" * 5000 + b"}",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_for_fvqa_are_refused_in_a_line_and_at_once(tmp_path, name):
+    (tmp_path / "p").write_bytes(HOSTILE[name])
+    started = time.monotonic()
+    try:
+        search_main.main(["import-fvqa", str(tmp_path / "p"), "--out", str(tmp_path / "c.sqlite")])
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400 and not (tmp_path / "c.sqlite").exists()
+    else:
+        assert name in ("surrogates in a picture's name", "deep lists", "memo")  # nobody looks at these
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("content", [shared(100), [shared(100)] * 3, nested(900), {"k": shared(100)}])
+def test_lists_that_hold_each_other_take_no_time(tmp_path, cache, content):
+    entry = {"tool_returned_web_title_list": content, "tool_returned_images_urls": content, "other": content}
+    started = time.monotonic()
+    with contextlib.suppress(InputError):
+        import_fvqa(write_pickle(tmp_path / "p", {"x": entry}), cache)
+    assert time.monotonic() - started < 5
 
 
 def test_fvqa_answers_by_data_id_where_the_picture_is_unknown(tmp_path):
@@ -366,7 +566,7 @@ HARMFUL = [
     Run(open, "{mark}", "w"),
     Run(__import__, "os"),
     Run(collections.deque),
-    np.zeros(3),
+    Run(np.fromfile, "{mark}"),
     random.Random(0),
 ]
 

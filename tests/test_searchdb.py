@@ -1,11 +1,13 @@
 """The offline index: ranking against plain-Python loops, hostile queries, threads, builds that fail or are killed."""
 
+import collections
 import io
 import itertools
 import json
 import math
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,10 +22,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from config import InputError
+from data import Call, Question
 from search import __main__ as search_main
 from search import index as search_index
 from search.embedding import embed
-from search.index import SearchDB, build
+from search.index import OfflineSearch, SearchDB, build
+from search.text import passages, terms
 
 ROOT = Path(search_index.__file__).parents[1]
 
@@ -166,10 +170,87 @@ def test_any_text_is_a_query(small, query, found):
 def test_every_character_is_a_query(small):
     every = [chr(n) for n in range(sys.maxunicode + 1)]
     for start in range(0, len(every), 64):
-        assert small.text(" ".join(every[start : start + 64]), 9) == []
+        found = small.text(" ".join(every[start : start + 64]), 9)
+        assert [hit.title for hit in found] == ["t3"] * bool({"中", "文"} & {*every[start : start + 64]})
     rng = random.Random(0)
     for _ in range(300):  # without a separator before alpha some characters join it, so only "no error" can be asked
         small.text("".join(rng.choices(every, k=4)) + "alpha" + "".join(rng.choices(every[:128], k=20)), 9)
+
+
+TEXTS = {
+    "tokyo": "东京铁塔位于东京都港区，高三百三十三米。",
+    "paris": "埃菲尔铁塔在巴黎",
+    "phone": "苹果公司的iPhone 15起售价格为799美元",
+    "tower": "東京タワーは港区にある電波塔です。",
+    "seoul": "서울의 남산타워는 1969년에 세워졌다",
+    "thai": "หอไอเฟลตั้งอยู่ในกรุงปารีสประเทศฝรั่งเศส",
+    "khmer": "ប្រាសាទអង្គរវត្តស្ថិតនៅខេត្តសៀមរាប",
+    "hindi": "हिन्दी भारत की भाषा है",
+    "turkish": "İstanbul Boğazı, ISPARTA",
+    "yoruba": "Ọ̀ṣun river",
+    "german": "Die Große Straße ﬁnden",
+    "greek": "Ο ΣΊΣΥΦΟΣ",
+    "arabic": "مُحَمَّد",
+    "wide": "ＮＡＳＡ ﾀﾞﾑ",
+}
+
+
+@pytest.fixture(scope="module")
+def languages(tmp_path_factory):
+    path = tmp_path_factory.mktemp("languages") / "i.sqlite"
+    build(path, [{"title": title, "text": text} for title, text in TEXTS.items()])
+    with closing(SearchDB(path)) as db:
+        yield db
+
+
+@pytest.mark.parametrize(
+    "query, found",
+    [
+        ("东京铁塔有多高", ["tokyo", "paris"]),  # Chinese
+        ("巴黎", ["paris"]),
+        ("塔", ["paris", "tower", "tokyo"]),  # one letter
+        ("北京", []),  # half of a word is none
+        ("iPhone 15的价格", ["phone"]),  # mixed
+        ("iphone15", []),
+        ("東京タワーの高さは？", ["tower"]),  # Japanese
+        ("ダム", ["wide"]),
+        ("た\u3099", []),
+        ("서울은 어디에 있나요", ["seoul"]),  # Korean: another ending
+        ("กรุงปารีสอยู่ที่ไหน", ["thai"]),
+        ("អង្គរវត្ត", ["khmer"]),
+        ("हिन्दी", ["hindi"]),
+        ("ह", []),  # not a letter of a word
+        ("istanbul", ["turkish"]),
+        ("İSTANBUL", ["turkish"]),
+        ("i\u0307stanbul", ["turkish"]),
+        ("isparta", ["turkish"]),
+        ("Ọ̀ṣun", ["yoruba"]),
+        ("osun", ["yoruba"]),
+        ("\u1ecc\u0300s\u0323un", ["yoruba"]),
+        ("strasse GROSSE", ["german"]),
+        ("finden", ["german"]),
+        ("σίσυφος", ["greek"]),
+        ("محمد", ["arabic"]),
+        ("nasa", ["wide"]),
+    ],
+)
+def test_query_and_index_are_cut_alike_in_any_script(languages, query, found):
+    assert [hit.title for hit in languages.text(query, 9)] == found
+    for text in (TEXTS[title] for title in found[:1]):  # and passages are: what fits is taken from among others
+        assert passages(f"Nothing. 无关的话。 {text}", query, 1) in (
+            text,
+            text.partition("，")[0] + text.partition("，")[1],
+        )
+
+
+def test_terms_of_english_are_those_of_unicode61(tmp_path):
+    """Which earlier versions took, so that scores are the same."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + " Café naïve don't snake_case x² 3.5% Zürich’s “É” Ørsted"
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute("CREATE VIRTUAL TABLE t USING fts5(x, tokenize = 'unicode61 remove_diacritics 2')")
+        db.execute("INSERT INTO t VALUES (?)", (text,))
+        db.execute("CREATE VIRTUAL TABLE v USING fts5vocab(t, row)")
+        assert dict(db.execute("SELECT term, cnt FROM v")) == collections.Counter(terms(text, letters=True))
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -360,10 +441,20 @@ def other_database(path):
         db.execute("CREATE TABLE images(embedding)")
 
 
-def other_version(path):
-    build(path)
+def other_version(version):
+    def make(path):
+        build(path)
+        with closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA user_version = {version}")
+
+    return make
+
+
+def common_terms(path):
+    build(path, plain_documents())
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 99")
+        db.execute("UPDATE settings SET value = 'w1' WHERE name = 'common_terms'")
+        db.commit()
 
 
 def cut_short(path):
@@ -386,7 +477,9 @@ def short_embedding(path):
         (a_text, "not a search index"),
         (empty_file, "not a search index"),
         (other_database, "not a search index"),
-        (other_version, "version 99"),
+        (other_version(99), "version 99 of the format, expected version 3: make it again"),
+        (other_version(2), "version 2 of the format, expected version 3: make it again"),
+        (common_terms, "damaged"),
         (cut_short, "damaged"),
         (short_embedding, "damaged"),
     ],
@@ -470,7 +563,11 @@ def test_only_an_index_is_overwritten(tmp_path):
     for path in (tmp_path / "none" / "i.sqlite", precious / "i.sqlite"):
         with pytest.raises(InputError, match="no folder"):
             build(path, [])
-    other_version(tmp_path / "i.sqlite")
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "pipe", "not a search index"), (tmp_path / ("x" * 300), "name too long")):
+        with pytest.raises(InputError, match=why):
+            build(path, [])
+    other_version(2)(tmp_path / "i.sqlite")
     build(tmp_path / "i.sqlite", [])
     SearchDB(tmp_path / "i.sqlite").close()
 
@@ -616,6 +713,7 @@ def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
         (["ask"], "FILE"),
         (["ask", "s"], "--text WORDS or --image FILE"),
         (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS or --image FILE"),
+        (["ask", "s", "--image", "/dev/zero"], "/dev/zero: not a file"),
         (["ask", "s", "--image", "none.png"], "none.png: No such file"),
         (["ask", "s", "--image", "in/docs.jsonl"], "not a whole picture"),
         (["ask", "s", "--text", " "], "the query is empty"),
@@ -735,21 +833,38 @@ def test_an_encoder_that_is_not_there_is_one_line(tmp_path, encoder):
     with pytest.raises(InputError, match="image_embedding .*cannot load") as error:
         build(tmp_path / "i.sqlite", images=rows, image_embedding=str(tmp_path))
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
-    build(tmp_path / "i.sqlite", images=rows, image_embedding=str(folder))
-    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
-        db.execute("UPDATE settings SET value = ?", (str(tmp_path / "gone"),))
-        db.commit()
+    shutil.copytree(folder, tmp_path / "gone")
+    build(tmp_path / "i.sqlite", images=rows, image_embedding=str(tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "gone")
     with pytest.raises(InputError, match="gone.*cannot load"):
         SearchDB(tmp_path / "i.sqlite")
 
 
-def test_an_index_of_the_first_version_is_read(tmp_path):
-    """It had no table of settings, and embeddings of pixels."""
-    build(tmp_path / "i.sqlite", [{"title": "a", "text": "b"}], [{"image": PICTURE, "title": "p"}])
-    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
-        db.executescript("DROP TABLE settings; PRAGMA user_version = 1;")
+@pytest.mark.parametrize(
+    "sql, found",
+    [
+        ("UPDATE docs SET content = 'other' WHERE title = 'd1'", "row 2 of docs"),
+        ("UPDATE docs SET url = CAST(url AS BLOB) WHERE title = 'd1'", "row 2 of docs"),
+        ("DELETE FROM docs WHERE title = 'd1'", "documents are missing"),
+        ("UPDATE images SET content = x'ffd8' WHERE title = 'p1'", "row 2 of images"),
+        ("UPDATE images SET title = 'p9' WHERE title = 'p1'", "row 2 of images"),
+    ],
+)
+def test_a_damaged_row_is_an_error_of_kind_index(tmp_path, sql, found):
+    pictures = noise_pictures(3)
+    docs = [{"title": f"d{n}", "text": f"word{n}", "url": "u"} for n in range(3)]
+    build(tmp_path / "i.sqlite", docs, [{"image": data, "title": f"p{n}"} for n, data in enumerate(pictures)])
     with closing(SearchDB(tmp_path / "i.sqlite")) as db:
-        assert [hit.title for hit in db.image(PICTURE, 1) + db.text("b", 1)] == ["p", "a"]
+        assert list(db.verify()) == []
+    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
+        db.execute(sql)
+        db.commit()
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        search, question = OfflineSearch(db), Question("q", "")
+        text = [search.search(Call("text_search", f"word{n}"), question).error_kind for n in range(3)]
+        image = search.search(Call("image_search", image=pictures[1]), question).error_kind
+        assert (text, image) == (["", "index", ""], "") if "docs" in sql else (["", "", ""], "index")
+        assert any(found in line for line in db.verify())
 
 
 def test_a_large_index_leaves_common_words_out(tmp_path, monkeypatch):
