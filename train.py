@@ -351,7 +351,7 @@ class Run:
 
     def loop(self) -> None:
         cfg = self.cfg
-        self.engine.load_weights(full_weights(self.policy), version=self.first)
+        self.engine.load_weights(self.weights(), version=self.first)
         steps = range(self.first, cfg.steps)
         with tqdm(steps, initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0) as bar:
             for step in bar:
@@ -395,7 +395,7 @@ class Run:
         self.write_rollouts(step, samples, mine)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
-        self.engine.load_weights(full_weights(self.policy), version=step + 1)
+        self.engine.load_weights(self.weights(), version=step + 1)
         self.engine.wake()
         rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
         advantages = advantage_metrics(samples, self.device)
@@ -412,6 +412,10 @@ class Run:
             "seconds/checkpoint": self.checkpoint_seconds,
             "tokens_per_second": tokens / (finished - started),
         }
+
+    def weights(self):
+        """The policy's, one by one, in the type that the engine computes in."""
+        return full_weights(self.policy, policy.compute_dtype(self.cfg, self.device))
 
     def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
         """This rank's conversations of the step."""
@@ -463,7 +467,7 @@ class Run:
         loss = partial(policy.imitation_loss, cfg.loss_norm)
         sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
         if self.val:
-            self.engine.load_weights(full_weights(self.policy), version=step + 1)
+            self.engine.load_weights(self.weights(), version=step + 1)
         seconds = time.monotonic() - started
         return {
             "loss": sums["loss"] / max(sums["count"], 1.0),
