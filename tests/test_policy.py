@@ -856,9 +856,7 @@ def broken_folder(path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,one of another shape,another head".split(
-        ","
-    ),
+    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,other shape,another head".split(","),
 )
 def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
