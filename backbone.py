@@ -173,7 +173,8 @@ def varlen_groups_heads() -> bool:
 
 @cache
 def has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether its compiled part is there: other packages have a flash_attn folder, too (flash-attn-4)."""
+    return importlib.util.find_spec("flash_attn_2_cuda") is not None
 
 
 def pick_attention(kind: str, query: Tensor) -> str:

@@ -31,7 +31,7 @@ class NoSearch:
 @pytest.mark.parametrize("kind", ["varlen", "flash"])
 def test_fast_attention_is_segment_attention(kind, causal):
     if kind == "flash":
-        pytest.importorskip("flash_attn")
+        pytest.importorskip("flash_attn_2_cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 64, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2))
     bounds = torch.tensor([0, 100, 117, 300], dtype=torch.int32, device="cuda")

@@ -3,6 +3,7 @@ packing nor on the number of ranks; checkpoints and exports.
 
 Run as a script, this file is one of the ranks of the tests with two processes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -884,6 +885,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
     model.config.text_config.vocab_size = len(chat) - 1
     with pytest.raises(InputError, match="tokenizer has"):
         policy.prepare(model, chat, cfg)
+
+
+def test_another_package_s_flash_attn_folder_is_not_flash_attn(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("flash_attn") and not backbone.has_flash_attn.__wrapped__()
 
 
 def test_flash_attention_that_is_not_there_is_refused(folder, chat, cfg, monkeypatch):
