@@ -123,17 +123,20 @@ def all_max(value: float, device) -> float:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
-def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False):
+def load_policy(
+    folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False, like=None
+):  # fmt: skip
     """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
-    memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload).
-    Raises InputError for a folder that holds no such model.
+    memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload). like: a model
+    loaded from this folder, whose shards are copied instead. Raises InputError for a folder that holds no such model.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    model = backbone.read_model(folder, empty=dist.get_rank() != 0)
-    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    reads = dist.get_rank() == 0 and like is None
+    model = backbone.read_model(folder, empty=not reads)
+    weights = model.state_dict() if reads else {}
     prepare(model, chat, cfg)
     model.requires_grad_(trainable)
     if cfg.freeze_vision:
@@ -141,7 +144,11 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
     if trainable and cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     shard(model, cfg, device, offload)
-    if dist.get_world_size() > 1:
+    if like is not None:
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), like.parameters(), strict=True):
+                mine.copy_(theirs)
+    elif dist.get_world_size() > 1:
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model.train(trainable)
 

@@ -294,7 +294,7 @@ class Run:
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
         self.reference = None
         if cfg.kl_coef:
-            frozen = dict(trainable=False, offload=cfg.offload != "none")
+            frozen = dict(trainable=False, offload=cfg.offload != "none", like=self.policy)
             self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
         self.optimizer = policy.adamw(self.policy, cfg, self.device)
         self.engine = make_engine(folder, self.chat, cfg, self.device, limits)

@@ -646,6 +646,20 @@ def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, 
     )
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_reference_is_the_policy_s_copy_and_not_read_again(sharp, sharp_chat, episodes, wide, device, dtype):
+    cfg = replace(wide, dtype=dtype)
+    first = policy.load_policy(sharp, sharp_chat, cfg, device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", None)
+        reference = policy.load_policy(sharp, sharp_chat, cfg, device, trainable=False, like=first)
+    batches = policy.pack(episodes, sharp_chat, first, 1000)
+    before = policy.logprobs(reference, batches, 1.0, device)
+    assert all(map(torch.equal, before, policy.logprobs(first, batches, 1.0, device)))
+    step(first, episodes, sharp_chat, cfg, device, lr=1e-2)
+    assert all(map(torch.equal, before, policy.logprobs(reference, batches, 1.0, device)))  # it is a copy
+
+
 def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
     monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
     batch = policy.pack_batch([], [], chat, model)
@@ -966,6 +980,8 @@ def worker(folder, out):
     checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
     checkpoint.export_hf(out / "export", model, chat)
     results["final"] = dict(policy.full_weights(model))
+    reference = policy.load_policy(folder, chat, cfg, device, trainable=False, like=model)
+    results["reference"] = dict(policy.full_weights(reference))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
     if rank == 0:
         torch.save(results, out / "results.pt")
@@ -1016,6 +1032,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     assert checkpoint.load_state(out / "checkpoint", model, optimizer)["step"] == 1
     assert all(torch.equal(value, results["final"][name]) for name, value in policy.full_weights(model))
     assert same_bits([optimizer.state[p]["exp_avg"] for p in model.parameters()], results["moments"])
+    assert all(torch.equal(value, results["final"][name]) for name, value in results["reference"].items())
     exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
 
