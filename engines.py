@@ -392,7 +392,10 @@ class VLLMEngine(Engine):
         except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
             less = "a lower --concurrency or --max_tokens needs less memory"
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
-        self.version = 0
+        self.version, lm = 0, self._model().language_model
+        if model_config.tie_word_embeddings and not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight):
+            what = "its config ties the head to the embeddings, and vLLM has read two that differ"
+            raise InputError(f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
         _remember_what_loads(self._model())
         self.asleep = False
         if cfg.tensor_parallel > 1:

@@ -864,6 +864,8 @@ def broken_folder(path, kind):
             del weights["visual.patch_embed.proj.weight"]
         elif "head" in kind:  # the config ties it to the embeddings
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (kind == "another head")
+            if kind == "only the head":
+                del weights["model.embed_tokens.weight"]
         else:
             weights["visual.merger.mlp.2.bias"] = torch.zeros(3)
         save_file(weights, path / "model.safetensors", {"format": "pt"})
@@ -885,10 +887,11 @@ def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypa
     assert kind != "another head" or "remove lm_head.weight" in str(error.value)
 
 
-def test_a_tied_head_that_is_there_twice_is_tied(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["the head again", "only the head"])
+def test_a_tied_head_is_tied_whatever_the_file_calls_it(folder, tmp_path, kind):
     path = tmp_path / "model"
     shutil.copytree(folder, path)
-    broken_folder(path, "the head again")
+    broken_folder(path, kind)
     model = backbone.read_model(path)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert [n for n, _ in model.named_parameters()] == backbone.parameter_names(backbone.read_config(path))

@@ -205,8 +205,8 @@ def alone(folder, out):
     (out / "seen.json").write_text(json.dumps(it.seen))
 
 
-def start_too_large(folder):
-    cfg, chat = setting(folder, concurrency=10**9)
+def start(folder, **changes):
+    cfg, chat = setting(folder, **changes)
     device = policy.init_distributed(cfg)
     VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, []))
 
@@ -316,6 +316,15 @@ def test_a_tied_folder_with_a_head_of_its_own(folder, tmp_path):
     assert seen["before"] < 1e-4 and seen["after"] < 1e-4 < 0.01 < seen["stale"]
 
 
+@needs_vllm
+@pytest.mark.parametrize("kind", ["another head", "only the head"])
+def test_a_tied_folder_that_vllm_would_untie_is_refused(folder, tmp_path, kind):
+    """transformers reads the second one right; vLLM would leave the embeddings empty."""
+    broken_folder(shutil.copytree(folder, tmp_path / "model"), kind)
+    with pytest.raises(AssertionError, match="error: .*model: its config ties the head .* remove lm_head.weight"):
+        launch("start", tmp_path / "model", tmp_path)
+
+
 def test_more_banned_ids_than_a_gpu_takes_are_refused(folder, chat, cfg, monkeypatch):
     monkeypatch.setattr(chat, "banned_ids", lambda vocabulary: list(range(1025)))
     with pytest.raises(InputError, match="1025 rows of its vocabulary .* vLLM can ban 1024 on a GPU"):
@@ -403,6 +412,8 @@ if __name__ == "__main__":
     elif mode == "tied":
         tied(folder, out)
     elif mode == "memory":
-        config.run_main(lambda: start_too_large(folder))
+        config.run_main(lambda: start(folder, concurrency=10**9))
+    elif mode == "start":
+        config.run_main(lambda: start(folder))
     else:
         together(folder, out, tensor_parallel=2 if mode == "shared" else 1)
