@@ -36,6 +36,9 @@ def read_model(folder: str | Path, *, empty: bool = False):
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
+    if [name for name, _ in model.named_parameters()] != parameter_names(config):  # from_pretrained has untied the head
+        how = 'set "tie_word_embeddings" to false in its config.json, or remove lm_head.weight'
+        raise InputError(f"{folder}: the config ties the head to the embeddings, and its weights differ: {how}")
     return model
 
 
@@ -170,7 +173,8 @@ def varlen_groups_heads() -> bool:
 
 @cache
 def has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether its compiled part is there: other packages have a flash_attn folder, too (flash-attn-4)."""
+    return importlib.util.find_spec("flash_attn_2_cuda") is not None
 
 
 def pick_attention(kind: str, query: Tensor) -> str:

@@ -143,9 +143,9 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
     """
     path, temporary = Path(path), Path(f"{path}.tmp")
     weights = {}
-    for name, value in full_weights(model):
+    for name, value in full_weights(model, dtype):
         if dist.get_rank() == 0:
-            weights[name] = value.to("cpu", dtype or value.dtype, copy=True)
+            weights[name] = value.to("cpu", copy=True)
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):

@@ -211,7 +211,7 @@ _QWEN = (
     | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
     | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
     | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
-    | dict(gradient_checkpointing=True, offload="reference")
+    | dict(gradient_checkpointing=True, offload="reference", threads=0, max_mismatch=0.1, importance_cap=2.0)
 )
 # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
 _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)

@@ -13,6 +13,7 @@ Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
 import importlib.metadata
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -28,12 +29,14 @@ from backbone import empty_model, parameter_names, read_config, rope_positions
 from chat import Cache, Chat, Picture
 from config import Config, InputError
 from data import Question, first_line
-from policy import NonFinite, compute_dtype, prepare
+from policy import NonFinite, compute_dtype, head_logits, prepare
 from tools import most_pictures
 
 # bounds on TorchEngine's memory
 PREFILL_TOKENS = 16384  # of prompts that run together, padding included
 FEATURE_TOKENS = 65536  # vision tokens kept for other conversations and later turns, beyond what a batch needs
+
+MOST_BANNED = 1024  # ids whose logits vLLM's runner for GPUs can change (MAX_NUM_LOGIT_BIAS_TOKENS there)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ class TorchEngine(Engine):
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
-        tokens, logps = self._sample(self.model.lm_head(last).float(), batch)
+        tokens, logps = self._sample(head_logits(last, self.model.lm_head.weight), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
             request.slot.length += length
             request.take(token, logp, self.chat.stop_ids)
@@ -353,9 +356,15 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, folder: str, chat: Chat, cfg: Config, device, limits: "Limits"):
-        """folder: of the model, or a hub id; the weights in use are those of `load_weights`. Raises InputError if vLLM
-        is missing, does not fit the installed torch, or has not enough memory."""
+        """folder: of the model, or a hub id, whose weights are in use until `load_weights`. Raises InputError if vLLM
+        is missing, does not fit the installed torch, cannot run this model, or has not enough memory."""
         self.chat, self.cfg, self.device = chat, cfg, device
+        model_config = read_config(folder)
+        self.names = parameter_names(model_config)  # vLLM's own configuration may untie a head that the trainer ties
+        self.banned = chat.banned_ids(model_config.get_text_config().vocab_size)
+        if device.type == "cuda" and len(self.banned) > MOST_BANNED:
+            what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
+            raise InputError(f"{what}; vLLM can ban {MOST_BANNED} on a GPU: take --engine torch")
         EngineArgs, LLMEngine = _import_vllm(device)
         # Under torchrun, this process is one of the engine's tensor_parallel workers.
         launcher = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
@@ -364,7 +373,10 @@ class VLLMEngine(Engine):
             batch = limits.tokens * limits.conversations
         args = EngineArgs(
             model=str(folder), tokenizer=str(chat.folder), dtype=str(compute_dtype(cfg, device)).split(".")[1],
-            seed=cfg.seed, tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
+            hf_overrides={"head_dtype": "float32"},  # see `policy.head_logits`
+            seed=cfg.seed % 2**32,  # numpy takes no larger one; each request has its own, of 64 bits
+            load_format="auto",  # "dummy" would save reading them, and fills buffers, too, which no load sets right
+            tensor_parallel_size=cfg.tensor_parallel, generation_config="vllm",
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
             enable_sleep_mode=device.type == "cuda", enforce_eager=device.type == "cpu",
             gpu_memory_utilization=0.05,  # not used: the cache's size is given
@@ -373,14 +385,18 @@ class VLLMEngine(Engine):
             max_num_batched_tokens=batch,
             **launcher,
         )  # fmt: skip
+        if device.type == "cuda" and dist.get_rank() == 0:
+            print("vLLM compiles the model and records CUDA graphs: a minute or two, or more at first", file=sys.stderr)
         try:
             self.llm = LLMEngine.from_engine_args(args)
         except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
             less = "a lower --concurrency or --max_tokens needs less memory"
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
-        self.names = parameter_names(self.llm.vllm_config.model_config.hf_config)
+        self.version, lm = 0, self._model().language_model
+        if model_config.tie_word_embeddings and not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight):
+            what = "its config ties the head to the embeddings, and vLLM has read two that differ"
+            raise InputError(f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
         _remember_what_loads(self._model())
-        self.banned = chat.banned_ids(self.llm.vllm_config.model_config.hf_text_config.vocab_size)
         self.asleep = False
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
@@ -513,6 +529,7 @@ def _remember_what_loads(model):
 def _import_vllm(device):
     """(EngineArgs, LLMEngine) of an installed vLLM that fits the installed torch. Raises InputError."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, beside the trainer
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report model and machine to its makers
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device.type == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else threads are pinned to cores
@@ -571,7 +588,7 @@ def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Lim
 
 
 def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
-    """The engine of the configuration for the model in `folder`; its weights are those of a `load_weights` to come."""
+    """The engine of the configuration for the model in `folder`. Weights have to be loaded into a `TorchEngine`."""
     if cfg.engine == "vllm":
         return VLLMEngine(folder, chat, cfg, device, limits)
     return TorchEngine(read_config(folder), chat, cfg, device)

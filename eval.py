@@ -83,9 +83,9 @@ def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question],
     limits = engine_limits(folder, cfg, device, questions)
     if dist.get_rank() == 0 and cfg.engine != "torch":
         print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
-    model = read_model(folder)
     engine = make_engine(folder, chat, cfg, device, limits)
-    engine.load_weights(model.named_parameters(), version=0)
+    if cfg.engine == "torch":  # vLLM has read the folder itself
+        engine.load_weights(read_model(folder).named_parameters(), version=0)
     return engine
 
 

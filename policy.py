@@ -56,8 +56,10 @@ def init_distributed(cfg: Config) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans 0.1 to 1 s for each shape, and every batch has its own
-    else:
+    if not use_cuda or cfg.offload == "all":  # the optimiser then runs on the CPU, too
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
+        if use_cuda:
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # unless it is set, vLLM goes back to one
     if is_deterministic(cfg, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -121,17 +123,20 @@ def all_max(value: float, device) -> float:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
-def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False):
+def load_policy(
+    folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False, like=None
+):  # fmt: skip
     """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
-    memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload).
-    Raises InputError for a folder that holds no such model.
+    memory. offload: parameters, gradients and optimiser state live in CPU memory (FSDP2's CPU offload). like: a model
+    loaded from this folder, whose shards are copied instead. Raises InputError for a folder that holds no such model.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    model = backbone.read_model(folder, empty=dist.get_rank() != 0)
-    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    reads = dist.get_rank() == 0 and like is None
+    model = backbone.read_model(folder, empty=not reads)
+    weights = model.state_dict() if reads else {}
     prepare(model, chat, cfg)
     model.requires_grad_(trainable)
     if cfg.freeze_vision:
@@ -139,7 +144,11 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
     if trainable and cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     shard(model, cfg, device, offload)
-    if dist.get_world_size() > 1:
+    if like is not None:
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), like.parameters(), strict=True):
+                mine.copy_(theirs)
+    elif dist.get_world_size() > 1:
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model.train(trainable)
 
@@ -193,11 +202,11 @@ def room_to_pin(model, copies: float) -> bool:
     return copies * needed < 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def full_weights(model):
-    """Yield (name, full tensor) one parameter at a time; a shared one (tied embeddings) once. All ranks must
-    iterate."""
+def full_weights(model, dtype: torch.dtype | None = None):
+    """Yield (name, full tensor) one parameter at a time; a shared one (tied embeddings) once. All ranks must iterate.
+    dtype: of the tensors (default: the parameters', fp32); shards are converted before they are sent."""
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
+        value = parameter.detach().to(dtype or parameter.dtype)
         if hasattr(value, "full_tensor"):
             value = value.to(value.device_mesh.device_type).full_tensor()  # offloaded shards are gathered on the GPU
         yield name, value
@@ -382,9 +391,17 @@ def chunks(tokens: int, weight: Tensor) -> list[slice]:
 
 def distributions(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log-probs, probabilities) [s, V] of all tokens, float32; -inf and 0 for the banned ids [B]."""
-    logits = F.linear(hidden, weight).float().div_(temperature).index_fill_(1, banned, -torch.inf)
+    logits = head_logits(hidden, weight).div_(temperature).index_fill_(1, banned, -torch.inf)
     logp = logits.log_softmax(-1)
     return logp, torch.exp(logp, out=logits)
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [s, V] in float32, of half-precision factors too: rounded to bf16, those from 16 to 32 are off by up to
+    0.06, in sampler and trainer each in its own way. Not differentiable on a GPU."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # sums in fp32, without an fp32 copy of the weight
+    return F.linear(hidden.float(), weight.float())
 
 
 @torch.no_grad()

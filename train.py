@@ -305,7 +305,7 @@ class Run:
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
         self.reference = None
         if cfg.kl_coef:
-            frozen = dict(trainable=False, offload=cfg.offload != "none")
+            frozen = dict(trainable=False, offload=cfg.offload != "none", like=self.policy)
             self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
         self.optimizer = policy.adamw(self.policy, cfg, self.device)
         self.engine = Engine()  # does nothing, where there is nothing to roll out
@@ -376,7 +376,7 @@ class Run:
 
     def loop(self) -> None:
         cfg = self.cfg
-        self.engine.load_weights(full_weights(self.policy), version=self.first)
+        self.engine.load_weights(self.weights(), version=self.first)
         steps = range(self.first, cfg.steps)
         with tqdm(steps, initial=self.first, total=cfg.steps, disable=dist.get_rank() != 0) as bar:
             for step in bar:
@@ -421,7 +421,7 @@ class Run:
         self.write_rollouts(step, samples, mine)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
-        self.engine.load_weights(full_weights(self.policy), version=step + 1)
+        self.engine.load_weights(self.weights(), version=step + 1)
         self.engine.wake()
         rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
         advantages = advantage_metrics(samples, self.device)
@@ -438,6 +438,10 @@ class Run:
             "seconds/checkpoint": self.checkpoint_seconds,
             "tokens_per_second": tokens / (finished - started),
         }
+
+    def weights(self):
+        """The policy's, one by one, in the type that the engine computes in."""
+        return full_weights(self.policy, policy.compute_dtype(self.cfg, self.device))
 
     def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
         """This rank's conversations of the step."""
@@ -497,7 +501,7 @@ class Run:
         loss = partial(policy.imitation_loss, cfg.loss_norm)
         sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
         if self.val:
-            self.engine.load_weights(full_weights(self.policy), version=step + 1)
+            self.engine.load_weights(self.weights(), version=step + 1)
             self.engine.wake()
         seconds = time.monotonic() - started
         return {

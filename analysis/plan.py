@@ -1,4 +1,4 @@
-"""How much memory a run will need, before anything is loaded: `python -m analysis plan --gpus 8`.
+"""How much memory and disk a run will need, before anything is loaded: `python -m analysis plan --gpus 8`.
 
 Counted, not measured: the parameters of a model on the meta device, and the bytes that autograd keeps of one decoder
 layer and one vision block when the trainer's own code runs through them there. The CUDA context, NCCL's buffers and
@@ -148,7 +148,7 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
     cache: bytes of the engine's keys and values."""
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
-    trained = sizes.total - (sizes.vision if cfg.freeze_vision else 0)
+    trained = trained_parameters(sizes, cfg)
     weights = 4 * sizes.total / shards
     owned = {"fp32 weights": weights, "gradients": 4 * trained / shards, "optimiser": 8 * trained / shards}
     reference, models = (weights, 2) if cfg.kl_coef else (0.0, 1)
@@ -168,6 +168,16 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     }
     cpu = {name: (1 - on_gpu) * value for name, value in owned.items()}
     return gpu, {**cpu, "reference": (1 - reference_on_gpu) * reference}
+
+
+def trained_parameters(sizes: Sizes, cfg: Config) -> int:
+    return sizes.total - (sizes.vision if cfg.freeze_vision else 0)
+
+
+def on_disk(sizes: Sizes, cfg: Config) -> tuple[int, int]:
+    """Bytes of a checkpoint (fp32 weights, AdamW's two moments) and of an exported model."""
+    width = compute_dtype(cfg, torch.device("cuda")).itemsize
+    return 4 * sizes.total + 8 * trained_parameters(sizes, cfg), width * sizes.total
 
 
 def plan(cfg: Config, options: PlanOptions) -> str:
@@ -190,6 +200,10 @@ def plan(cfg: Config, options: PlanOptions) -> str:
         pinned = 2 * offloaded - cpu["optimiser"]  # pinning takes up to twice the memory, see `policy.room_to_pin`
         amount = f"{offloaded / GIB:.2f} GiB, up to {pinned / GIB:.2f} if it has room to pin it"
         lines.append(f"and in the memory of each process: {amount}")
+    checkpoint, export = (size / GIB for size in on_disk(sizes, cfg))
+    kept = cfg.keep_last + 2  # the best, and the one that is being written
+    disk = kept * checkpoint + 2 * export
+    lines.append(f"on the disk: {disk:.2f} GiB, {kept} checkpoints of {checkpoint:.2f} and 2 exports of {export:.2f}")
     usable = options.gpu_memory * GIB * (1 - SPARE)
     tokens = (usable - update) / activations(sizes, cfg) + cfg.max_tokens_per_batch
     conversations = (usable - rollout + cache) / (cache / cfg.concurrency)

@@ -7,6 +7,7 @@ import torch
 from conftest import question, replace
 
 import backbone
+import checkpoint
 import config
 import policy
 from analysis import plan
@@ -72,6 +73,17 @@ def test_the_parts_follow_the_settings(sizes):
     assert again["activations"][0] < one["activations"][0] / 2
     vllm, _ = plan.needs(sizes, replace(cfg, engine="vllm"), 1, cache=1000)
     assert vllm["engine's weights"] == (0.0, 2 * sizes.total)  # asleep during the update
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True])
+def test_the_disk_holds_what_the_plan_says(sizes, folder, chat, cfg, device, tmp_path, freeze_vision):
+    cfg = replace(cfg, freeze_vision=freeze_vision)
+    model = policy.load_policy(folder, chat, cfg, device)
+    checkpoint.save_state(tmp_path / "checkpoint", model, policy.adamw(model, cfg, device), {"step": 1})
+    checkpoint.export_hf(tmp_path / "export", model, chat)
+    for name, expected in zip(("checkpoint", "export"), plan.on_disk(sizes, replace(cfg, dtype="fp32")), strict=True):
+        size = sum(p.stat().st_size for p in (tmp_path / name).rglob("*") if p.suffix in (".distcp", ".safetensors"))
+        assert expected <= size < 1.08 * expected  # the model is so small that names and headers show
 
 
 def test_before_torch_2_12_repeated_keys_and_values_are_kept(folder, monkeypatch):

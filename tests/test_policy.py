@@ -3,6 +3,7 @@ packing nor on the number of ranks; checkpoints and exports.
 
 Run as a script, this file is one of the ranks of the tests with two processes."""
 
+import importlib.util
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import picture, question, replace
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -438,6 +440,33 @@ def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
+def test_the_head_s_logits_are_fp32(monkeypatch):
+    """Of bf16 factors: what a GPU's product into fp32 gives, and not the nearest bf16."""
+    hidden, weight = (3 * torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (5, 300))
+    expected = (hidden.double() @ weight.double().T).float()
+    torch.testing.assert_close(policy.head_logits(hidden, weight), expected, atol=1e-4, rtol=1e-5)
+    none = torch.tensor([], dtype=torch.long)
+    logp, _ = policy.distributions(hidden, weight, none, 1.0)
+    torch.testing.assert_close(logp, expected.log_softmax(-1), atol=1e-4, rtol=1e-5)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out_dtype: a.to(out_dtype) @ b.to(out_dtype))  # CUDA only
+    torch.testing.assert_close(policy.head_logits(hidden, weight), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offload, threads", [("all", 3), ("reference", 1), ("none", 1)])
+def test_an_optimiser_on_the_cpu_has_its_threads(monkeypatch, device, offload, threads):
+    """On a GPU, where torchrun has set OMP_NUM_THREADS to 1, and vLLM resets what it is not told to leave."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        policy.init_distributed(config.Config(device="cuda", offload=offload, threads=3))
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (threads, str(threads))
+    finally:
+        torch.set_num_threads(1)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_patches_are_embedded_as_by_the_convolution(monkeypatch, model):
     embed = model.model.visual.patch_embed
     pixels = torch.randn(12, embed.proj.weight[0].numel())
@@ -591,7 +620,7 @@ def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_chat, e
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
 
 
-def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, device):
+def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, device, monkeypatch):
     half = policy.load_policy(sharp, sharp_chat, replace(wide, dtype="bf16"), device)
     cosines = []
     half.model.visual.blocks[0].attn.register_forward_pre_hook(
@@ -602,6 +631,10 @@ def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, 
     assert set(cosines) == {torch.float32}
     # between forward and backward, FSDP lets parameters() show bf16 copies: what is handed on must be the masters
     masters = {name: value.clone() for name, value in policy.full_weights(half)}
+    gather, gathered = DTensor.full_tensor, []
+    monkeypatch.setattr(DTensor, "full_tensor", lambda shard: gathered.append(shard.dtype) or gather(shard))
+    sent = dict(policy.full_weights(half, torch.bfloat16))
+    assert set(gathered) == {torch.bfloat16} and all(torch.equal(v, masters[n].bfloat16()) for n, v in sent.items())
     assert_same(masters, dict(sharp_model.named_parameters()), 1e-12)
     exact = policy.logprobs(sharp_model, batches, 1.0, device)
     gap = (torch.cat(logps) - torch.cat(exact)).abs()
@@ -614,6 +647,20 @@ def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, 
     assert sums["grad_norm"] == pytest.approx(
         step(sharp_model, episodes, sharp_chat, wide, device)[0]["grad_norm"], rel=0.1
     )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_reference_is_the_policy_s_copy_and_not_read_again(sharp, sharp_chat, episodes, wide, device, dtype):
+    cfg = replace(wide, dtype=dtype)
+    first = policy.load_policy(sharp, sharp_chat, cfg, device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", None)
+        reference = policy.load_policy(sharp, sharp_chat, cfg, device, trainable=False, like=first)
+    batches = policy.pack(episodes, sharp_chat, first, 1000)
+    before = policy.logprobs(reference, batches, 1.0, device)
+    assert all(map(torch.equal, before, policy.logprobs(first, batches, 1.0, device)))
+    step(first, episodes, sharp_chat, cfg, device, lr=1e-2)
+    assert all(map(torch.equal, before, policy.logprobs(reference, batches, 1.0, device)))  # it is a copy
 
 
 def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
@@ -852,6 +899,10 @@ def broken_folder(path, kind):
         weights = load_file(path / "model.safetensors")
         if kind == "one missing":
             del weights["visual.patch_embed.proj.weight"]
+        elif "head" in kind:  # the config ties it to the embeddings
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (kind == "another head")
+            if kind == "only the head":
+                del weights["model.embed_tokens.weight"]
         else:
             weights["visual.merger.mlp.2.bias"] = torch.zeros(3)
         save_file(weights, path / "model.safetensors", {"format": "pt"})
@@ -859,7 +910,7 @@ def broken_folder(path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,one of another shape".split(","),
+    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,other shape,another head".split(","),
 )
 def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -870,6 +921,17 @@ def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypa
         backbone.read_model(path)
     assert str(path) in str(error.value) and one_line(error)
     assert kind != "llama" or "unsupported architecture 'llama'" in str(error.value)
+    assert kind != "another head" or "remove lm_head.weight" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["the head again", "only the head"])
+def test_a_tied_head_is_tied_whatever_the_file_calls_it(folder, tmp_path, kind):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    broken_folder(path, kind)
+    model = backbone.read_model(path)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert [n for n, _ in model.named_parameters()] == backbone.parameter_names(backbone.read_config(path))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
@@ -877,6 +939,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
     model.config.text_config.vocab_size = len(chat) - 1
     with pytest.raises(InputError, match="tokenizer has"):
         policy.prepare(model, chat, cfg)
+
+
+def test_another_package_s_flash_attn_folder_is_not_flash_attn(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("flash_attn") and not backbone.has_flash_attn.__wrapped__()
 
 
 def test_flash_attention_that_is_not_there_is_refused(folder, chat, cfg, monkeypatch):
@@ -952,6 +1020,8 @@ def worker(folder, out):
     checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
     checkpoint.export_hf(out / "export", model, chat)
     results["final"] = dict(policy.full_weights(model))
+    reference = policy.load_policy(folder, chat, cfg, device, trainable=False, like=model)
+    results["reference"] = dict(policy.full_weights(reference))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
     if rank == 0:
         torch.save(results, out / "results.pt")
@@ -1002,6 +1072,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     assert checkpoint.load_state(out / "checkpoint", model, optimizer)["step"] == 1
     assert all(torch.equal(value, results["final"][name]) for name, value in policy.full_weights(model))
     assert same_bits([optimizer.state[p]["exp_avg"] for p in model.parameters()], results["moments"])
+    assert all(torch.equal(value, results["final"][name]) for name, value in results["reference"].items())
     exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
 

@@ -1,9 +1,11 @@
 """vLLM itself, its CPU build, as the engine: against the trainer's log-probs, over turns, images and new weights; two
-ranks with an engine each, and two ranks that share one. It changes the whole process, and so has its own ones."""
+ranks with an engine each, and two ranks that share one. It changes the whole process, and so has its own ones.
+tests/test_gpu.py plays the same scenes on a GPU."""
 
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SHORT_WORLD, replace
-from test_policy import PICTURES, save_sharp_model, wide_range
+from test_policy import PICTURES, broken_folder, save_sharp_model, wide_range
 
 import checkpoint
 import config
 import policy
 import rollout
 from chat import Chat
+from config import InputError
 from data import Call, Hit, Question, Result
 from engines import EngineDied, Sampling, VLLMEngine, engine_limits
 from rollout import run, share
@@ -33,8 +36,9 @@ needs_vllm = pytest.mark.skipif(
 
 
 def setting(folder, **changes):
-    """Pictures of many grids, three searches of each kind, turns long enough to fill a page of the prefix cache."""
-    changes = {"concurrency": 8, "tool_limits": ("image_search=3",), **changes}
+    """Pictures of many grids, three searches of each kind, turns long enough to fill a page of the prefix cache; a seed
+    of 63 bits."""
+    changes = {"concurrency": 8, "tool_limits": ("image_search=3",), "seed": 2**63 - 1, **changes}
     cfg = replace(wide_range(config.Config(threads=1, engine="vllm")), **changes)
     chat = Chat(folder, cfg)
     chat.stop_ids = (*chat.stop_ids, *range(300, 360))  # a random model would hardly ever say <|im_end|>
@@ -77,22 +81,34 @@ def learn(model, optimizer, episodes, chat, cfg, device):
 class Alone:
     """One process, one engine, all that the tests below look at, in `seen`."""
 
-    def __init__(self, folder, out):
+    def __init__(self, folder, out, of_engine=None):
         self.cfg, self.chat = setting(folder)
         self.device = policy.init_distributed(self.cfg)
         rollout.parse_call = lambda text: Call("image_search")  # every finished turn asks for one, whatever it says
         self.model = policy.load_policy(folder, self.chat, self.cfg, self.device)
-        checkpoint.export_hf(out / "export", self.model, self.chat)
+        if not of_engine:
+            of_engine = out / "export"
+            checkpoint.export_hf(of_engine, self.model, self.chat)
         self.questions = pictured(range(6))
         limits = engine_limits(folder, self.cfg, self.device, self.questions)
-        self.engine = VLLMEngine(str(out / "export"), self.chat, self.cfg, self.device, limits)
-        self.seen = {"limits": str(limits)}
+        self.engine = VLLMEngine(str(of_engine), self.chat, self.cfg, self.device, limits)
+        from vllm.usage.usage_lib import is_usage_stats_enabled
+
+        self.seen = {"reports": is_usage_stats_enabled(), "banned": 0, "tokens": 0}
+        self.seen["head"] = getattr(self.engine.llm.vllm_config.model_config.hf_config, "head_dtype", "the model's")
 
     def play(self, step=0, of=None):
-        return run(of or self.questions, self.engine, Search(), self.chat, self.cfg, samples=2, step=step)
+        episodes = run(of or self.questions, self.engine, Search(), self.chat, self.cfg, samples=2, step=step)
+        said = [id for e in episodes for id, sampled in zip(e.tokens, e.sampled, strict=True) if sampled]
+        self.seen["banned"] += len(set(self.engine.banned) & set(said))
+        self.seen["tokens"] += len(said)
+        return episodes
 
     def gap(self, step):
         return gap(self.play(step), self.model, self.chat, self.cfg, self.device)
+
+    def free_memory(self):
+        return torch.cuda.mem_get_info()[0] // 2**20 if self.device.type == "cuda" else 0
 
     def load(self, version, weights=None):
         self.engine.load_weights(weights or policy.full_weights(self.model), version=version)
@@ -126,12 +142,18 @@ class Alone:
         return episodes
 
     def weights(self, episodes):
-        """Three optimiser steps; other eyes; one parameter missing, one too many."""
+        """Three optimiser steps while the engine sleeps; other eyes; one parameter missing, one too many."""
         seen, optimizer = self.seen, torch.optim.AdamW(self.model.parameters(), 1e-3)
         for _ in range(3):
             learn(self.model, optimizer, episodes, self.chat, self.cfg, self.device)
         seen["stale gap"] = self.gap(1)
+        free = [self.free_memory()]
+        self.engine.sleep()
+        free.append(self.free_memory())
         self.load(7)
+        self.engine.wake()
+        free.append(self.free_memory())
+        seen["MiB free"] = free
         learned = self.play(1)
         seen["learned gap"] = gap(learned, self.model, self.chat, self.cfg, self.device)
         seen["versions"] = sorted({turn.version for e in learned for turn in e.turns})
@@ -183,10 +205,21 @@ def alone(folder, out):
     (out / "seen.json").write_text(json.dumps(it.seen))
 
 
-def start_too_large(folder):
-    cfg, chat = setting(folder, concurrency=10**9)
+def start(folder, **changes):
+    cfg, chat = setting(folder, **changes)
     device = policy.init_distributed(cfg)
     VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, []))
+
+
+def tied(folder, out):
+    """One step of training and a load, into an engine whose folder holds the tied head, too."""
+    it = Alone(folder, out, folder)
+    seen = {"before": it.gap(0)}
+    learn(it.model, torch.optim.AdamW(it.model.parameters(), 1e-2), it.play(0), it.chat, it.cfg, it.device)
+    seen["stale"] = it.gap(1)
+    it.load(1)
+    seen["after"] = it.gap(1)
+    (out / "seen.json").write_text(json.dumps(seen))
 
 
 def together(folder, out, tensor_parallel):
@@ -262,6 +295,40 @@ def test_new_weights_arrive(seen):
     """After three optimiser steps, and after a change of nothing but the vision tower."""
     assert seen["learned gap"] < 1e-4 < 0.01 < seen["stale gap"] and seen["versions"] == [7]
     assert seen["new eyes gap"] < 1e-4 < 0.01 < seen["stale eyes gap"]
+
+
+@needs_vllm
+def test_ids_that_must_not_be_said_are_not_said(seen):
+    assert seen["tokens"] > 1000 and seen["banned"] == 0
+
+
+@needs_vllm
+def test_it_reports_nothing_and_has_an_fp32_head(seen):
+    assert (seen["reports"], seen["head"]) == (False, "float32")
+
+
+@needs_vllm
+def test_a_tied_folder_with_a_head_of_its_own(folder, tmp_path):
+    """vLLM's own reading unties it, and ties it again where both are the same."""
+    doubled = shutil.copytree(folder, tmp_path / "doubled")
+    broken_folder(doubled, "the head again")
+    seen = launch("tied", doubled, tmp_path)
+    assert seen["before"] < 1e-4 and seen["after"] < 1e-4 < 0.01 < seen["stale"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", ["another head", "only the head"])
+def test_a_tied_folder_that_vllm_would_untie_is_refused(folder, tmp_path, kind):
+    """transformers reads the second one right; vLLM would leave the embeddings empty."""
+    broken_folder(shutil.copytree(folder, tmp_path / "model"), kind)
+    with pytest.raises(AssertionError, match="error: .*model: its config ties the head .* remove lm_head.weight"):
+        launch("start", tmp_path / "model", tmp_path)
+
+
+def test_more_banned_ids_than_a_gpu_takes_are_refused(folder, chat, cfg, monkeypatch):
+    monkeypatch.setattr(chat, "banned_ids", lambda vocabulary: list(range(1025)))
+    with pytest.raises(InputError, match="1025 rows of its vocabulary .* vLLM can ban 1024 on a GPU"):
+        VLLMEngine(str(folder), chat, cfg, torch.device("cuda"), None)
 
 
 @needs_vllm
@@ -342,7 +409,11 @@ if __name__ == "__main__":
     mode, folder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     if mode == "alone":
         alone(folder, out)
+    elif mode == "tied":
+        tied(folder, out)
     elif mode == "memory":
-        config.run_main(lambda: start_too_large(folder))
+        config.run_main(lambda: start(folder, concurrency=10**9))
+    elif mode == "start":
+        config.run_main(lambda: start(folder))
     else:
         together(folder, out, tensor_parallel=2 if mode == "shared" else 1)
