@@ -426,6 +426,7 @@ class Episode:
             turns.append({"role": "model" if sampled else "context", "text": text})
         asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
+        record |= dict(pictures=[picture_key(image) for image in asked.images])
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
         record |= dict(stop=self.stop.value if self.stop else None)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))
