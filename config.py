@@ -374,6 +374,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises InputError if it cannot be written."""
     temporary = Path(f"{path}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a folder; a device would be replaced by a file
+            raise OSError("there is something else than a file")
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -386,10 +388,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def lock(path: str | Path) -> IO:
     """Lock a file or folder that is to be written, until the returned file is closed or the process ends, however it
     ends. Raises InputError if another process holds the lock, and says which."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "a+")
+        real = Path(os.path.realpath(path))  # one lock, whichever link leads to it
+        real.parent.mkdir(parents=True, exist_ok=True)
+        file = open(real.with_name(f".{real.name}.lock"), "a+")
     except OSError as error:
         raise InputError(f"{path}: cannot write beside it ({error.strerror or error})") from None
     try:
