@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, guesser, question
 from PIL import Image
 from test_judge import Server, asked, says
-from test_results import HEADER, conversation, some
+from test_results import CALL, HEADER, conversation, some
 
 import reward
 import tools
@@ -310,7 +310,7 @@ def test_the_label_command(evaluated, tmp_path, capsys):
     calls = [[], [IMAGE], [TEXT, IMAGE]]  # of right ones about questions 1, 2, 4 ...
     right = [i for i, r in enumerate(records) if r["correct"]]
     for number, i in enumerate(right):
-        records[i]["calls"] = [{"tool": name} for name in calls[number % 3]]
+        records[i]["calls"] = [CALL | {"tool": name} for name in calls[number % 3]]
     second = [{**r, "sample": 1, "correct": False} for r in records]
     ResultFile(path, header).finish([*records, *second])
     out = tmp_path / "l.parquet"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 from PIL import Image
+from test_results import conversation
 
 import config
 import toy
@@ -114,7 +115,9 @@ def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
     text, data = path.read_text(), page_data(path)
     assert text.count("<script") == text.count("</script>") == 2  # the data's and the page's own
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", text.split("application/json")[0])
-    assert len(data["conversations"]) == 2 * 12 + 2 * 4 and data["notes"] == []
+    assert len(data["conversations"]) == 2 * 12 + 2 * 4
+    (note,) = data["notes"]  # of what the unknown tool returned
+    assert "1 pictures of results are not in" in note
     assert [len(data["runs"][0][name]) for name in ("train", "evals")] == [2, 2]
     assert data["runs"][0]["train"][0]["loss"] is None  # NaN is no JSON
     assert data["runs"][0]["settings"]["max_tokens"] == 6000 and data["defaults"]["max_tokens"] == 250
@@ -143,7 +146,7 @@ def test_a_reward_in_its_parts():
 
 def test_of_too_many_conversations_whole_groups_are_taken_evenly(tmp_path):
     for step in range(20):
-        lines = [{"question_id": f"q{i // 4}", "sample": i % 4, "turns": []} for i in range(40)]
+        lines = [conversation(i // 4, True, i % 4) for i in range(40)]
         write_jsonl(tmp_path / f"step-{step:06d}.jsonl", lines)
     chosen, total = report.read_conversations(tmp_path, 100)
     assert total == 800 and 90 <= len(chosen) <= 100
