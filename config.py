@@ -220,8 +220,9 @@ PRESETS = {
 
 def _converted(value, kind, name):
     """The value as its field's type: an int as a float, a list as a tuple. Raises InputError for another type."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        need(abs(value) < 2**63, f"{name} must be below 2**63")
+        value = float(value) if kind is float else value
     if kind == tuple[str, ...]:
         value = tuple(value) if isinstance(value, list) else value
         fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
@@ -248,17 +249,23 @@ def need(ok, message: str) -> None:
 
 def _check_combinations(cfg):
     c, fast = cfg, cfg.attention in ("flash", "varlen")
-    need(c.seed < 2**63, "seed must be below 2**63")
     need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
+    for name in ("dist_timeout", "search_deadline", "rollout_deadline"):
+        need(getattr(c, name) <= 10**6, f"{name}={getattr(c, name)}: must be at most a million")
     for name in ("importance_cap", "trust_bound"):
         value = getattr(c, name)
         need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
+    for name in ("tool_limits", "tool_results"):  # which tools there are is known to `tools`
+        for pair in getattr(c, name):
+            need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")
     _check_lengths(c)
     whole = c.prompts_per_step % c.updates_per_step == 0
     need(whole, f"updates_per_step={c.updates_per_step} does not divide prompts_per_step={c.prompts_per_step}")
     vllm, parallel = c.engine == "vllm", c.tensor_parallel
     need(vllm or parallel == 1, f"tensor_parallel={parallel} is for --engine vllm; the in-process engine is not split")
     need(not (c.deterministic and vllm), "deterministic needs --engine torch: the last bits of vLLM depend on timing")
+    by_web = c.deterministic and (c.searches_web or c.search_url)
+    need(not by_web, "deterministic needs --search offline or replay, and no --search_url: the web never repeats")
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
