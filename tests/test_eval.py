@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -487,6 +488,43 @@ def test_bad_input(here, world, arguments, said, capfd, monkeypatch):
         main(*here, f"--model={world[0].model}", *arguments)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert exit.value.code == 2 and len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.parametrize("more", ["--samples=2", "--out=x.jsonl", "--overwrite"])
+def test_what_a_question_that_is_asked_has_no_use_for_is_refused(here, more, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(*here, "--question", "what is it called?", more)
+    assert f"{more.strip('-').split('=')[0]} is for question files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["folder", "pipe", "/dev/full", "x" * 250, "model.safetensors/r.jsonl"])
+def test_an_out_that_cannot_be_written_is_one_line_before_the_work(here, world, tmp_path, out, capfd, monkeypatch):
+    """--overwrite deletes none of them either."""
+    monkeypatch.setattr(evaluation, "load_rollout", pytest.fail)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    shutil.copy(world[0].model / "model.safetensors", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(*here, "--val_limit=2", "--overwrite", "--out", tmp_path / out)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and ("not a file" in said or "cannot write" in said)
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/full")
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_two_evaluations_do_not_write_one_file(here, guessing, tmp_path, more, capfd):
+    """The second ends with a line that says who is at it, also under another name of the folder; a judge likewise."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    main(*here, "--val_limit=2", "--out", tmp_path / "r.jsonl")
+    before = (tmp_path / "r.jsonl").read_bytes()
+    with config.lock(tmp_path / "r.jsonl"):
+        with pytest.raises(SystemExit, match="2"):
+            main(*here, "--val_limit=2", "--out", tmp_path / "link" / "r.jsonl", *more)
+        assert f"link/r.jsonl is in use by process {os.getpid()} on " in capfd.readouterr().err
+        with pytest.raises(InputError, match="is in use"):
+            analysis_main(["judge", str(tmp_path / "r.jsonl"), "--judges", "em"])
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    main(*here, "--val_limit=2", "--out", tmp_path / "r.jsonl", *more)
 
 
 def test_search_ratio_counts_calls_over_calls_allowed(cfg):
