@@ -273,8 +273,9 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, for a message of one line."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an exception says, for a message of one line: its first, and the second where the first ends in a colon."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _read_row(numbered, label, folder, benchmark):
