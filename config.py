@@ -414,11 +414,16 @@ def lock(path: str | Path) -> IO:
 
 def run_main(main) -> None:
     """Call main(); bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # JSON can hold half a surrogate pair, which has no bytes
     try:
         main()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same input; one of them says so
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a name too long, a full disk, no permission: wherever it comes up, on whichever rank
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
