@@ -422,6 +422,8 @@ def run_main(main) -> None:
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a name too long, a full disk, no permission: wherever it comes up, on whichever rank
+        if error.errno is None:  # not the system's: a mistake in the code
+            raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         print("error:", " ".join(str(what).splitlines()), file=sys.stderr)
         sys.exit(2)
