@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chat import Chat, Picture
-from config import InputError
+from config import InputError, need
 from data import first_line
 
 
@@ -33,7 +33,9 @@ def read_model(folder: str | Path, *, empty: bool = False):
     try:
         model, report = Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
-        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
+        shapes = "mismatched_sizes" in str(error)
+        what = "the weights' shapes are not those of its config.json" if shapes else first_line(error)
+        raise InputError(f"{folder}: cannot load the model ({what})") from None
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
     if [name for name, _ in model.named_parameters()] != parameter_names(config):  # from_pretrained has untied the head
@@ -52,7 +54,33 @@ def read_config(folder: str | Path):
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
+    _check_config(config, f"{folder}: its config.json does not describe a Qwen2.5-VL")
     return config
+
+
+SIZES = {  # entries of config.json -> below what they have to be; transformers takes any number and fails much later
+    "text_config num_hidden_layers num_attention_heads num_key_value_heads": 10**3,
+    "text_config hidden_size intermediate_size vocab_size": 10**7,
+    "vision_config depth num_heads patch_size spatial_merge_size temporal_patch_size in_channels": 10**3,
+    "vision_config hidden_size intermediate_size out_hidden_size window_size tokens_per_second": 10**7,
+}
+
+
+def _check_config(config, what):
+    for names, limit in SIZES.items():
+        part, *names = names.split()
+        for name in names:
+            value = getattr(getattr(config, part), name, None)
+            need(isinstance(value, int) and 0 < value < limit, f"{what}: {name} is {value!r}")
+    text, vision = config.text_config, config.vision_config
+    for part in (text, vision):
+        theta = (part.rope_parameters or {}).get("rope_theta")
+        need(isinstance(part.dtype, torch.dtype | None), f"{what}: dtype is {part.dtype!r}")
+        need(isinstance(theta, int | float) and theta > 0, f"{what}: rope_theta is {theta!r}")
+    need(vision.out_hidden_size == text.hidden_size, f"{what}: out_hidden_size is not hidden_size")
+    head, sections = text.hidden_size // text.num_attention_heads, text.rope_parameters.get("mrope_section")
+    whole = isinstance(sections, list) and all(isinstance(n, int) and n > 0 for n in sections)
+    need(whole and 2 * sum(sections) == head, f"{what}: mrope_section is {sections!r}, a head has {head} dimensions")
 
 
 def empty_model(config):

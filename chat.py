@@ -101,8 +101,12 @@ class Chat:
             if f"<|{name}|>" not in self._special:
                 raise InputError(f"{self.folder}: the tokenizer lacks the special token <|{name}|>: not a Qwen2.5-VL's")
         text = "as text: <|im_end|> <|image_pad|>"  # an incomplete tokenizer encodes it to nothing
-        ids = self.encode(text)
-        if self._decode(ids) != text or not set(ids).isdisjoint(self._special.values()):
+        try:
+            ids = self.encode(text)
+            sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
+        except Exception:  # as in _load_parts
+            sound = False
+        if not sound:
             raise InputError(f"{self.folder}: the tokenizer cannot write this as plain text: {text}")
 
     def __len__(self):
@@ -300,12 +304,20 @@ class Chat:
         return final_size(size[1], size[0], factor, low, high)
 
     def _check_pixel_range(self):
-        cfg, size = self.cfg, dict(self.processor.size)
+        cfg, processor, size = self.cfg, self.processor, dict(self.processor.size)
         low, high = size.get("shortest_edge"), size.get("longest_edge")
-        if low is None or high is None:
+        if not (isinstance(low, int) and isinstance(high, int)):
             raise InputError(f"{self.folder}: its image processor has no range of pixels: not a Qwen2.5-VL's")
         if min(cfg.min_pixels, cfg.thumb_min_pixels) < low or max(cfg.max_pixels, cfg.thumb_max_pixels) > high:
             raise InputError(f"{self.folder}: pixel ranges must lie within its image processor's, {low} to {high}")
+        numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
+        need(numbers == [14, 2, 2], f"{self.folder}: its image processor's sizes are {numbers}, not [14, 2, 2]")
+        try:  # one vision token: mean, deviation and the rest are sound if its pixels are numbers
+            blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
+            sound = blank["pixel_values"].isfinite().all()
+        except Exception as error:  # as in _load_parts
+            raise InputError(f"{self.folder}: its image processor fails ({first_line(error)})") from None
+        need(sound, f"{self.folder}: its image processor makes pixels that are no numbers")
         for thumbnail in (False, True):
             self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
 
@@ -465,6 +477,7 @@ class Episode:
             turns.append({"role": "model" if sampled else "context", "text": text})
         asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
+        record |= dict(pictures=[picture_key(image) for image in asked.images])
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
         record |= dict(stop=self.stop.value if self.stop else None, results_cut=self.results_cut)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))

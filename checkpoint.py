@@ -31,7 +31,7 @@ import config
 from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
-from data import file_id, first_line, path_of, prompt_path, read_jsonl
+from data import file_id, first_line, path_of, prompt_path, read_jsonl, to_json
 from policy import NonFinite, all_gather, all_max, full_weights
 from tools import TOOLS, limits, results, title
 
@@ -278,7 +278,7 @@ class RunDir:
     def log(self, entry: dict) -> None:
         if dist.get_rank() == 0:
             with open(self.metrics, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(to_json(entry) + "\n")
             self.also_log(entry["step"], dict(flat({k: v for k, v in entry.items() if k not in ("step", "phase")})))
 
     def position(self) -> int:

@@ -228,8 +228,9 @@ PRESETS = {
 
 def _converted(value, kind, name):
     """The value as its field's type: an int as a float, a list as a tuple. Raises InputError for another type."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        need(abs(value) < 2**63, f"{name} must be below 2**63")
+        value = float(value) if kind is float else value
     if kind == tuple[str, ...]:
         value = tuple(value) if isinstance(value, list) else value
         fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
@@ -257,17 +258,23 @@ def need(ok, message: str) -> None:
 
 def _check_combinations(cfg):
     c, fast = cfg, cfg.attention in ("flash", "varlen")
-    need(c.seed < 2**63, "seed must be below 2**63")
     need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
+    for name in ("dist_timeout", "search_deadline", "rollout_deadline"):
+        need(getattr(c, name) <= 10**6, f"{name}={getattr(c, name)}: must be at most a million")
     for name in ("importance_cap", "trust_bound"):
         value = getattr(c, name)
         need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
+    for name in ("tool_limits", "tool_results"):  # which tools there are is known to `tools`
+        for pair in getattr(c, name):
+            need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")
     _check_lengths(c)
     whole = c.prompts_per_step % c.updates_per_step == 0
     need(whole, f"updates_per_step={c.updates_per_step} does not divide prompts_per_step={c.prompts_per_step}")
     vllm, parallel = c.engine == "vllm", c.tensor_parallel
     need(vllm or parallel == 1, f"tensor_parallel={parallel} is for --engine vllm; the in-process engine is not split")
     need(not (c.deterministic and vllm), "deterministic needs --engine torch: the last bits of vLLM depend on timing")
+    by_web = c.deterministic and (c.searches_web or c.search_url)
+    need(not by_web, "deterministic needs --search offline or replay, and no --search_url: the web never repeats")
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
@@ -383,6 +390,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises InputError if it cannot be written."""
     temporary = Path(f"{path}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a folder; a device would be replaced by a file
+            raise OSError("there is something else than a file")
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -395,10 +404,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def lock(path: str | Path) -> IO:
     """Lock a file or folder that is to be written, until the returned file is closed or the process ends, however it
     ends. Raises InputError if another process holds the lock, and says which."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "a+")
+        real = Path(os.path.realpath(path))  # one lock, whichever link leads to it
+        real.parent.mkdir(parents=True, exist_ok=True)
+        file = open(real.with_name(f".{real.name}.lock"), "a+")
     except OSError as error:
         raise InputError(f"{path}: cannot write beside it ({error.strerror or error})") from None
     try:
@@ -415,16 +424,22 @@ def lock(path: str | Path) -> IO:
 
 def run_main(main) -> None:
     """Call main(); bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # JSON can hold half a surrogate pair, which has no bytes
     try:
         return main()
     except InputError as error:
-        message = " ".join(str(error).splitlines())
+        message = str(error)
+    except OSError as error:  # a name too long, a full disk, no permission: wherever it comes up
+        if error.errno is None:  # not the system's: a mistake in the code
+            raise
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         sys.exit(130)
     rank = os.environ.get("RANK", "0")
     if rank != "0":  # where rank 0 says the same, torchrun ends this process before it repeats it
         time.sleep(LET_RANK_0_SPEAK)
-    print("error:" if rank == "0" else f"error (rank {rank}):", message, file=sys.stderr)
+    said = " ".join(message.splitlines())
+    print("error:" if rank == "0" else f"error (rank {rank}):", said, file=sys.stderr)
     sys.exit(2)
 
 

@@ -315,8 +315,9 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, for a message of one line."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an exception says, for a message of one line: its first, and the second where the first ends in a colon."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _read_row(numbered, label, folder, benchmark):
@@ -555,14 +556,22 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                     yield json.loads(line, parse_constant=lambda _: None)
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+
+
+def to_json(value) -> str:
+    """One line of JSON, which has no NaN and no infinities: they become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
     """Write records as JSON lines."""
     with replacing(path) as temporary, open(temporary, "w") as file:
-        file.writelines(json.dumps(r) + "\n" for r in records)
+        file.writelines(to_json(r) + "\n" for r in records)
 
 
 def thinned(items: list, limit: int) -> list:

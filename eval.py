@@ -21,7 +21,7 @@ import torch.distributed as dist
 import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
-from config import Config, InputError, Options, as_dict, marked, need, option, parse, run_main
+from config import Config, InputError, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, thinned
 from engines import Engine, engine_limits, make_engine
 from policy import all_gather, init_distributed, is_deterministic
@@ -62,6 +62,8 @@ def main() -> None:
     folder = str(world.model) if cfg.model == "toy" else cfg.model
     chat = Chat(folder, cfg)
     if options.question:
+        for name, given in (("samples", options.samples > 1), ("out", options.out), ("overwrite", cfg.overwrite)):
+            need(not given, f"{name} is for question files: a question that is asked is answered once, on the screen")
         questions = [asked_question(options)]
         if drop_overlong(questions, chat, options.mode)[1]:
             raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
@@ -158,6 +160,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     out = Path(options.out or (Path(folder) / name if Path(folder).is_dir() else name))
     header = header_of(folder, chat, cfg, options, files, temperature, world)
     file = ResultFile(out, header, rank, marked("neutral", Config, EvalOptions, toy.Recipe))
+    held = lock(out) if rank == 0 else None  # two evaluations must not write one file
     if cfg.overwrite and rank == 0:
         file.clear()
     dist.barrier()
@@ -171,6 +174,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     file.close()
     if rank == 0:
         file.finish(records)
+        held.close()
         print(table(summarize(records, cfg)))
         again = f", {len(done)} of them from before" if done else ""
         left_out = f"; {dropped} over-long questions dropped" if dropped else ""

@@ -109,7 +109,7 @@ def _settings(option: str, pairs: Iterable[str]) -> dict[str, int]:
     found = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
-        if name not in TOOLS or not number.isdecimal():
+        if name not in TOOLS:
             raise InputError(f"{option}: {pair!r} is not TOOL=NUMBER with a tool of {', '.join(TOOLS)}")
         found[name] = int(number)
     return found

@@ -13,7 +13,7 @@
 import os
 import sys
 
-from config import Config, InputError, parse, run_main
+from config import Config, InputError, lock, parse, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,9 +67,10 @@ def _judge(argv):
     from data import write_jsonl
 
     (path,), options = _read("judge RESULTS", argv, JudgeOptions)
-    header, records = read_results(path)
-    records, missing = judge(records, questions_of(path, header, records), options, progress=True)
-    write_jsonl(path, [{"header": header}, *records])
+    with lock(path):
+        header, records = read_results(path)
+        records, missing = judge(records, questions_of(path, header, records), options, progress=True)
+        write_jsonl(path, [{"header": header}, *records])
     print(judges_table(records, missing))
 
 

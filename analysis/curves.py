@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, Options, option
-from data import read_jsonl
+from analysis.results import read_log
+from config import InputError, Options, need, option, replacing
 
 PLOTTED = (
     "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second".split()
@@ -28,7 +28,7 @@ def plot(runs: list[str], options: CurvesOptions) -> Path:
     figure = Figure(figsize=(15, 9), layout="constrained")
     charts = dict(zip(PLOTTED, figure.subplots(3, 4).flat, strict=True))
     for number, run in enumerate(runs):
-        log = list(read_jsonl(Path(run) / "metrics.jsonl"))
+        log = read_log(run)
         for key, axes in charts.items():
             axes.set_title(key)
             axes.plot(*_points(log, key, "train"), color=f"C{number}", label=run)
@@ -36,15 +36,19 @@ def plot(runs: list[str], options: CurvesOptions) -> Path:
     lines, labels = charts["reward"].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center")
     path = Path(options.out or Path(runs[0]) / "curves.png")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a kind of file that matplotlib does not know
-        raise InputError(f"{path}: cannot write ({getattr(error, 'strerror', error)})") from None
+    form = path.suffix.lstrip(".").lower()
+    need(form in figure.canvas.get_supported_filetypes(), f"{path}: matplotlib writes no such kind of file")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=form)
     return path
 
 
 def _points(log, key, phase):
     """(steps, values) of a metric; of a validation, the greedy one over all data sources."""
-    entries = [(e["step"], e["greedy"]["all"] if phase == "eval" else e) for e in log if e["phase"] == phase]
-    entries = [(step, figures[key]) for step, figures in entries if figures.get(key) is not None]
-    return [step for step, _ in entries], [value for _, value in entries]
+    steps, values = [], []
+    for entry in log:
+        figures = (entry.get("greedy") or {}).get("all", {}) if phase == "eval" else entry
+        if entry["phase"] == phase and isinstance(figures.get(key), int | float):
+            steps.append(entry["step"])
+            values.append(figures[key])
+    return steps, values

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch.distributed as dist
 from tqdm import tqdm
 
-from analysis.results import read_results
+from analysis.results import is_about, read_results
 from chat import Chat, Episode
 from config import Config, need
 from data import Call, Hit, Question, Result, Stop, load_questions, picture_key
@@ -35,8 +35,8 @@ def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ..
         for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
             question = loaded[files].get(r["question_id"])
             where = f"{path}: question {r['question_id']} is not in {', '.join(files)}"
-            found = question and question.text == r["question"]
-            need(found, f"{where}: give the files of the questions as --sft_questions")
+            found = question and is_about(r, question)
+            need(found, f"{where}, or has another picture: give the files of the questions as --sft_questions")
             try:
                 episode = imitated(r, question, chat, search)
                 need(score_episode(episode, cfg).reward >= cfg.sft_min_reward, f"earned less than {cfg.sft_min_reward}")

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import toy
 from analysis import picture_url
-from config import Config, InputError, Options, as_dict, from_dict, option
-from data import load_questions, picture_key, read_jsonl
+from analysis.results import CONVERSATION, check, is_about, read_log
+from config import Config, InputError, Options, as_dict, from_dict, option, replacing
+from data import load_questions, picture_key, read_jsonl, to_json
 from search.index import SearchDB
 from tools import TOOLS
 
@@ -49,16 +50,23 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
         names = [str(run) for run in runs]
     pictures, notes, conversations, parts = Pictures(), [], [], []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        settings, log = read_settings(run), list(read_jsonl(run / "metrics.jsonl"))
+        settings, log = read_settings(run), read_log(run)
         train = [entry for entry in log if entry.get("phase") == "train"]
         evals = [entry for entry in log if entry.get("phase") == "eval"]
         parts.append({"name": name, "settings": settings, "train": train, "evals": evals})
         chosen, total = read_conversations(run / "rollouts", options.limit // len(runs))
         if len(chosen) < total:
             notes.append(f"{name}: {len(chosen)} of {total} conversations, evenly over the steps (--limit takes more)")
-        notes += [f"{name}: {problem}" for problem in add_pictures(chosen, settings, pictures)]
-        weight = settings.get("format_weight", Config.format_weight)
-        conversations += [{**c, "run": number, "parts": reward_parts(c, weight)} for c in chosen]
+        try:
+            cfg, recipe = from_dict(Config, settings), from_dict(toy.Recipe, settings)
+        except InputError as error:
+            notes.append(f"{name}: no pictures: the settings are of another version ({error})")
+            cfg = Config()
+        else:
+            notes += [f"{name}: {problem}" for problem in add_pictures(chosen, cfg, recipe, pictures)]
+        for c in chosen:
+            keys, earned = c.get("pictures") or [], reward_parts(c, cfg.format_weight)
+            conversations.append({**c, "run": number, "pictures": keys, "parts": earned})
     if pictures.left_out:
         notes.append(f"{pictures.left_out} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
     page = {
@@ -70,10 +78,8 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
         "notes": notes,
     }
     out = Path(options.out or runs[0] / "report.html")
-    try:
-        out.write_text(fill_template(page), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out}: cannot write ({error.strerror})") from None
+    with replacing(out) as temporary:
+        temporary.write_text(fill_template(page), encoding="utf-8")
     return out
 
 
@@ -82,7 +88,7 @@ def fill_template(page: dict) -> str:
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")  # no </script>, no <!--
+    data = to_json(page).replace("<", "\\u003c")  # no </script>, no <!--
     head, tail = template.replace("{{script_hash}}", digest).split("{{data}}")
     return head + data + tail
 
@@ -92,7 +98,7 @@ def read_settings(run: Path) -> dict:
     try:
         settings = json.loads((run / "config.json").read_text())
         settings["run_dir"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise InputError(f"{run}: holds no run of train.py (no config.json of one)") from None
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run}: has no metrics.jsonl: the run has not begun")
@@ -102,16 +108,23 @@ def read_settings(run: Path) -> dict:
 def read_conversations(folder: Path, limit: int) -> tuple[list[dict], int]:
     """(at most `limit` records, how many there are). The samples of a question are taken together or not at all, evenly
     over the files; each record gets its `part` (training, greedy, sampled) and its `step`."""
-    files = sorted(folder.glob("*-[0-9]*.jsonl"), key=lambda file: (_step(file), file.name))
+    files = [file for file in folder.glob("*.jsonl") if re.fullmatch(r"(step|eval)-\d+", file.stem)]
+    files.sort(key=lambda file: (_step(file), file.name))
     total, seen, chosen = sum(file.read_bytes().count(b"\n") for file in files), 0, []
     for file in files:
-        for _, group in itertools.groupby(read_jsonl(file), key=lambda r: (r.get("mode"), r["question_id"])):
-            group = [{**r, "part": r.get("mode", "training"), "step": _step(file)} for r in group]
+        for _, group in itertools.groupby(_records(file), key=lambda r: (r.get("mode"), r["question_id"])):
+            group = [{**r, "part": r.get("mode") or "training", "step": _step(file)} for r in group]
             is_due = len(chosen) * total <= seen * limit and len(chosen) + len(group) <= limit
             if is_due or total <= limit:
                 chosen += group
             seen += len(group)
     return chosen, total
+
+
+def _records(file):
+    for number, record in enumerate(read_jsonl(file), 1):
+        check(record, CONVERSATION, f"{file}, line {number}")
+        yield record
 
 
 def _step(file):
@@ -149,44 +162,56 @@ class Pictures:
         return key
 
 
-def add_pictures(records: list[dict], settings: dict, pictures: Pictures) -> list[str]:
+def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures: Pictures) -> list[str]:
     """Add the pictures of questions and hits, and to each record the keys of its question's as `pictures`. Returns a
-    message for each source of pictures that could not be read."""
-    for r in records:
-        r["pictures"] = []
-    try:
-        cfg, recipe = from_dict(Config, settings), from_dict(toy.Recipe, settings)
-    except InputError as error:
-        return [f"no pictures: the settings are of another version ({error})"]
+    message for each source of pictures that could not be read, or that holds others by now: these are not shown."""
     problems = []
     for what, files in zip(("training", "validation"), toy.question_files(cfg, recipe), strict=True):
         some = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
-            _add_question_pictures(some, files, pictures)
+            lost = _add_question_pictures(some, files, pictures)
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
+        else:
+            if lost:
+                where = f"{', '.join(files)}: gone, or something else is there now"
+                problems.append(
+                    f"pictures of {len(lost)} {what} questions are not shown, {min(lost)} first, of {where}"
+                )
+    index = cfg.search_index or toy.locate(recipe).index
     try:
-        _add_thumbnails(records, cfg.search_index or toy.locate(recipe).index, pictures)
-    except (InputError, sqlite3.DatabaseError) as error:
+        if lost := _add_thumbnails(records, index, pictures):
+            problems.append(f"{lost} pictures of results are not in {index}, and not shown")
+    except (ValueError, sqlite3.Error) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
 
 
 def _add_question_pictures(records, files, pictures):
-    wanted = {r["question_id"] for r in records}
+    """Returns the ids of the questions that are no longer those that the conversations were about."""
+    wanted, lost = {r["question_id"] for r in records}, set()
     questions = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
-    keys = {q.id: [pictures.add(image, QUESTION_SIDE) for image in q.images] for q in questions}
+    found = {q.id: q for q in questions}
     for r in records:
-        r["pictures"] = keys.get(r["question_id"], [])
+        question = found.get(r["question_id"])
+        if question and is_about(r, question):
+            r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
+        else:
+            lost.add(r["question_id"])
+    return lost
 
 
 def _add_thumbnails(records, index, pictures):
+    """Returns how many pictures of results are not in the index."""
     hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
     if not hits:
-        return
+        return 0
     db = SearchDB(index)
     wanted = {hit["image"] for hit in hits}
     for thumbnail in db.thumbnails({(hit["title"], hit["url"]) for hit in hits}):
-        if picture_key(thumbnail) in wanted:
+        key = picture_key(thumbnail)
+        if key in wanted:
             pictures.add(thumbnail, THUMBNAIL_SIDE)
+            wanted.discard(key)
     db.close()
+    return len(wanted)

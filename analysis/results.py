@@ -10,12 +10,13 @@ deleted. Nothing here needs torch.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from config import InputError, need
-from data import Question, key_of, load_questions, write_jsonl
+from data import Question, key_of, load_questions, picture_key, read_jsonl, to_json, write_jsonl
 
 
 def code_version() -> str:
@@ -31,17 +32,77 @@ def code_version() -> str:
     return f"{commit} {digest}".strip()
 
 
+# What is read of a conversation and of a header. A type; float: any finite number; [form]: a list; {name: form}: an
+# object with these entries and others; {...: form}: with any names; (form,): null or missing, too.
+HIT = {"title": str, "url": str, "text": str, "image": (str,)}
+CALL = {
+    "tool": str, "query": str, "picture": (str,), "box": ([float],), "status": str, "error": str, "error_kind": str,
+    "usage": ({...: float},), "hits": [HIT],
+}  # fmt: skip
+CONVERSATION = {
+    "question_id": str, "sample": int, "data_source": str, "question": str, "answers": [str], "pictures": ([str],),
+    "turns": [{"role": str, "text": str}], "calls": [CALL], "answer": (str,), "stop": str, "correct": bool,
+    "format_ok": bool, "reward": (float,), "tokens": (int,), "sampled_tokens": (int,), "judged": ({...: (bool,)},),
+    "mode": (str,), "advantage": (float,), "logp_gap": (float,),
+}  # fmt: skip
+HEADER = {"config": {"mode": (str,), "files": ([str],)}}
+LOGGED = {"step": int, "phase": str, "greedy": ({...: {...: object}},), "sampled": ({...: {...: object}},)}
+
+
+def misfit(value, form, where: str = "") -> str | None:
+    """The first place where a value is not of a form, as "calls[0].tool"; None if there is none."""
+    if isinstance(form, tuple):
+        return None if value is None else misfit(value, form[0], where)
+    if isinstance(form, list) and isinstance(value, list):
+        parts = [(v, form[0], f"{where}[{n}]") for n, v in enumerate(value)]
+    elif isinstance(form, dict) and isinstance(value, dict):
+        forms = dict.fromkeys(value, form[...]) if ... in form else form
+        parts = [(value.get(name), f, f"{where}.{name}".lstrip(".")) for name, f in forms.items()]
+    elif form is float:
+        return None if isinstance(value, int | float) and abs(value) < 1e100 else where
+    else:
+        return None if isinstance(form, type) and isinstance(value, form) else where
+    return next((found for part in parts if (found := misfit(*part)) is not None), None)
+
+
+def check(value, form, where: str) -> None:
+    """Raise InputError, naming the field, unless the value read at `where` has the form."""
+    field = misfit(value, form)
+    if field is None and form is CONVERSATION and value.get("reward") is None and value["stop"] != "aborted":
+        field = "reward"
+    what = "not as eval.py or train.py writes it"
+    need(field is None, f"{where}: {f'field {field}: ' if field else ''}{what}")
+
+
+def read_log(run: str | Path) -> list[dict]:
+    """The metrics of a run. Raises InputError."""
+    path = Path(run) / "metrics.jsonl"
+    log = list(read_jsonl(path))
+    for number, entry in enumerate(log, 1):
+        check(entry, LOGGED, f"{path}, line {number}")
+    return log
+
+
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     """(header, conversations) of a file of eval.py, or ({}, conversations) of a file of rollouts from train.py (of a
     validation: only the greedy ones). Raises InputError if it is neither."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
-    header, records = _parse(path, text)
+    header, records = _parse(path, _read_text(path))
+    need(records, f"{path}: holds no conversation")
     unique = len({key_of(r) for r in records}) == len(records)
     need(unique, f"{path}: two conversations about the same question have the same sample number")
     return header, records
+
+
+def _check_file(path):
+    need(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file")  # a device may have no end
+
+
+def _read_text(path, errors="strict"):
+    _check_file(path)
+    try:
+        return Path(path).read_text(encoding="utf-8", errors=errors)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
 
 
 def _parse(path, text):
@@ -49,28 +110,37 @@ def _parse(path, text):
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028, which JSON may hold
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            r = json.loads(line)
-            if number == 1 and "header" in r:
-                header = r["header"]
-                continue
-            key_of(r), r["turns"], r["correct"], [call["tool"] for call in r["calls"]]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number}: not a conversation that eval.py or train.py wrote") from None
+            r = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: not a conversation that eval.py or train.py wrote") from None
+        if number == 1 and isinstance(r, dict) and "header" in r:
+            header = r["header"]
+            check(header, HEADER, where)
+            continue
+        check(r, CONVERSATION, where)
         if r.get("mode") != "sampled":
             records.append(r)
     return header, records
+
+
+def is_about(record: dict, question: Question) -> bool:
+    """Whether a conversation was about this question: ids name places in files, which may hold others by now."""
+    pictures = [picture_key(image) for image in question.images]
+    return record["question"] == question.text and record.get("pictures") in (None, pictures)
 
 
 def questions_of(path: str | Path, header: dict, records: list[dict]) -> dict[str, Question]:
     """The questions of a result file by id, in their order, from the files that its header names. Raises InputError."""
     files = header.get("config", {}).get("files")
     need(files, f"{path}: its header names no question files: not a result file of eval.py")
-    asked = {r["question_id"]: r["question"] for r in records}
+    asked = {r["question_id"]: r for r in records}
     questions = {q.id: q for q in load_questions(files, skip_bad_rows=True, progress=False, only=set(asked))}
-    for id, text in asked.items():
-        same = id in questions and questions[id].text == text
-        need(same, f"{path}: question {id} is no longer in {', '.join(files)}")
+    for id, r in asked.items():
+        found = questions.get(id)
+        same = found and is_about(r, found) and r["answers"] == list(found.answers)
+        need(same, f"{path}: question {id} is no longer in {', '.join(files)}, or has another picture or other answers")
     return questions
 
 
@@ -78,7 +148,9 @@ class ResultFile:
     """The file to which an evaluation writes its conversations. Each rank has its own; only rank 0 calls `finish`."""
 
     def __init__(self, path: str | Path, header: dict, rank: int = 0, neutral: set[str] = frozenset()):
-        """neutral: names of settings that may differ from those of the evaluation that is resumed."""
+        """neutral: names of settings that may differ from those of the evaluation that is resumed. Raises InputError if
+        path is something else than a file."""
+        _check_file(path)
         self.path, self.header, self.rank, self.neutral = Path(path), header, rank, neutral
         self.part, self.file = Path(f"{path}.part{rank}"), None
 
@@ -90,7 +162,7 @@ class ResultFile:
         evaluation. If they come from other versions of the code, it warns, and the header names all versions."""
         found, versions = {}, set()
         for path in [self.path, *self.parts()]:
-            if path.exists():
+            if os.path.exists(path):
                 header, records = self._read(path)
                 if header or records:
                     self._check(path, header)
@@ -104,7 +176,7 @@ class ResultFile:
         return found
 
     def _read(self, path):
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = _read_text(path, "replace")
         if path != self.path:
             text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
         return _parse(path, text)
@@ -129,7 +201,7 @@ class ResultFile:
         try:
             if self.file is None:
                 self.file = self._open()
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(to_json(record) + "\n")
             self.file.flush()
         except OSError as error:
             raise InputError(f"{self.part}: cannot write ({error.strerror})") from None

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, guesser, question
 from PIL import Image
 from test_judge import Server, asked, says
-from test_results import HEADER, conversation, some
+from test_results import CALL, HEADER, conversation, some
 
 import reward
 import tools
@@ -23,7 +23,7 @@ from analysis.__main__ import COMMANDS, main
 from analysis.results import ResultFile, read_results
 from chat import Chat
 from config import InputError
-from data import load_questions, write_jsonl, write_questions
+from data import load_questions, picture_key, write_jsonl, write_questions
 from rollout import run
 from search.index import OfflineSearch, SearchDB
 
@@ -85,6 +85,15 @@ def test_the_program(tmp_path):
     bad = subprocess.run([*start, "no\nwhere"], cwd=ROOT, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.startswith("error: no where: cannot read")
     assert bad.stderr.count("\n") == 1
+    for name, right in (("s", True), ("t", False)):
+        half = conversation(0, right) | {"question": "half a pair: \ud800"}
+        ResultFile(tmp_path / f"{name}.jsonl", HEADER).finish([half])
+    command = [*start[:-1], str(tmp_path / "s.jsonl"), str(tmp_path / "t.jsonl")]
+    odd = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (odd.returncode, odd.stderr) == (0, "") and "half a pair: \\ud800" in odd.stdout
+    command = [sys.executable, "eval.py", "--model", "x" * 300]
+    long = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (long.returncode, long.stderr) == (2, f"error: {'x' * 300}/trained_as.json: File name too long\n")
     other = [{**r, "correct": not r["correct"]} for r in some(0, 3000)]
     ResultFile(tmp_path / "b.jsonl", HEADER).finish(other)  # prints a line for each question, more than a pipe holds
     with subprocess.Popen(
@@ -168,7 +177,8 @@ def test_the_curves_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name, slope in (("a", 0.1), ("b", -0.1)):
         log = [{"step": i, "phase": "train", "reward": slope * i, "loss": None} for i in range(5)]
-        log.append({"step": 5, "phase": "eval", "greedy": {"all": {"reward": 1.0}}})
+        log.append({"step": 5, "phase": "eval", "greedy": {"all": {"reward": 1.0, "turns": "text"}}})
+        log.append({"step": 6, "phase": "eval", "greedy": None, "sampled": {}, "reward": []})
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "metrics.jsonl", log)
     command("curves", tmp_path / "a", tmp_path / "b")
@@ -178,7 +188,7 @@ def test_the_curves_command(tmp_path, capsys):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
     with pytest.raises(InputError, match="nowhere.metrics.jsonl: cannot read"):
         command("curves", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="x.xyz: cannot write"):
+    with pytest.raises(InputError, match="x.xyz: matplotlib writes no such"):
         command("curves", tmp_path / "a", "--out", tmp_path / "x.xyz")
 
 
@@ -201,6 +211,7 @@ def evaluated(tmp_path):
     for i, q in enumerate(load_questions([tmp_path / "q.parquet"])):
         answer = "tilo" if i % 3 == 0 else "bako"
         about = {"question_id": q.id, "question": q.text, "answers": list(q.answers), "answer": answer}
+        about["pictures"] = [picture_key(image) for image in q.images]
         records.append({**conversation(i, answer == "bako"), **about})
     path = tmp_path / "r.jsonl"
     ResultFile(path, header).finish(records)
@@ -243,6 +254,16 @@ def test_results_whose_questions_are_gone_are_not_judged(evaluated, tmp_path):
     write_questions(tmp_path / "q.parquet", [question(i) for i in range(11)], {})
     with pytest.raises(InputError, match="question q.parquet:11 is no longer in .*q.parquet"):
         command("judge", path, "--judges", "em")
+    for other in (question(0, answer="bako"), question(50, answer="bako"), question(0, answer="tilo")):
+        write_questions(tmp_path / "q.parquet", [other, *(question(i, answer="bako") for i in range(1, 12))], {})
+        if other == question(0, answer="bako"):
+            command("judge", path, "--judges", "em")
+            ResultFile(path, header).finish(records)
+            continue
+        with pytest.raises(
+            InputError, match="question q.parquet:0 is no longer in .* another picture or other answers"
+        ):
+            command("judge", path, "--judges", "em")
     (tmp_path / "q.parquet").unlink()
     with pytest.raises(InputError, match="q.parquet: no such file"):
         command("judge", path, "--judges", "em")
@@ -310,7 +331,7 @@ def test_the_label_command(evaluated, tmp_path, capsys):
     calls = [[], [IMAGE], [TEXT, IMAGE]]  # of right ones about questions 1, 2, 4 ...
     right = [i for i, r in enumerate(records) if r["correct"]]
     for number, i in enumerate(right):
-        records[i]["calls"] = [{"tool": name} for name in calls[number % 3]]
+        records[i]["calls"] = [CALL | {"tool": name} for name in calls[number % 3]]
     second = [{**r, "sample": 1, "correct": False} for r in records]
     ResultFile(path, header).finish([*records, *second])
     out = tmp_path / "l.parquet"

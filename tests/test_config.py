@@ -85,6 +85,8 @@ def another(kind, field):
         return "1.5", 1.5
     if float in kinds:
         return "0.375", 0.375
+    if field.name in ("tool_limits", "tool_results"):
+        return "crop=3", ("crop=3",)
     if hint == tuple[str, ...]:
         return "some file.pq", ("some file.pq",)
     if field.name.endswith("_url"):
@@ -331,6 +333,16 @@ def limits(**values):
     ("attention device", Config, dict(attention="varlen", device="cpu")),
     ("attention dtype", Config, dict(attention="flash", dtype="fp32")),
     ("deterministic rollout_deadline", Config, dict(deterministic=True, rollout_deadline=5.0)),
+    ("deterministic web", Config, dict(deterministic=True, search="live")),
+    ("deterministic web", Config, dict(deterministic=True, search="record", search_cache="c")),
+    ("deterministic web", Config, dict(deterministic=True, search_url="http://host:1")),
+    ("dist_timeout million", Config, dict(dist_timeout=1e300)),
+    ("search_deadline million", Config, dict(search_deadline=1.1e6)),
+    ("rollout_deadline million", Config, dict(rollout_deadline=10**18)),
+    ("lr 2**63", Config, dict(lr=10**400)),
+    ("steps 2**63", Config, dict(steps=10**30)),
+    ("tool_limits nonsense", Config, dict(tool_limits=("nonsense",))),
+    ("tool_results crop=x", Config, dict(tool_results=("image_search=1", "crop=x"))),
     ("search_index", needs_index, dict(preset="qwen2.5-vl-7b")),
     ("judges em llm", JudgeOptions, dict(judges=("em", "gpt"))),
     ("judge_url", JudgeOptions, dict(judge_url="ftp://judge/v1")),
@@ -367,6 +379,7 @@ def test_impossible_combinations(words, check, values):
     (Config, dict(rollout_deadline=5.0, deterministic=False)), (Config, dict(tensor_parallel=2, engine="vllm")),
     (Config, dict(search="record", search_url="http://node0:8100")),
     (Config, dict(search="replay", search_cache="c")), (Config, dict(summarizer_url="http://127.0.0.1:8000/v1")),
+    (Config, dict(deterministic=True, search="replay", search_cache="c")), (Config, dict(dist_timeout=1e6)),
     (Config, dict(image_host="upload --to host")), (Config, dict(image_host="https://host/pictures")),
 ])  # fmt: skip
 def test_possible_combinations_at_the_edge(check, values):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -12,7 +14,9 @@ import pytest
 from conftest import ROOT, SHORT_WORLD, guesser, picture, question, replace
 from safetensors.torch import load_file, save_file
 from test_judge import Server, asked, says
+from test_results import changed
 
+import backbone
 import checkpoint
 import config
 import eval as evaluation
@@ -487,6 +491,76 @@ def test_bad_input(here, world, arguments, said, capfd, monkeypatch):
         main(*here, f"--model={world[0].model}", *arguments)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert exit.value.code == 2 and len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "said"),
+    [
+        ("config.json", "text_config", None, "config.json"), ("config.json", "vision_config", ..., "config.json"),
+        ("config.json", "text_config/num_attention_heads", 0, "num_attention_heads is 0"),
+        ("config.json", "text_config/num_hidden_layers", 10**12, "`num_hidden_layers` (1000000000000)"),
+        ("config.json", "vision_config/depth", 10**12, "depth is 1000000000000"),
+        ("config.json", "text_config/dtype", 0.5, "dtype is 0.5"),
+        ("config.json", "vision_config/spatial_merge_size", "two", "spatial_merge_size"),
+        ("config.json", "text_config/rope_parameters/mrope_section", [4, None, 6], "mrope_section is"),
+        ("config.json", "text_config/rope_parameters", ..., "mrope_section is"),
+        ("config.json", "vision_config/rope_parameters/rope_theta", 0, "rope_theta is 0"),
+        ("config.json", "text_config/vocab_size", 704, "shapes are not those of its config.json"),
+        ("preprocessor_config.json", "patch_size", 0, "sizes are"),
+        ("preprocessor_config.json", "merge_size", "two", "sizes are"),
+        ("preprocessor_config.json", "temporal_patch_size", 10**12, "sizes are"),
+        ("preprocessor_config.json", "size/longest_edge", "long", "no range of pixels"),
+        ("preprocessor_config.json", "image_mean", [0.5], "image processor fails"),
+        ("preprocessor_config.json", "image_std/0", 0, "pixels that are no numbers"),
+        ("preprocessor_config.json", "image_mean/1", None, "pixels that are no numbers"),
+        ("tokenizer_config.json", "model_max_length", {}, "tokenizer cannot write"),
+        ("tokenizer.json", "model/vocab", {}, "tokenizer"), ("tokenizer.json", "pre_tokenizer", 0, "tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_folder_is_one_line(folder, cfg, tmp_path, file, place, value, said):
+    path = shutil.copytree(folder, tmp_path / "model")
+    (path / file).write_text(json.dumps(changed(json.loads((path / file).read_text()), place, value)))
+    with pytest.raises(InputError, match=re.escape(str(path))) as error:
+        Chat(path, cfg)
+        backbone.read_model(path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("more", ["--samples=2", "--out=x.jsonl", "--overwrite"])
+def test_what_a_question_that_is_asked_has_no_use_for_is_refused(here, more, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(*here, "--question", "what is it called?", more)
+    assert f"{more.strip('-').split('=')[0]} is for question files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["folder", "pipe", "/dev/full", "x" * 250, "model.safetensors/r.jsonl"])
+def test_an_out_that_cannot_be_written_is_one_line_before_the_work(here, world, tmp_path, out, capfd, monkeypatch):
+    """--overwrite deletes none of them either."""
+    monkeypatch.setattr(evaluation, "load_rollout", pytest.fail)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    shutil.copy(world[0].model / "model.safetensors", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(*here, "--val_limit=2", "--overwrite", "--out", tmp_path / out)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and ("not a file" in said or "cannot write" in said)
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/full")
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_two_evaluations_do_not_write_one_file(here, guessing, tmp_path, more, capfd):
+    """The second ends with a line that says who is at it, also under another name of the folder; a judge likewise."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    main(*here, "--val_limit=2", "--out", tmp_path / "r.jsonl")
+    before = (tmp_path / "r.jsonl").read_bytes()
+    with config.lock(tmp_path / "r.jsonl"):
+        with pytest.raises(SystemExit, match="2"):
+            main(*here, "--val_limit=2", "--out", tmp_path / "link" / "r.jsonl", *more)
+        assert f"link/r.jsonl is in use by process {os.getpid()} on " in capfd.readouterr().err
+        with pytest.raises(InputError, match="is in use"):
+            analysis_main(["judge", str(tmp_path / "r.jsonl"), "--judges", "em"])
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    main(*here, "--val_limit=2", "--out", tmp_path / "r.jsonl", *more)
 
 
 def test_search_ratio_counts_calls_over_calls_allowed(cfg):

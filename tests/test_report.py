@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 from PIL import Image
+from test_results import conversation
 
 import config
 import toy
@@ -25,7 +26,7 @@ from analysis.figures import summarize
 from analysis.report import ReportOptions
 from chat import Chat
 from config import InputError
-from data import load_questions, picture_key, write_jsonl
+from data import load_questions, picture_key, read_jsonl, write_jsonl
 from reward import record, score_episode
 from rollout import ScriptedEngine, run
 from search import index as search_index
@@ -114,7 +115,9 @@ def test_the_page_is_one_file_and_holds_everything(hostile, tmp_path):
     text, data = path.read_text(), page_data(path)
     assert text.count("<script") == text.count("</script>") == 2  # the data's and the page's own
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", text.split("application/json")[0])
-    assert len(data["conversations"]) == 2 * 12 + 2 * 4 and data["notes"] == []
+    assert len(data["conversations"]) == 2 * 12 + 2 * 4
+    (note,) = data["notes"]  # of what the unknown tool returned
+    assert "1 pictures of results are not in" in note
     assert [len(data["runs"][0][name]) for name in ("train", "evals")] == [2, 2]
     assert data["runs"][0]["train"][0]["loss"] is None  # NaN is no JSON
     assert data["runs"][0]["settings"]["max_tokens"] == 6000 and data["defaults"]["max_tokens"] == 250
@@ -143,7 +146,7 @@ def test_a_reward_in_its_parts():
 
 def test_of_too_many_conversations_whole_groups_are_taken_evenly(tmp_path):
     for step in range(20):
-        lines = [{"question_id": f"q{i // 4}", "sample": i % 4, "turns": []} for i in range(40)]
+        lines = [conversation(i // 4, True, i % 4) for i in range(40)]
         write_jsonl(tmp_path / f"step-{step:06d}.jsonl", lines)
     chosen, total = report.read_conversations(tmp_path, 100)
     assert total == 800 and 90 <= len(chosen) <= 100
@@ -175,6 +178,66 @@ def test_missing_files_are_named_and_the_rest_is_shown(hostile, tmp_path):
     for note, missing in zip(data["notes"], ("gone.parquet", "left.parquet", "gone.sqlite"), strict=True):
         assert f"{missing}: no such" in note
     assert (len(data["conversations"]), len(data["runs"][0]["train"]), data["pictures"]) == (32, 2, {})
+
+
+def test_a_picture_that_is_gone_or_another_is_not_shown(hostile, tmp_path):
+    """Under the old names: a file whose first row has another picture, an index of other thumbnails."""
+    run = shutil.copytree(hostile, tmp_path / "run")
+    rows = pq.read_table(hostile.parent / "train.parquet").to_pylist()
+    rows[0]["images"] = [{"bytes": picture(5)}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    search_index.build(tmp_path / "index", [], [{"image": picture(9), "title": f"{RTL} {ATTACK}", "url": ""}])
+    settings = json.loads((run / "config.json").read_text())
+    moved = {"train_files": [str(tmp_path / "train.parquet")], "search_index": str(tmp_path / "index")}
+    (run / "config.json").write_text(json.dumps(settings | moved | {"val_files": moved["train_files"]}))
+    data = page_data(report.render([run], ReportOptions()))
+    assert set(data["pictures"]) == {picture_key(picture(1))}
+    assert {c["pictures"][0] for c in data["conversations"]} == {picture_key(picture(i)) for i in (0, 1)}
+    assert [note.split(", of ")[0] for note in data["notes"][:2]] == [
+        f"run: pictures of 1 {what} questions are not shown, train.parquet:0 first"
+        for what in ("training", "validation")
+    ]
+    assert "3 pictures of results are not in" in data["notes"][2]
+
+
+LINE = '{"step": 0, "phase": "eval", "greedy": %s}\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", "[]", "holds no run"), ("config.json", "null", "holds no run"),
+        ("config.json", "[" * 10**5, "holds no run"), ("config.json", "\0", "holds no run"),
+        ("metrics.jsonl", "null\n", "line 1: not as"), ("metrics.jsonl", "[" * 10**5 + "\n", "line 1 is not JSON"),
+        ("metrics.jsonl", '{"phase": "train"}\n', "line 1: field step"), ("metrics.jsonl", LINE % "[]", "field greedy"),
+        ("metrics.jsonl", LINE % '{"all": {"n": 1}, "b": null}', "line 1: field greedy.b"),
+        ("rollouts/step-000000.jsonl", "3\n", "step-000000.jsonl, line 1: not as"),
+        ("rollouts/eval-000001.jsonl", '{"question_id": 3}\n', "line 1: field question_id"),
+        ("rollouts/step-1 (copy).jsonl", "3\n", None), ("rollouts/step-x.jsonl", "3\n", None),
+        ("metrics.jsonl", '{"step": 0, "phase": "train", "x": 1e999, "y": {}, "z": "text"}\n', None),
+        ("config.json", '{"run_dir": 1e400, "format_weight": "a"}', None),
+        ("config.json", '{"run_dir": "", "lr": 1' + "0" * 400 + ', "search_index": "\\u0000"}', None),
+        ("config.json", '{"run_dir": "", "train_files": ["\\u0000"], "search_index": "\\u0000"}', None),
+    ],
+)  # fmt: skip
+def test_a_run_whose_files_are_of_another_form(hostile, tmp_path, file, content, said):
+    """A line that names the file, or (said is None) a page."""
+    run = shutil.copytree(hostile, tmp_path / "run")
+    (run / file).write_text(content)
+    if said is None:
+        assert page_data(report.render([run], ReportOptions()))
+        return
+    with pytest.raises(InputError) as error:
+        report.render([run], ReportOptions())
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["folder", "/dev/full", "x" * 300])
+def test_a_page_that_cannot_be_written(hostile, tmp_path, out):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot write"):
+        report.render([hostile], ReportOptions(out=str(tmp_path / out)))
+    assert (tmp_path / "folder").is_dir() and list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
 def test_bad_runs(hostile, tmp_path):
@@ -368,6 +431,30 @@ def test_keys_filters_and_search_narrow_the_list(page, large):
     page.until(POSITION, f"1 of {len(same)}")
     page.press("x")
     page.until("document.getElementById('one').textContent", "No conversation.")
+
+
+def test_names_of_every_object_are_names_like_others(browser, hostile, tmp_path):
+    """A picture, tool, source and metric called as what every JavaScript object has."""
+    run = shutil.copytree(hostile, tmp_path / "run")
+    records = list(read_jsonl(run / "rollouts" / "step-000000.jsonl"))
+    hits = [CROP["hits"][0] | {"image": name} for name in ("__proto__", "toString")]
+    call = CROP | {"tool": "constructor", "hits": hits}
+    records = [r | {"data_source": "__proto__", "pictures": ["__proto__"], "calls": [call]} for r in records]
+    write_jsonl(run / "rollouts" / "step-000000.jsonl", records)
+    log = list(read_jsonl(run / "metrics.jsonl"))
+    log[1]["valueOf"] = 1
+    log[2]["greedy"] |= {name: log[2]["greedy"]["all"] for name in ("__proto__", "constructor")}
+    write_jsonl(run / "metrics.jsonl", log)
+    browser.call("/url", {"url": report.render([run], ReportOptions()).as_uri()})
+    browser.until(POSITION, "1 of 32")
+    look_for(browser, "sample")
+    look_for(browser, "")
+    choose(browser, "source", "__proto__")
+    browser.until(POSITION, "1 of 12")
+    assert browser.run("return [...document.images].every(image => image.src.startsWith('data:'))")
+    assert count(browser, "#one .hit .lost") == 2 and count(browser, "#one .pictures .lost") == 1
+    assert "constructor" in browser.run("return document.querySelector('.figures').textContent")
+    assert [entry for entry in browser.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
 
 
 def test_a_tool_that_nobody_named_is_shown(page):

@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 import random
+import re
 import statistics
 
 import pytest
 
+import config
 import data
 import eval as evaluation
 from analysis import figures as figures_of
@@ -17,12 +19,14 @@ from config import InputError
 
 HEADER = {"config": {"mode": "agent", "out": "a"}, "model_id": "m", "code": "c"}
 
+CALL = {"tool": "image_search", "query": "", "status": "ok", "error": "", "error_kind": "", "hits": []}
+
 
 def conversation(question, correct, sample=0, source="x", calls=0, stop="answered", **more):
     return {
         "question_id": f"q{question}", "sample": sample, "data_source": source, "question": f"what is {question}?",
         "answers": ["a"], "answer": "a", "correct": correct, "stop": stop, "turns": [], "reward": float(correct),
-        "calls": [{"tool": "image_search", "status": "ok"}] * calls, "format_ok": True, **more,
+        "calls": [CALL] * calls, "format_ok": True, **more,
     }  # fmt: skip
 
 
@@ -114,7 +118,7 @@ def test_another_version_of_the_code_is_a_warning(tmp_path, capsys):
     assert results.read_results(path)[0] == {**HEADER, "code": "c + d"}
     third = ResultFile(path, {**HEADER, "code": "e"})
     assert len(third.done()) == 2 and "resumed with code e, begun with c, d" in capsys.readouterr().err
-    third.finish([])
+    third.finish(some(0, 2))
     assert results.read_results(path)[0]["code"] == "c + d + e"
 
 
@@ -145,7 +149,7 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         results.read_results(tmp_path / "nowhere.jsonl")
     data.write_jsonl(tmp_path / "kinds.jsonl", [conversation(0, True) | {"calls": [{"kind": "image"}]}])
-    with pytest.raises(InputError, match="line 1: not a conversation"):
+    with pytest.raises(InputError, match=r"line 1: field calls\[0\].tool: not as"):
         results.read_results(tmp_path / "kinds.jsonl")
 
 
@@ -180,6 +184,92 @@ def test_the_id_of_a_folder_is_not_changed_by_its_results(tmp_path):
     assert data.file_id(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
     assert data.file_id(tmp_path) != before
+
+
+def changed(record: dict, place: str, value) -> dict:
+    """A copy of a record in which the entry at a place, as "calls/0/tool", is another; `...` takes it out."""
+    record = json.loads(json.dumps(record))
+    inner, *keys = record, *place.split("/")
+    for key in keys[:-1]:
+        inner = inner[int(key) if isinstance(inner, list) else key]
+    key = int(keys[-1]) if isinstance(inner, list) else keys[-1]
+    inner[key] = value
+    if value is ...:
+        del inner[key]
+    return record
+
+
+HIT = {"title": "t", "url": "", "text": "", "image": None}
+SOUND = conversation(0, True) | {
+    "turns": [{"role": "model", "text": "x"}], "calls": [CALL | {"hits": [HIT], "usage": {"cost": 0.5}}],
+    "pictures": ["p"], "judged": {"em": True}, "advantage": None,
+}  # fmt: skip
+WRONG = {  # place -> values that it cannot have; `...`: missing
+    "question_id": (..., None, 3, ["q"], {}), "sample": (..., "0", 0.5, float("nan")), "answers": (None, "a", [1], {}),
+    "turns": (..., None, {}, "t", [None], [["x"]]), "turns/0/role": (..., 1), "turns/0/text": (None, 7, ["x"]),
+    "calls": (..., None, {"tool": "x"}, [3]), "calls/0/tool": (..., None, {}), "calls/0/hits": (..., "h", [None]),
+    "calls/0/hits/0/title": (..., 3), "calls/0/usage/cost": ("1", None, 1e999), "calls/0/box": ([None], "1,2"),
+    "stop": (..., None, 4), "correct": (..., None, "yes", 1), "reward": (..., None, "1", float("nan"), 10**200),
+    "judged": ([], {"em": "yes"}), "pictures": ("p", [1]), "data_source": (None, []), "mode": (0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in WRONG.items() for value in values])
+def test_a_record_of_another_form_is_a_line_that_names_the_field(tmp_path, place, value):
+    path, field = tmp_path / "r.jsonl", re.sub(r"/(\d+)", r"[\1]", place).replace("/", ".")
+    lines = [{"header": HEADER}, SOUND, changed(SOUND, place, value) | {"x": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for read in (results.read_results, lambda path: ResultFile(path, HEADER).done()):
+        with pytest.raises(
+            InputError, match=f"r.jsonl, line 3: field {re.escape(field)}.*: not as eval.py or train.py"
+        ):
+            read(path)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert results.read_results(path) == (HEADER, [SOUND])
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["3", "null", "[]", '"header"', "[" * 10**5, '{"header": null}', '{"header": [1]}', '{"header": {}}',
+     '{"header": {"config": []}}', '{"header": {"config": {"files": "a.parquet"}}}',
+     '{"header": {"config": {"mode": 1}}}'],
+)  # fmt: skip
+def test_a_header_of_another_form_is_a_line(tmp_path, first):
+    path = tmp_path / "r.jsonl"
+    path.write_text(f"{first}\n{json.dumps(SOUND)}\n")
+    for read in (results.read_results, lambda path: ResultFile(path, HEADER).done()):
+        with pytest.raises(InputError, match="r.jsonl, line 1: .*not"):
+            read(path)
+
+
+def test_what_is_written_has_no_nan(tmp_path):
+    file = ResultFile(tmp_path / "r.jsonl", HEADER)
+    records = [conversation(0, True, advantage=float("nan"), gap=[float("inf"), -float("inf"), 1e308])]
+    file.add(records[0])
+    file.close()
+    file.finish(records)
+    written = [json.loads(line, parse_constant=pytest.fail) for line in file.path.read_text().splitlines()]
+    assert (written[1]["advantage"], written[1]["gap"]) == (None, [None, None, 1e308])
+
+
+@pytest.mark.parametrize("path", ["folder", "pipe", "/dev/zero", "/dev/stdin", "x" * 300, "missing"])
+def test_what_is_no_file_is_a_line_at_once(tmp_path, path):
+    """Neither read for ever, nor written over, nor a traceback."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / path
+    with pytest.raises(InputError, match="cannot read it|not a file"):
+        results.read_results(path)
+    if path.name != "missing":
+        with pytest.raises(InputError, match="not a file|too long"):
+            ResultFile(path, HEADER)
+            config.lock(path)
+        with pytest.raises(InputError, match="cannot write"):
+            data.write_jsonl(path, [])
+        assert not os.path.isfile(path)
+    (tmp_path / "r.jsonl.part0").mkdir()
+    with pytest.raises(InputError, match="part0: not a file"):
+        ResultFile(tmp_path / "r.jsonl", HEADER).done()
 
 
 @pytest.mark.parametrize("path", ["missing", "pipe", "/dev/zero", "x" * 300, "nul\0"])

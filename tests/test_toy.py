@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, SHORT_WORLD
 
+import config
 import toy
 from chat import Chat
 from config import Config, InputError, marked, parse
@@ -283,7 +284,7 @@ def test_building_goes_on_where_it_was_killed(world, tmp_path):
     args = [*SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path}"]
     killed = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("[!.]*")
     assert {p.name for p in folder.iterdir()} == {"world", "base.building"}
     made = (folder / "world" / "train.parquet").stat().st_mtime_ns
     done = subprocess.run([sys.executable, "-m", "toy", *args], cwd=ROOT, capture_output=True, text=True)
@@ -292,6 +293,27 @@ def test_building_goes_on_where_it_was_killed(world, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"world", "base", "model"}
     place, _, _ = world
     assert (folder / "model" / "model.safetensors").read_bytes() == (place.model / "model.safetensors").read_bytes()
+
+
+def test_the_second_of_two_builders_ends_with_a_line_and_a_world_that_is_there_needs_no_lock(world, tmp_path):
+    place, cfg, recipe = world
+    with config.lock(toy.locate(dataclasses.replace(recipe, toy_dir=str(tmp_path))).folder):
+        command = [sys.executable, "-m", "toy", *SHORT_WORLD, f"--toy_dir={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"is in use by process {os.getpid()} on " in done.stderr and not list(tmp_path.glob("[!.]*"))
+    with config.lock(place.folder):
+        assert toy_build.build(place.folder, cfg, recipe) == place
+
+
+def test_a_full_disk_while_building_is_a_line(tmp_path, monkeypatch):
+    def fill(path, things, recipe):
+        (path / "x").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(toy_build, "write_world", fill)
+    with pytest.raises(InputError, match="world.building: cannot write .No space left on device."):
+        toy_build.build(tmp_path / "w", Config(threads=1), Recipe())
 
 
 def test_another_seed_is_another_world(things):

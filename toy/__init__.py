@@ -45,7 +45,6 @@ class Recipe(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        need(self.toy_seed < 2**63, "toy_seed must be below 2**63")
         need(self.toy_named <= 48, f"toy_named={self.toy_named}: at most 48, or too few things are left to be unknown")
 
 

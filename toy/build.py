@@ -5,7 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
-from config import Config, InputError
+from config import Config, InputError, lock
 from policy import init_distributed
 from toy import Recipe, Toy
 from toy.lessons import make_base, warm_up
@@ -25,15 +25,21 @@ def build(folder: str | Path, cfg: Config, recipe: Recipe) -> Toy:
         toy.base: lambda path: make_base(path, things, recipe, cfg, device),
         toy.model: lambda path: warm_up(path, toy, things, recipe, cfg, device),
     }
-    for path, make in stages.items():
-        if path.exists():
-            continue
-        temporary = Path(f"{path}.building")  # what bears its own name is whole
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{temporary}: cannot write ({error.strerror})") from None
+    if not all(path.exists() for path in stages):  # a world that is there needs no lock, and may be read-only
+        with lock(toy.folder):
+            for path, make in stages.items():
+                _make_stage(path, make)
+    return toy
+
+
+def _make_stage(path, make):
+    if path.exists():
+        return
+    temporary = Path(f"{path}.building")  # what bears its own name is whole
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
         make(temporary)
         os.replace(temporary, path)
-    return toy
+    except OSError as error:
+        raise InputError(f"{temporary}: cannot write ({error.strerror or error})") from None
