@@ -329,9 +329,9 @@ def test_hostile_text_is_harmless_text(server, chat):
                 assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
                 text.encode()  # no half characters
             assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
-            ids, pictures = chat.result_turn(call, result, question(), chat.im_end)
+            ids, pictures, _ = chat.result_turn(call, result, question(), chat.im_end, 10_000)
             turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
-            bare, _ = chat.result_turn(call, turn, question(), chat.im_end)
+            bare, _, _ = chat.result_turn(call, turn, question(), chat.im_end, 10_000)
             for special in (chat.im_end, chat.image_pad, chat.vision_start):  # it opened no turn, added no image
                 assert ids.count(special) == bare.count(special)
     assert "<script>" in EVIL

@@ -721,7 +721,7 @@ def test_draws_follow_the_distribution(sharp, wide, device, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_banned_ids_are_never_said(engine, temperature):
+def test_banned_ids_are_never_said(engine, temperature, monkeypatch):
     """Vision tokens and rows that no token has, whatever their logits; and they take nothing from the others."""
     prompt = engine.chat.prompt(pictured([0])[0])[0]
     clean = [ask(engine, prompt, seed=seed, temperature=temperature) for seed in range(5)]
@@ -731,11 +731,10 @@ def test_banned_ids_are_never_said(engine, temperature):
     assert len(engine.chat.tokenizer) < rows
     banned += range(len(engine.chat.tokenizer), rows)
 
-    def shout(module, args, logits):
-        logits[:, banned] = 1e4
-        return logits
+    def shout(hidden, weight):
+        return policy.head_logits(hidden, weight).index_fill(1, torch.tensor(banned), 1e4)
 
-    engine.model.lm_head.register_forward_hook(shout)
+    monkeypatch.setattr(engines, "head_logits", shout)
     for seed, reply in enumerate(clean):
         again = ask(engine, prompt, seed=seed, temperature=temperature)
         assert again.ids == reply.ids and not set(again.ids) & set(banned)
@@ -891,7 +890,7 @@ def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, d
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_policy_that_has_become_nan_is_an_error(engine, temperature):
-    engine.model.lm_head.register_forward_hook(lambda _, __, logits: logits * float("nan"))
+    engine.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(policy.NonFinite, match="sampling"):
         rolled(engine, temperature=temperature)
     assert not engine.running and not engine.queue

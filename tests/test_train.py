@@ -570,7 +570,7 @@ def test_bad_inputs(arguments, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(capfd, *arguments, run_dir, f"--model={tmp_path / 'empty'}")
     assert "is left" in refused(capfd, *arguments, run_dir, "--max_prompt_tokens=3")
-    assert "'--mode=direct'; did you mean --model?" in refused(capfd, *arguments, run_dir, "--mode=direct")
+    assert "'--mode'; did you mean --model?" in refused(capfd, *arguments, run_dir, "--mode=direct")
     assert "search index" in refused(capfd, *arguments, run_dir, f"--search_index={ROOT / 'README.md'}")
     assert not (tmp_path / "run").exists()
 
