@@ -16,8 +16,9 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -168,7 +169,7 @@ class TorchEngine(Engine):
         """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
-        self.slots = [_Slot(i) for i in range(self.cfg.concurrency)]  # least recently used first
+        self.slots = dict.fromkeys(range(self.cfg.concurrency), NOBODY)  # who has each, least recently used first
         self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
 
     def _admit(self):
@@ -176,26 +177,27 @@ class TorchEngine(Engine):
         return them in batches whose padded size is bounded."""
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
-        free = [slot for slot in self.slots if not slot.busy]
+        free = [slot for slot, last in self.slots.items() if last.finished]
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.pop(0)
-            fits = [slot for slot in free if slot.begins(request)]
-            slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
+            held = {slot: len(self.slots[slot].held) for slot in free}
+            fits = [slot for slot in free if request.begins_with(self.slots[slot])]
+            slot = max(fits, key=held.get) if fits else next((slot for slot in free if not held[slot]), free[0])
             free.remove(slot)
-            self.slots.remove(slot)
-            self.slots.append(slot)
-            request.slot, slot.busy = slot, True
-            # something must be run to predict from
-            slot.length = min(len(slot.ids), len(request.prompt) - 1) if fits else 0
-            self.cache.expect(slot.index, rope_positions(request.prompt, request.images, self.chat, self.model))
-            width = max(width, len(request.prompt) - slot.length)
+            last = self.slots.pop(slot)
+            self.slots[slot], request.slot = request, slot
+            if fits:  # something must be run to predict from
+                request.length, request.seen = min(held[slot], len(request.prompt) - 1), len(last.images)
+            self.cache.expect(slot, rope_positions(request.prompt, request.images, self.chat, self.model))
+            new = len(request.prompt) - request.length
+            width = max(width, new)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
-                width = len(request.prompt) - slot.length
+                width = new
             batches[-1].append(request)
             self.running.append(request)
-        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches]
+        return [sorted(batch, key=lambda r: r.slot) for batch in batches]
 
     def _forward(self, batch):
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
@@ -204,8 +206,8 @@ class TorchEngine(Engine):
         padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
         embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
-        starts = torch.tensor([r.slot.length for r in batch])
-        mask, positions = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
+        starts = torch.tensor([r.length for r in batch])
+        mask, positions = self.cache.begin([r.slot for r in batch], starts, lengths, width, device)
         out = self.model.model.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
             past_key_values=self.cache, use_cache=True,
@@ -213,7 +215,7 @@ class TorchEngine(Engine):
         last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
         tokens, logps = self._sample(head_logits(last, self.model.lm_head.weight), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
-            request.slot.length += length
+            request.length += length
             request.take(token, logp, self.chat.stop_ids)
 
     def _embed(self, ids, pictures):
@@ -249,37 +251,25 @@ class TorchEngine(Engine):
         return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
 
 
-@dataclass(eq=False)
-class _Slot:
-    """A line of the KV cache, and the ids whose keys and values it holds."""
-
-    index: int
-    ids: list[int] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    length: int = 0
-    busy: bool = False
-
-    def begins(self, request):
-        """Is what the slot holds, ids and pictures, the beginning of this request?"""
-        pictures = [p.key for p in request.images[: len(self.images)]]
-        return self.ids and request.prompt[: len(self.ids)] == self.ids and pictures == self.images
-
-
 class _TorchRequest(_Request):
-    """A request with its slot, once it has one, and its random numbers."""
+    """A request in its slot of the cache, where it stays when it is over."""
 
     def __init__(self, *request):
         super().__init__(*request)
-        self.finished, self.slot = "", None
+        self.slot, self.finished = -1, ""
+        self.length, self.seen = 0, 0  # what the cache has of it: so many tokens; so many of the prompt's pictures
+        self.held: list[int] = []  # when it is over: the ids whose keys and values are in the slot
         generator = torch.Generator().manual_seed(self.sampling.seed)
         self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
 
+    def begins_with(self, last):
+        """Is what is left of the slot's last request, ids and pictures, the beginning of this one?"""
+        same = last.held and self.prompt[: len(last.held)] == last.held
+        return same and [p.key for p in self.images[: len(last.images)]] == [p.key for p in last.images]
+
     def pending(self):
         """(ids, pictures) that the cache does not hold yet."""
-        if self.ids:
-            return self.ids[-1:], []
-        start = self.slot.length
-        return self.prompt[start:], self.images[len(self.slot.images) if start else 0 :]
+        return (self.ids[-1:], []) if self.ids else (self.prompt[self.length :], self.images[self.seen :])
 
     def take(self, token, logp, stop_ids):
         self.ids.append(token)
@@ -290,13 +280,13 @@ class _TorchRequest(_Request):
             self.finished = "length"
 
     def end(self, reason, version):
-        """The reply; the slot is free, and holds what was run."""
-        if self.slot:
-            ran = bool(self.ids)  # else an error came first: the slot does not hold the prompt
-            self.slot.ids = (self.prompt + self.ids)[: self.slot.length] if ran else []
-            self.slot.images = [p.key for p in self.images] if ran else []
-            self.slot.busy = False
+        self.finished = reason
+        if self.ids:  # else an error came first: the slot does not hold the prompt
+            self.held = (self.prompt + self.ids)[: self.length]
         return self.reply(reason, version)
+
+
+NOBODY = SimpleNamespace(held=[], images=[], finished="never there")
 
 
 class _KVCache:
@@ -367,9 +357,9 @@ class VLLMEngine(Engine):
         model_config = read_config(folder)
         self.names = parameter_names(model_config)  # vLLM's own configuration may untie a head that the trainer ties
         self.banned = chat.banned_ids(model_config.get_text_config().vocab_size)
-        if device.type == "cuda" and len(self.banned) > MOST_BANNED:
-            what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
-            raise InputError(f"{what}; vLLM can ban {MOST_BANNED} on a GPU: take --engine torch")
+        what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
+        can = device.type == "cpu" or len(self.banned) <= MOST_BANNED
+        need(can, f"{what}; vLLM can ban {MOST_BANNED} on a GPU: take --engine torch")
         EngineArgs, LLMEngine = _import_vllm(device)
         # Under torchrun, this process is one of the engine's tensor_parallel workers.
         launcher = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
@@ -398,9 +388,9 @@ class VLLMEngine(Engine):
             less = "a lower --concurrency or --max_tokens needs less memory"
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
         self.version, lm = 0, self._model().language_model
-        if model_config.tie_word_embeddings and not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight):
-            what = "its config ties the head to the embeddings, and vLLM has read two that differ"
-            raise InputError(f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
+        tied = not model_config.tie_word_embeddings or torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight)
+        what = "its config ties the head to the embeddings, and vLLM has read two that differ"
+        need(tied, f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
         _check_what_loads(self._model())
         self.asleep = False
         if cfg.tensor_parallel > 1:
@@ -438,19 +428,20 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             for output in self.llm.step():
                 request, said = self.running[output.request_id], output.outputs[0]
-                check_expansion(output.prompt_token_ids, request.prompt)
+                if not request.ids:
+                    check_expansion(list(output.prompt_token_ids), request.prompt)
                 request.ids += said.token_ids
                 request.logprobs += [new[id].logprob for id, new in zip(said.token_ids, said.logprobs, strict=True)]
                 if output.finished:
                     if said.finish_reason not in ("stop", "length"):
                         raise RuntimeError(f"a request ended with {said.finish_reason!r}")
-                    done.append(self._end(output.request_id, said.finish_reason))
+                    done.append(self.running.pop(output.request_id).reply(said.finish_reason, self.version))
         return done
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
-        return [self._end(id, "abort") for id in ids]
+        return [self.running.pop(id).reply("abort", self.version) for id in ids]
 
     def load_weights(self, named_tensors, version: int) -> None:
         if self.running:
@@ -482,9 +473,6 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self.llm.engine_core.shutdown()  # and with it the process group
-
-    def _end(self, request_id, reason):
-        return self.running.pop(request_id).reply(reason, self.version)
 
 
 def check_expansion(got: list[int], prompt: list[int]) -> None:

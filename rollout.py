@@ -41,10 +41,6 @@ class Generate:
     sampling: Sampling
 
 
-class Aborted(Exception):
-    """Thrown into a conversation whose rollout has run out of time."""
-
-
 def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) -> int:
     """Random numbers belong to the turn of a conversation, whatever the schedule and the number of ranks."""
     text = f"{seed}/{step}/{question_id}/{sample}/{turn}"
@@ -54,39 +50,30 @@ def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) ->
 # ---------------------------------------------------------------------------------------------- one conversation
 
 
-Conversation = Generator[Generate | Call, Reply | Result, Episode]
+Conversation = Generator[Generate | Call, Reply | Result | None, Episode]
 
 
 def converse(
     question: Question, chat: Chat, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
 ) -> Conversation:
-    """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set.
-
-    template: instead of the prompt file question.txt.
-    """
+    """One conversation. Yields Generate or Call, is sent Reply or Result, or None when its rollout has run out of time;
+    returns the Episode with its `stop` set. template: instead of the prompt file question.txt."""
     episode = Episode.start(question, chat, sample, template)
     left = limits(cfg)
-    try:
-        for turn in range(cfg.max_turns):
-            text = yield from _speak(episode, cfg, step, temperature)
-            call = parse_call(text)
-            if episode.stop:
-                break
-            if call is None:
-                episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
-            elif turn + 1 == cfg.max_turns:
-                episode.stop = Stop.MAX_TURNS
-            elif left[call.tool] == 0:
-                episode.stop = Stop.TOOL_LIMIT
-            if episode.stop:
-                break
+    while not episode.stop:
+        text = yield from _speak(episode, cfg, step, temperature)
+        if episode.stop:
+            break
+        call = parse_call(text)
+        if call is None:
+            episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+        elif len(episode.turns) == cfg.max_turns:
+            episode.stop = Stop.MAX_TURNS
+        elif left[call.tool] == 0:
+            episode.stop = Stop.TOOL_LIMIT
+        else:
             left[call.tool] -= 1
-            fits = yield from _call_tool(episode, call)
-            if not fits:
-                episode.stop = Stop.MAX_TOKENS
-                break
-    except Aborted:
-        episode.stop = Stop.ABORTED
+            yield from _call_tool(episode, call)
     return episode
 
 
@@ -95,6 +82,9 @@ def _speak(episode, cfg, step, temperature):
     room = min(cfg.max_tokens_per_turn, episode.room())
     seed = turn_seed(cfg.seed, step, episode.question_id, episode.sample, len(episode.turns))
     reply = yield Generate(list(episode.tokens), list(episode.images), Sampling(temperature, room, seed))
+    if reply is None:
+        episode.stop = Stop.ABORTED
+        return ""
     episode.add_reply(reply)
     if reply.finish_reason == "abort":
         episode.stop = Stop.ABORTED
@@ -104,15 +94,17 @@ def _speak(episode, cfg, step, temperature):
 
 
 def _call_tool(episode, call, template=None):
-    """Have a call answered and append the result; False if there is no room for it."""
+    """Have a call answered and append the result; sets the episode's stop if there is no time or no room for it."""
     picture = episode.picture(call.picture)
     if call.picture and picture is None:
         result = Result("error", error=f"there is no picture {call.picture}", error_kind="bad_call")
-        return episode.add_result(call, result, template)
-    if picture and picture.data not in episode.question.images[:1]:  # that one is found by its URL, too
-        call = replace(call, image=picture.data)
-    result = yield call
-    return episode.add_result(call, result, template)
+    else:
+        found_by_url = picture and picture.data in episode.question.images[:1]
+        result = yield replace(call, image=picture.data) if picture and not found_by_url else call
+    if result is None:
+        episode.stop = Stop.ABORTED
+    elif not episode.add_result(call, result, template):
+        episode.stop = Stop.MAX_TOKENS
 
 
 def converse_always_searching(
@@ -124,22 +116,18 @@ def converse_always_searching(
     and if the model gives no query, what it says instead is searched for.
     """
     episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]))
-    try:
-        call = Call("image_search")
-        fits = episode.add_words(chat.template("pipeline_image_search"))
-        for tool in ("image_search", "text_search"):
-            if fits:
-                fits = yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
-            if not fits:
-                episode.stop = Stop.MAX_TOKENS
-                return episode
+    call = Call("image_search")
+    if not episode.add_words(chat.template("pipeline_image_search")):
+        episode.stop = Stop.MAX_TOKENS
+    for tool in ("image_search", "text_search"):
+        if not episode.stop:
+            yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
+        if not episode.stop:
             text = yield from _speak(episode, cfg, step, temperature)
-            if episode.stop:
-                return episode
-            call = Call("text_search", query_in(text) or question.text)
-        episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
-    except Aborted:
-        episode.stop = Stop.ABORTED
+        if episode.stop:
+            return episode
+        call = Call("text_search", query_in(text) or question.text)
+    episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
     return episode
 
 
@@ -223,7 +211,7 @@ class Rollout:
         """Send a conversation what it waited for, and start what it asks for next."""
         question, conversation = self.conversations[index]
         try:
-            request = conversation.throw(answer) if isinstance(answer, Aborted) else conversation.send(answer)
+            request = conversation.send(answer)
         except StopIteration as end:
             self.episodes[index] = end.value
             if self.progress:
@@ -257,7 +245,7 @@ class Rollout:
         for index in waiting:
             next(self.conversations[index][1])  # up to its first request, which is not submitted
         for index in [*self.calling.values(), *waiting]:
-            self._advance(index, Aborted())
+            self._advance(index, None)
 
     def _command(self, name, *arguments):
         """Call a method of the engine, on all ranks that share it, so that they take the same steps."""
