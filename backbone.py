@@ -79,11 +79,11 @@ VISION_SIZES = (
 
 def empty_model(config):
     """A model whose weights are yet to come: memory is reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Model(config)
     model.tie_weights()  # a tied head is left untied there
     return model
 
@@ -202,9 +202,8 @@ def pick_attention(kind: str, query: Tensor) -> str:
     """Which kernel can run: the fast ones need CUDA and a half-precision type."""
     if not query.is_cuda or query.dtype == torch.float32:
         return "segments"
-    if kind == "auto":
-        return "flash" if has_flash_attn() else "varlen"
-    return kind
+    best = "flash" if has_flash_attn() else "varlen"
+    return best if kind == "auto" else kind
 
 
 def segment_attention(query, key, value, cu_seqlens, causal, scaling):

@@ -80,7 +80,7 @@ class Engine:
 
 
 class _Request:
-    """A turn to sample, or one that is over. Raises ValueError if prompt and reply exceed max_tokens."""
+    """A turn to sample. Raises ValueError if prompt and reply exceed max_tokens."""
 
     def __init__(self, id: str, prompt: list[int], images: list[Picture], sampling: Sampling, cfg: Config):
         if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > cfg.max_tokens:
@@ -144,14 +144,14 @@ class TorchEngine(Engine):
             self._forward(batch)
         done = [r for r in self.running if r.finished]
         self.running = [r for r in self.running if not r.finished]
-        return [r.end(r.finished, self.version) for r in done]
+        return [r.reply(r.finished, self.version) for r in done]
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         ids = set(request_ids)
         gone = [r for r in [*self.running, *self.queue] if r.id in ids]
         self.running = [r for r in self.running if r.id not in ids]
         self.queue = [r for r in self.queue if r.id not in ids]
-        return [r.end("abort", self.version) for r in gone]
+        return [r.reply("abort", self.version) for r in gone]
 
     @torch.no_grad()
     def load_weights(self, named_tensors, version: int) -> None:
@@ -166,7 +166,7 @@ class TorchEngine(Engine):
         self.cache = None  # what it held is computed again when needed
 
     def _forget(self, why):
-        """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
+        """Slots in their first order (an exact rerun must see the same batches) and empty, no image features."""
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
         self.slots = dict.fromkeys(range(self.cfg.concurrency), NOBODY)  # who has each, least recently used first
@@ -279,11 +279,11 @@ class _TorchRequest(_Request):
         elif len(self.ids) == self.sampling.max_tokens:
             self.finished = "length"
 
-    def end(self, reason, version):
+    def reply(self, reason, version):
         self.finished = reason
         if self.ids:  # else an error came first: the slot does not hold the prompt
             self.held = (self.prompt + self.ids)[: self.length]
-        return self.reply(reason, version)
+        return super().reply(reason, version)
 
 
 NOBODY = SimpleNamespace(held=[], images=[], finished="never there")
@@ -428,8 +428,9 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             for output in self.llm.step():
                 request, said = self.running[output.request_id], output.outputs[0]
-                if not request.ids:
-                    check_expansion(list(output.prompt_token_ids), request.prompt)
+                if not request.ids and list(output.prompt_token_ids) != request.prompt:
+                    what = f"a prompt of {len(request.prompt)} ids became {len(output.prompt_token_ids)} others"
+                    raise RuntimeError(f"{what}: its image processor resizes other than chat.py")
                 request.ids += said.token_ids
                 request.logprobs += [new[id].logprob for id, new in zip(said.token_ids, said.logprobs, strict=True)]
                 if output.finished:
@@ -451,9 +452,9 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             weights = dict(weights_iterator=complete(named_tensors, self.names))
             self.llm.collective_rpc("reload_weights", kwargs=weights)
-        model = self._model()
-        head = model.language_model.lm_head
-        if self.device.type == "cpu" and head.weight is model.language_model.model.embed_tokens.weight:
+        text = self._model().language_model
+        head = text.lm_head
+        if self.device.type == "cpu" and head.weight is text.model.embed_tokens.weight:
             head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
@@ -473,14 +474,6 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self.llm.engine_core.shutdown()  # and with it the process group
-
-
-def check_expansion(got: list[int], prompt: list[int]) -> None:
-    """Raise RuntimeError if vLLM has expanded the images of a prompt to other ids than the episode has."""
-    if got != prompt:
-        at = next((i for i, (a, b) in enumerate(zip(got, prompt, strict=False)) if a != b), "their ends")
-        what = f"a prompt was expanded to {len(got)} ids, the episode has {len(prompt)}; they differ at {at}"
-        raise RuntimeError(f"{what}: its image processor resizes other than chat.py")
 
 
 @contextmanager

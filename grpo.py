@@ -115,7 +115,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
     k1's gradient is grad logp, whose expectation over the policy's own tokens is zero: in a loss it only adds noise.
     k3's value is clamped to [-10, 10]; a token beyond (d > 2.6 or d < -11) has no gradient.
-    logp[S], ref_logp[S]: float32. Returns [S]. Raises ValueError for another kind.
+    logp[S], ref_logp[S]: float32. Returns [S].
     """
     _check_shapes(logp=logp, ref_logp=ref_logp)
     d = ref_logp.detach() - logp
@@ -132,11 +132,11 @@ def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None, b
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
-    counted. kind: "tokens", all tokens of all sequences weigh the same, or "sequence", the mean over sequences of the
-    mean over a sequence's tokens (arXiv 2402.03300, eq. 3), or "constant", the mean over sequences of the sum of tokens
-    over `budget`, the tokens a sequence may have: a long wrong answer does not weigh less a token (Dr. GRPO, arXiv
-    2503.20783, section 3.2). Raises ValueError for another kind.
-    keep[S]: bool; a token without it has weight 0 and is as if it were not there: it is not counted, either.
+    counted. keep[S]: bool; a token without it has weight 0 and is not counted, either. kind: the loss is
+        tokens    the mean over all tokens of all sequences
+        sequence  the mean over sequences of the mean over a sequence's tokens (arXiv 2402.03300, eq. 3)
+        constant  the mean over sequences of the sum of tokens over `budget`, the tokens a sequence may have: a long
+                  wrong answer does not weigh less a token (Dr. GRPO, arXiv 2503.20783, section 3.2)
     Returns weights float32 [S] and count float32 0-d.
 
         sequence_ids  5 5 5 8          "tokens"    weights 1   1   1   1    count 4

@@ -118,9 +118,7 @@ def all_max(value: float, device) -> float:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
-def load_policy(
-    folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False, like=None
-):  # fmt: skip
+def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable=True, offload=False, like=None):
     """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
@@ -210,8 +208,7 @@ def full_weights(model, dtype: torch.dtype | None = None):
 
 @dataclass
 class PackedBatch:
-    """Episodes packed one behind the other (see the top of the file), and what the loss needs to know of them. Tensors
-    are on the CPU until `to`."""
+    """Episodes one behind the other (see the top of the file) and what the loss needs; on the CPU until `to`."""
 
     episodes: list[Episode]
     ids: Tensor  # long [T]
@@ -242,11 +239,9 @@ class PackedBatch:
 
 
 def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
-    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet.
-    advantages: one for each episode (default: 0).
-
-    A batch is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode that is longer.
-    """
+    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet. A
+    batch is as long as what is in it: next-fit wastes nothing. advantages: one for each episode (default: 0). Raises
+    ValueError for an episode that is longer."""
     batches, room = [], 0
     for episode, advantage in zip(episodes, advantages or [0.0] * len(episodes), strict=True):
         length = len(episode.tokens)
@@ -262,8 +257,7 @@ def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages
 
 
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
-    """One batch. Without episodes it still runs the whole model, with a loss of zero: FSDP's collectives need all
-    ranks."""
+    """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
     ids, sampled, logprobs, positions, lengths = [], [], [], [], []
     first_row, pixels, grids, features = {}, [], [], []
     rows = 0  # of the vision tower's output
@@ -353,8 +347,7 @@ class HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        """With z the tempered logits: d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j +
-        entropy)."""
+        """z: tempered logits. d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j + entropy)"""
         hidden, weight, target, banned, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for part in chunks(len(target), weight):

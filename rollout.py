@@ -285,15 +285,13 @@ class ScriptedEngine(Engine):
         self.queue.append((request_id, prompt, images, sampling))
 
     def step(self):
-        replies = []
-        for request_id, prompt, images, sampling in self.queue:
-            text = self.script(self.chat.show(prompt), images, sampling)
-            ids = [*self.chat.encode(text), self.chat.im_end]
-            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
-            ids = ids[: sampling.max_tokens]
-            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
-        self.queue = []
-        return replies
+        requests, self.queue = self.queue, []
+        return [self._reply(*request) for request in requests]
+
+    def _reply(self, request_id, prompt, images, sampling):
+        ids = [*self.chat.encode(self.script(self.chat.show(prompt), images, sampling)), self.chat.im_end]
+        reason, ids = "stop" if len(ids) <= sampling.max_tokens else "length", ids[: sampling.max_tokens]
+        return Reply(request_id, ids, [0.0] * len(ids), reason, 0)
 
     def abort(self, request_ids):
         gone = [request for request in self.queue if request[0] in request_ids]
@@ -386,11 +384,8 @@ FEW_FAILURES = 5  # by themselves no reason to stop
 def check_calls(episodes: list[Episode], device) -> None:
     """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's searches failed, and more than a few.
     What the model asked wrongly is not counted."""
-    kinds = Counter()
-    for episode in episodes:
-        for call, result in episode.calls:
-            if TOOLS[call.tool].answer is ask_search and result.error_kind != "bad_call":
-                kinds[result.error_kind] += 1
+    searches = [r for e in episodes for call, r in e.calls if TOOLS[call.tool].answer is ask_search]
+    kinds = Counter(r.error_kind for r in searches if r.error_kind != "bad_call")
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
     calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
     if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:
