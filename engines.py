@@ -181,6 +181,7 @@ class TorchEngine(Engine):
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.pop(0)
+            positions = rope_positions(request.prompt, request.images, self.chat, self.model)
             held = {slot: len(self.slots[slot].held) for slot in free}
             fits = [slot for slot in free if request.begins_with(self.slots[slot])]
             slot = max(fits, key=held.get) if fits else next((slot for slot in free if not held[slot]), free[0])
@@ -189,7 +190,7 @@ class TorchEngine(Engine):
             self.slots[slot], request.slot = request, slot
             if fits:  # something must be run to predict from
                 request.length, request.seen = min(held[slot], len(request.prompt) - 1), len(last.images)
-            self.cache.expect(slot, rope_positions(request.prompt, request.images, self.chat, self.model))
+            self.cache.expect(slot, positions)
             new = len(request.prompt) - request.length
             width = max(width, new)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
@@ -227,8 +228,7 @@ class TorchEngine(Engine):
             pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
             features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
-            sizes = [p.tokens for p in missing.values()]
-            self.features.update(zip(missing, features.split(sizes), strict=True))
+            self.features |= zip(missing, features.split([p.tokens for p in missing.values()]), strict=True)
         embeds = self.model.model.language_model.embed_tokens(ids)
         if pictures:
             embeds[ids == self.chat.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)

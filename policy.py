@@ -258,10 +258,10 @@ def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages
 
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
     """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
-    ids, sampled, logprobs, positions, lengths = [], [], [], [], []
     first_row, pixels, grids, features = {}, [], [], []
     rows = 0  # of the vision tower's output
     for episode in episodes:
+        start = len(features)
         for picture in episode.images:
             if picture.key not in first_row:
                 first_row[picture.key] = rows
@@ -269,24 +269,21 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             features += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
-        ids += episode.tokens
-        sampled += episode.sampled
-        logprobs += episode.logprobs
-        lengths.append(len(episode.tokens))
-        if ids.count(chat.image_pad) != len(features):
-            raise ValueError(f"{episode.name}: {ids.count(chat.image_pad)} placeholders, {len(features)} vision tokens")
-        positions.append(backbone.rope_positions(episode.tokens, episode.images, chat, model))
-    if not episodes:
-        ids, sampled, logprobs, lengths = [chat.im_end], [False], [0.0], [1]
-        positions = [torch.zeros(3, 1, dtype=torch.long)]
+        places, filled = episode.tokens.count(chat.image_pad), len(features) - start
+        if places != filled:
+            raise ValueError(f"{episode.name}: {places} placeholders, {filled} vision tokens")
     if not pixels:  # the vision tower always runs
         pixels, grids = backbone.blank_image(chat)
-    ids, sampled = torch.tensor(ids), torch.tensor(sampled).nonzero()[:, 0]
+    positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
+    lengths = [len(e.tokens) for e in episodes] or [1]
+    ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
+    sampled = torch.tensor([s for e in episodes for s in e.sampled]).nonzero()[:, 0]
+    logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[sampled]
     return PackedBatch(
-        episodes=list(episodes),
+        episodes=episodes,
         ids=ids,
-        positions=torch.cat(positions, 1),
+        positions=torch.cat(positions or [torch.zeros(3, 1, dtype=torch.long)], 1),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         longest=max(lengths),
         pixels=torch.cat(pixels),
@@ -296,7 +293,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
         predict=sampled - 1,
         target=ids[sampled],
         sequence=sequence,
-        sampler_logp=torch.tensor(logprobs)[sampled],
+        sampler_logp=logprobs[sampled],
         advantage=torch.tensor(advantages, dtype=torch.float32)[sequence],
     )
 

@@ -153,7 +153,7 @@ class Rollout:
 
     def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False):
         self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
-        self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and the clock
+        self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
     def run(
