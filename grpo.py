@@ -115,7 +115,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
     k1's gradient is grad logp, whose expectation over the policy's own tokens is zero: in a loss it only adds noise.
     k3's value is clamped to [-10, 10]; a token beyond (d > 2.6 or d < -11) has no gradient.
-    logp[S], ref_logp[S]: float32. Returns [S]. Raises ValueError for another kind.
+    logp[S], ref_logp[S]: float32. Returns [S].
     """
     _check_shapes(logp=logp, ref_logp=ref_logp)
     d = ref_logp.detach() - logp
@@ -132,11 +132,11 @@ def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None, b
     """What each token's loss is multiplied by, and what this micro-batch adds to the global denominator.
 
     sequence_ids[S]: integers, in any order. A sequence must lie whole in the call; one without a sampled token is not
-    counted. kind: "tokens", all tokens of all sequences weigh the same, or "sequence", the mean over sequences of the
-    mean over a sequence's tokens (arXiv 2402.03300, eq. 3), or "constant", the mean over sequences of the sum of tokens
-    over `budget`, the tokens a sequence may have: a long wrong answer does not weigh less a token (Dr. GRPO, arXiv
-    2503.20783, section 3.2). Raises ValueError for another kind.
-    keep[S]: bool; a token without it has weight 0 and is as if it were not there: it is not counted, either.
+    counted. keep[S]: bool; a token without it has weight 0 and is not counted, either. kind: the loss is
+        tokens    the mean over all tokens of all sequences
+        sequence  the mean over sequences of the mean over a sequence's tokens (arXiv 2402.03300, eq. 3)
+        constant  the mean over sequences of the sum of tokens over `budget`, the tokens a sequence may have: a long
+                  wrong answer does not weigh less a token (Dr. GRPO, arXiv 2503.20783, section 3.2)
     Returns weights float32 [S] and count float32 0-d.
 
         sequence_ids  5 5 5 8          "tokens"    weights 1   1   1   1    count 4
@@ -186,17 +186,14 @@ def trusted_sequences(old_logp: Tensor, sampler_logp: Tensor, sequence_ids: Tens
 def mismatch(logp: Tensor, sampler_logp: Tensor) -> dict[str, Tensor]:
     """How far the trainer's log-probabilities of the sampled tokens are from those the sampler reported.
 
-    logp[S], sampler_logp[S]: float32. Returns 0-d tensors; the sums are to be added up and divided by `tokens`, the
-    maximum to be reduced by a maximum:
+    logp[S], sampler_logp[S]: float32. Returns sums, 0-d, to be added up and divided by `tokens`:
         tokens   S
-        abs_sum  sum of |logp - sampler_logp|
-        abs_max  largest of them; 0 where there is no token
-        k3_sum   sum of the k3 estimate of KL(sampler || trainer)
+        abs_sum  |logp - sampler_logp|
+        k3_sum   k3 estimate of KL(sampler || trainer)
     """
     _check_shapes(logp=logp, sampler_logp=sampler_logp)
     gap = logp - sampler_logp
-    largest = gap.abs().max() if gap.numel() else gap.new_zeros(())
-    return {"tokens": _count(logp), "abs_sum": gap.abs().sum(), "abs_max": largest, "k3_sum": _k3(gap).sum()}
+    return {"tokens": _count(logp), "abs_sum": gap.abs().sum(), "k3_sum": _k3(gap).sum()}
 
 
 def _k3(d: Tensor) -> Tensor:

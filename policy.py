@@ -19,7 +19,6 @@ C vision tokens (merged patches), D head dimension.
 
 import math
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from torch import Tensor
 
 import backbone
 from chat import Chat, Episode
-from config import Config, InputError
+from config import Config, need
 from grpo import token_weights
 
 # Logits that exist at one time, in each of two forms: 110 or 882 tokens of a vocabulary of 152,064. On a GPU the
@@ -49,8 +48,7 @@ HEAD_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 def init_distributed(cfg: Config) -> torch.device:
     """Join the process group that torchrun describes (or one of a single process); returns this rank's device."""
     use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise InputError("device=cuda: this machine has no CUDA device that torch can use")
+    need(not use_cuda or torch.cuda.is_available(), "device=cuda: this machine has no CUDA device that torch can use")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -68,19 +66,18 @@ def init_distributed(cfg: Config) -> torch.device:
         where = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cuda:nccl,cpu:gloo" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **where)
-    if cfg.shard_size and dist.get_world_size() % cfg.shard_size:
-        raise InputError(f"shard_size={cfg.shard_size} does not divide the {dist.get_world_size()} ranks")
-    if dist.get_world_size() % cfg.tensor_parallel:
-        raise InputError(f"tensor_parallel={cfg.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
+    for name in ("shard_size", "tensor_parallel"):
+        size, ranks = getattr(cfg, name) or 1, dist.get_world_size()
+        need(ranks % size == 0, f"{name}={size} does not divide the {ranks} ranks")
     return device
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
     """Whether a run with these options is repeated to the bit: the clock, the web and vLLM's batches never are."""
-    if cfg.deterministic is None:
-        repeatable = cfg.engine == "torch" and not cfg.search_url and cfg.search in ("offline", "replay")
-        return device.type == "cpu" and repeatable and not cfg.rollout_deadline
-    return cfg.deterministic
+    if cfg.deterministic is not None:
+        return cfg.deterministic
+    repeatable = cfg.engine == "torch" and not cfg.search_url and cfg.search in ("offline", "replay")
+    return device.type == "cpu" and repeatable and not cfg.rollout_deadline
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -104,14 +101,12 @@ def all_gather(items: list) -> list:
 
 def all_to_all(outbox: list[list]) -> list[list]:
     """outbox[r]: picklable objects for rank r. Returns what each rank had for this one. All ranks must call it."""
-    sent = [torch.frombuffer(bytearray(pickle.dumps(objects)), dtype=torch.uint8) for objects in outbox]
-    sizes = [len(data) for data in sent]
-    all_sizes = [None] * dist.get_world_size()
-    dist.all_gather_object(all_sizes, sizes)
-    incoming = [theirs[dist.get_rank()] for theirs in all_sizes]
-    received = torch.empty(sum(incoming), dtype=torch.uint8)
-    dist.all_to_all_single(received, torch.cat(sent), incoming, sizes)
-    return [pickle.loads(part.numpy().tobytes()) for part in received.split(incoming)]
+    inbox = []
+    for source in range(dist.get_world_size()):
+        box = [None]
+        dist.scatter_object_list(box, outbox, source)
+        inbox += box
+    return inbox
 
 
 def all_max(value: float, device) -> float:
@@ -123,9 +118,7 @@ def all_max(value: float, device) -> float:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
-def load_policy(
-    folder: str | Path, chat: Chat, cfg: Config, device, *, trainable: bool = True, offload: bool = False, like=None
-):  # fmt: skip
+def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable=True, offload=False, like=None):
     """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32.
 
     Rank 0 reads the weights and the others receive their shards from it, so that a node needs one copy of them in
@@ -155,14 +148,13 @@ def load_policy(
 
 def prepare(model, chat: Chat, cfg: Config) -> None:
     """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
-    if cfg.attention == "flash" and not backbone.has_flash_attn():
-        raise InputError("attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
+    available = cfg.attention != "flash" or backbone.has_flash_attn()
+    need(available, "attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
     backbone.register_attention(cfg.attention)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = backbone.ATTENTION
     model.config.use_cache, vocabulary = False, model.config.text_config.vocab_size
-    if len(chat) > vocabulary:
-        raise InputError(f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
+    need(len(chat) <= vocabulary, f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
     model.banned_ids = torch.zeros(vocabulary, dtype=torch.bool)
     model.banned_ids[chat.banned_ids(vocabulary)] = True
     model.packed_logprobs = MethodType(packed_logprobs, model)
@@ -171,8 +163,7 @@ def prepare(model, chat: Chat, cfg: Config) -> None:
 
 
 def shard(model, cfg: Config, device, offload: bool = False) -> None:
-    """FSDP2 from outside: each decoder layer and vision block is a unit, the rest (embedding, head, merger) the
-    root's."""
+    """FSDP2 from outside: each of `backbone.blocks` is a unit, the rest (embedding, head, merger) the root's."""
     from torch.distributed import fsdp
 
     world, size = dist.get_world_size(), cfg.shard_size or dist.get_world_size()
@@ -217,8 +208,7 @@ def full_weights(model, dtype: torch.dtype | None = None):
 
 @dataclass
 class PackedBatch:
-    """Episodes packed one behind the other (see the top of the file), and what the loss needs to know of them. Tensors
-    are on the CPU until `to`."""
+    """Episodes one behind the other (see the top of the file) and what the loss needs; on the CPU until `to`."""
 
     episodes: list[Episode]
     ids: Tensor  # long [T]
@@ -249,33 +239,29 @@ class PackedBatch:
 
 
 def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
-    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet.
-    advantages: one for each episode (default: 0).
-
-    A batch is as long as what is in it, so next-fit wastes nothing. Raises ValueError for an episode that is longer.
-    """
-    advantages = advantages or [0.0] * len(episodes)
-    batches, start, size = [], 0, 0
-    for index, episode in enumerate(episodes):
+    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet. A
+    batch is as long as what is in it: next-fit wastes nothing. advantages: one for each episode (default: 0). Raises
+    ValueError for an episode that is longer."""
+    batches, room = [], 0
+    for episode, advantage in zip(episodes, advantages or [0.0] * len(episodes), strict=True):
         length = len(episode.tokens)
         if length > max_tokens:
             raise ValueError(f"an episode of {length} tokens does not fit a batch of {max_tokens}")
-        if size + length > max_tokens:
-            batches.append(pack_batch(episodes[start:index], advantages[start:index], chat, model))
-            start, size = index, 0
-        size += length
-    if episodes:
-        batches.append(pack_batch(episodes[start:], advantages[start:], chat, model))
-    return batches
+        if length > room:
+            batches.append(([], []))
+            room = max_tokens
+        batches[-1][0].append(episode)
+        batches[-1][1].append(advantage)
+        room -= length
+    return [pack_batch(*batch, chat, model) for batch in batches]
 
 
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
-    """One batch. Without episodes it still runs the whole model, with a loss of zero: FSDP's collectives need all
-    ranks."""
-    ids, sampled, logprobs, positions, lengths = [], [], [], [], []
+    """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
     first_row, pixels, grids, features = {}, [], [], []
     rows = 0  # of the vision tower's output
     for episode in episodes:
+        start = len(features)
         for picture in episode.images:
             if picture.key not in first_row:
                 first_row[picture.key] = rows
@@ -283,24 +269,21 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             features += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
-        ids += episode.tokens
-        sampled += episode.sampled
-        logprobs += episode.logprobs
-        lengths.append(len(episode.tokens))
-        if ids.count(chat.image_pad) != len(features):
-            raise ValueError(f"{episode.name}: {ids.count(chat.image_pad)} placeholders, {len(features)} vision tokens")
-        positions.append(backbone.rope_positions(episode.tokens, episode.images, chat, model))
-    if not episodes:
-        ids, sampled, logprobs, lengths = [chat.im_end], [False], [0.0], [1]
-        positions = [torch.zeros(3, 1, dtype=torch.long)]
+        places, filled = episode.tokens.count(chat.image_pad), len(features) - start
+        if places != filled:
+            raise ValueError(f"{episode.name}: {places} placeholders, {filled} vision tokens")
     if not pixels:  # the vision tower always runs
         pixels, grids = backbone.blank_image(chat)
-    ids, sampled = torch.tensor(ids), torch.tensor(sampled).nonzero()[:, 0]
+    positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
+    lengths = [len(e.tokens) for e in episodes] or [1]
+    ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
+    sampled = torch.tensor([s for e in episodes for s in e.sampled]).nonzero()[:, 0]
+    logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[sampled]
     return PackedBatch(
-        episodes=list(episodes),
+        episodes=episodes,
         ids=ids,
-        positions=torch.cat(positions, 1),
+        positions=torch.cat(positions or [torch.zeros(3, 1, dtype=torch.long)], 1),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         longest=max(lengths),
         pixels=torch.cat(pixels),
@@ -310,7 +293,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
         predict=sampled - 1,
         target=ids[sampled],
         sequence=sequence,
-        sampler_logp=torch.tensor(logprobs)[sampled],
+        sampler_logp=logprobs[sampled],
         advantage=torch.tensor(advantages, dtype=torch.float32)[sequence],
     )
 
@@ -361,8 +344,7 @@ class HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        """With z the tempered logits: d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j +
-        entropy)."""
+        """z: tempered logits. d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j + entropy)"""
         hidden, weight, target, banned, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for part in chunks(len(target), weight):
@@ -370,11 +352,10 @@ class HeadLogProbs(torch.autograd.Function):
             g = grad_logp[part, None]
             if ctx.entropy_grad:
                 all_logp.index_fill_(1, banned, 0.0).add_(entropy[part, None])
-                p *= all_logp.mul_(grad_entropy[part, None]).add_(g)
-            else:
-                p *= g
-            del all_logp
-            p[torch.arange(len(p), device=p.device), target[part]] -= g[:, 0]
+                g = all_logp.mul_(grad_entropy[part, None]).add_(g)
+            p *= g
+            del all_logp, g
+            p[torch.arange(len(p), device=p.device), target[part]] -= grad_logp[part]
             grad = p.div_(-ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             grad_weight.addmm_(grad.T, hidden[part])
@@ -383,8 +364,7 @@ class HeadLogProbs(torch.autograd.Function):
 
 
 def chunks(tokens: int, weight: Tensor) -> list[slice]:
-    """Slices of so many of `tokens` tokens that their logits, by the head's weight [V, H], are no more than
-    HEAD_LOGITS."""
+    """Slices of `tokens` tokens with at most HEAD_LOGITS logits each, by the head's weight [V, H]."""
     size = max(1, HEAD_LOGITS[weight.device.type] // len(weight))
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
@@ -423,6 +403,20 @@ def adamw(model, cfg: Config, device) -> torch.optim.AdamW:
         [p for p in model.parameters() if p.requires_grad], cfg.lr, betas=(0.9, cfg.adam_beta2),
         weight_decay=cfg.weight_decay, fused=device.type == "cuda" or None,
     )  # fmt: skip
+
+
+SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learning rate has fallen half-way
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """The rate at a step, counted from 0."""
+    low, rest = cfg.min_lr_factor, 1 - cfg.min_lr_factor
+    factor = {
+        "constant": 1.0,
+        "cosine": low + rest * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(cfg.steps, 1)))),
+        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - SIGMOID_MIDPOINT) / (0.1 * SIGMOID_MIDPOINT)))),
+    }[cfg.schedule]
+    return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
 
 
 class NonFinite(RuntimeError):

@@ -6,11 +6,12 @@ finished turns to their conversations, answers calls on a thread pool and feeds 
 slow search delays only its own conversation.
 
 Training, validation, eval.py and its single questions all go through `Rollout.run`. Where several ranks share one
-tensor-parallel vLLM, the first of them has the conversations (`Leader`) and the others repeat its commands (`follow`).
+tensor-parallel vLLM, the first of them has the conversations and the others repeat its commands to the engine.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import time
 from collections import Counter, deque
@@ -40,10 +41,6 @@ class Generate:
     sampling: Sampling
 
 
-class Aborted(Exception):
-    """Thrown into a conversation whose rollout has run out of time."""
-
-
 def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) -> int:
     """Random numbers belong to the turn of a conversation, whatever the schedule and the number of ranks."""
     text = f"{seed}/{step}/{question_id}/{sample}/{turn}"
@@ -53,46 +50,30 @@ def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) ->
 # ---------------------------------------------------------------------------------------------- one conversation
 
 
-Conversation = Generator[Generate | Call, Reply | Result, Episode]
+Conversation = Generator[Generate | Call, Reply | Result | None, Episode]
 
 
 def converse(
-    question: Question,
-    chat: Chat,
-    cfg: Config,
-    *,
-    sample: int = 0,
-    step: int = 0,
-    temperature: float = 1.0,
-    template: str | None = None,
+    question: Question, chat: Chat, cfg: Config, *, sample=0, step=0, temperature=1.0, template: str | None = None
 ) -> Conversation:
-    """One conversation. Yields Generate or Call, is sent Reply or Result, returns the Episode with its `stop` set.
-
-    template: instead of the prompt file question.txt.
-    """
+    """One conversation. Yields Generate or Call, is sent Reply or Result, or None when its rollout has run out of time;
+    returns the Episode with its `stop` set. template: instead of the prompt file question.txt."""
     episode = Episode.start(question, chat, sample, template)
     left = limits(cfg)
-    try:
-        for turn in range(cfg.max_turns):
-            text = yield from _speak(episode, cfg, step, temperature)
-            call = parse_call(text)
-            if episode.stop:
-                break
-            if call is None:
-                episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
-            elif turn + 1 == cfg.max_turns:
-                episode.stop = Stop.MAX_TURNS
-            elif left[call.tool] == 0:
-                episode.stop = Stop.TOOL_LIMIT
-            if episode.stop:
-                break
+    while not episode.stop:
+        text = yield from _speak(episode, cfg, step, temperature)
+        if episode.stop:
+            break
+        call = parse_call(text)
+        if call is None:
+            episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+        elif len(episode.turns) == cfg.max_turns:
+            episode.stop = Stop.MAX_TURNS
+        elif left[call.tool] == 0:
+            episode.stop = Stop.TOOL_LIMIT
+        else:
             left[call.tool] -= 1
-            fits = yield from _call_tool(episode, call)
-            if not fits:
-                episode.stop = Stop.MAX_TOKENS
-                break
-    except Aborted:
-        episode.stop = Stop.ABORTED
+            yield from _call_tool(episode, call)
     return episode
 
 
@@ -101,6 +82,9 @@ def _speak(episode, cfg, step, temperature):
     room = min(cfg.max_tokens_per_turn, episode.room())
     seed = turn_seed(cfg.seed, step, episode.question_id, episode.sample, len(episode.turns))
     reply = yield Generate(list(episode.tokens), list(episode.images), Sampling(temperature, room, seed))
+    if reply is None:
+        episode.stop = Stop.ABORTED
+        return ""
     episode.add_reply(reply)
     if reply.finish_reason == "abort":
         episode.stop = Stop.ABORTED
@@ -110,19 +94,21 @@ def _speak(episode, cfg, step, temperature):
 
 
 def _call_tool(episode, call, template=None):
-    """Have a call answered and append the result; False if there is no room for it."""
+    """Have a call answered and append the result; sets the episode's stop if there is no time or no room for it."""
     picture = episode.picture(call.picture)
     if call.picture and picture is None:
         result = Result("error", error=f"there is no picture {call.picture}", error_kind="bad_call")
-        return episode.add_result(call, result, template)
-    if picture and picture.data not in episode.question.images[:1]:  # that one is found by its URL, too
-        call = replace(call, image=picture.data)
-    result = yield call
-    return episode.add_result(call, result, template)
+    else:
+        found_by_url = picture and picture.data in episode.question.images[:1]
+        result = yield replace(call, image=picture.data) if picture and not found_by_url else call
+    if result is None:
+        episode.stop = Stop.ABORTED
+    elif not episode.add_result(call, result, template):
+        episode.stop = Stop.MAX_TOKENS
 
 
 def converse_always_searching(
-    question: Question, chat: Chat, cfg: Config, *, sample: int = 0, step: int = 0, temperature: float = 1.0
+    question: Question, chat: Chat, cfg: Config, *, sample=0, step=0, temperature=1.0
 ) -> Conversation:
     """The baseline of MMSearch-R1's authors: whatever the question, an image search, a text search, then the answer.
 
@@ -130,22 +116,18 @@ def converse_always_searching(
     and if the model gives no query, what it says instead is searched for.
     """
     episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]))
-    try:
-        call = Call("image_search")
-        fits = episode.add_words(chat.template("pipeline_image_search"))
-        for tool in ("image_search", "text_search"):
-            if fits:
-                fits = yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
-            if not fits:
-                episode.stop = Stop.MAX_TOKENS
-                return episode
+    call = Call("image_search")
+    if not episode.add_words(chat.template("pipeline_image_search")):
+        episode.stop = Stop.MAX_TOKENS
+    for tool in ("image_search", "text_search"):
+        if not episode.stop:
+            yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
+        if not episode.stop:
             text = yield from _speak(episode, cfg, step, temperature)
-            if episode.stop:
-                return episode
-            call = Call("text_search", query_in(text) or question.text)
-        episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
-    except Aborted:
-        episode.stop = Stop.ABORTED
+        if episode.stop:
+            return episode
+        call = Call("text_search", query_in(text) or question.text)
+    episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
     return episode
 
 
@@ -162,7 +144,7 @@ def query_in(text: str) -> str:
 
 
 class Rollout:
-    """Runs conversations with an engine and a search; where ranks share an engine, the first of them has them all.
+    """Runs conversations with an engine and a search. Each waits for the engine (`generating`) or a tool (`calling`).
 
     search: anything with search(call, question) -> Result. ordered: calls are answered beside one engine step, which is
     then followed by all their results in request order, so that the engine sees the same batches each time (exact
@@ -171,44 +153,115 @@ class Rollout:
 
     def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False):
         self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
+        self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
     def run(
-        self,
-        questions: list[Question],
-        *,
-        samples: int = 1,
-        step: int = 0,
-        temperature: float = 1.0,
-        mode: str = "agent",
-        progress: Callable[[Episode], None] = lambda episode: None,
+        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None
     ) -> list[Episode]:
         """`samples` conversations about each question; episodes come back question by question, sample by sample.
 
         mode: agent (tools on demand), direct (one turn, no tool is offered), pipeline (always both searches).
         progress(episode) is called at the end of each conversation. Ranks that follow another's engine get none.
         """
-        engine, cfg, talk = self.engine, self.cfg, converse
-        group = getattr(engine, "group", None)
-        if group and dist.get_rank(group):
-            follow(engine, group)
+        if self.group and dist.get_rank(self.group):
+            self._follow()
             return []
+        cfg, talk = self.cfg, converse
         if mode == "pipeline":
             talk = converse_always_searching
         if mode == "direct":
             cfg = replace(cfg, max_turns=1)
             talk = partial(converse, template=self.chat.template(FIRST_PROMPTS[mode]))
-        conversations = []
+        self.conversations = []
         for question in questions:
             for sample in range(samples):
                 conversation = talk(question, self.chat, cfg, sample=sample, step=step, temperature=temperature)
-                conversations.append((question, conversation))
-        driver = _Driver(Leader(engine, group) if group else engine, self.search, self.ordered, cfg, progress)
+                self.conversations.append((question, conversation))
+        self.generating: dict[str, int] = {}
+        self.calling: dict[Future, int] = {}
+        self.due: list[Future] = []  # ordered: the calls that are to be answered next
+        self.episodes: dict[int, Episode] = {}
+        self.progress, self.names, self.waited = progress, map(str, itertools.count()), 0.0
+        self.pool = ThreadPoolExecutor(cfg.tool_threads)
         try:
-            return driver.run(conversations)
+            self._drive()
         finally:
-            self.waited = driver.waited
-            driver.close()
+            self.pool.shutdown(wait=False, cancel_futures=True)  # a tool that hangs must not hold up the others
+            self._command("abort", list(self.generating))  # Ctrl-C or an error: leave the engine empty
+            if self.group:
+                dist.broadcast_object_list([None], group_src=0, group=self.group)  # the others leave `_follow`
+        return [self.episodes[index] for index in range(len(self.conversations))]
+
+    def _drive(self):
+        deadline = time.monotonic() + (self.cfg.rollout_deadline or 1e9)
+        waiting = deque(range(len(self.conversations)))
+        while waiting or self.generating or self.calling:
+            if time.monotonic() > deadline:
+                return self._abort(waiting)
+            while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
+                self._advance(waiting.popleft(), None)
+            if self.generating:
+                for reply in self._command("step"):
+                    self._advance(self.generating.pop(reply.request_id), reply)
+            if self.calling:
+                self._collect(deadline)
+
+    def _advance(self, index, answer):
+        """Send a conversation what it waited for, and start what it asks for next."""
+        question, conversation = self.conversations[index]
+        try:
+            request = conversation.send(answer)
+        except StopIteration as end:
+            self.episodes[index] = end.value
+            if self.progress:
+                self.progress(end.value)
+            return
+        if isinstance(request, Call):
+            self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
+        else:
+            name = next(self.names)
+            self.generating[name] = index
+            self._command("submit", name, request.prompt, request.images, request.sampling)
+
+    def _collect(self, deadline):
+        """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
+        started = time.monotonic()
+        patience = max(0.0, deadline - started)
+        if self.ordered:
+            due = self.due if self.generating else self.calling
+            done, _ = wait(due, patience)
+            self.due = [future for future in self.calling if future not in done]
+        else:
+            done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
+        self.waited += time.monotonic() - started
+        for future in [f for f in self.calling if f in done]:  # in the order of their submission
+            self._advance(self.calling.pop(future), future.result())
+
+    def _abort(self, waiting):
+        """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
+        for reply in self._command("abort", list(self.generating)):
+            self._advance(self.generating.pop(reply.request_id), reply)
+        for index in waiting:
+            next(self.conversations[index][1])  # up to its first request, which is not submitted
+        for index in [*self.calling.values(), *waiting]:
+            self._advance(index, None)
+
+    def _command(self, name, *arguments):
+        """Call a method of the engine, on all ranks that share it, so that they take the same steps."""
+        if self.group:
+            dist.broadcast_object_list([(name, arguments)], group_src=0, group=self.group)
+        return getattr(self.engine, name)(*arguments)
+
+    def _follow(self):
+        """Execute what the group's first rank commands, until its rollout is over."""
+        while True:
+            box = [None]
+            dist.broadcast_object_list(box, group_src=0, group=self.group)
+            if box[0] is None:
+                return
+            name, arguments = box[0]
+            getattr(self.engine, name)(*arguments)
 
 
 def run(questions: list[Question], engine, search, chat: Chat, cfg: Config, *, ordered=False, **how) -> list[Episode]:
@@ -222,132 +275,6 @@ def share(items: list, cfg: Config) -> list:
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
 
 
-class _Driver:
-    """The loop of `Rollout.run`: conversations wait for the engine (`generating`) or for a tool (`calling`)."""
-
-    def __init__(self, engine, search, ordered, cfg, progress):
-        self.engine, self.search, self.ordered, self.cfg, self.progress = engine, search, ordered, cfg, progress
-        self.pool = ThreadPoolExecutor(cfg.tool_threads)
-        self.generating: dict[str, int] = {}
-        self.calling: dict[Future, int] = {}
-        self.due: list[Future] = []  # ordered: the calls that are to be answered next
-        self.episodes: dict[int, Episode] = {}
-        self.requests, self.waited = 0, 0.0
-
-    def run(self, conversations):
-        self.conversations = conversations
-        deadline = time.monotonic() + self.cfg.rollout_deadline if self.cfg.rollout_deadline else None
-        waiting = deque(range(len(conversations)))
-        while waiting or self.generating or self.calling:
-            if deadline and time.monotonic() > deadline:
-                self.abort(waiting)
-                break
-            while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
-                self.advance(waiting.popleft(), None)
-            if self.generating:
-                for reply in self.engine.step():
-                    self.advance(self.generating.pop(reply.request_id), reply)
-            self.collect(deadline)
-        return [self.episodes[index] for index in range(len(conversations))]
-
-    def advance(self, index, answer):
-        """Send a conversation what it waited for, and start what it asks for next."""
-        question, conversation = self.conversations[index]
-        try:
-            request = conversation.throw(answer) if isinstance(answer, Aborted) else conversation.send(answer)
-        except StopIteration as end:
-            self.episodes[index] = end.value
-            self.progress(end.value)
-            return
-        if isinstance(request, Call):
-            self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
-        else:
-            name = f"{self.requests}"
-            self.requests += 1
-            self.generating[name] = index
-            self.engine.submit(name, request.prompt, request.images, request.sampling)
-
-    def collect(self, deadline):
-        """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
-        if not self.calling:
-            return
-        started = time.monotonic()
-        patience = None if deadline is None else max(0.0, deadline - started)
-        if self.ordered:
-            due = self.due if self.generating else self.calling
-            done, _ = wait(due, patience)
-            self.due = [future for future in self.calling if future not in done]
-        else:
-            done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
-        self.waited += time.monotonic() - started
-        for future in [f for f in self.calling if f in done]:  # in the order of their submission
-            self.advance(self.calling.pop(future), future.result())
-
-    def abort(self, waiting):
-        """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
-        for reply in self.engine.abort(list(self.generating)):
-            self.advance(self.generating.pop(reply.request_id), reply)
-        for index in waiting:
-            next(self.conversations[index][1])  # up to its first request, which is not submitted
-        for index in [*self.calling.values(), *waiting]:
-            self.advance(index, Aborted())
-
-    def close(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)  # a tool that hangs must not hold up the others
-        self.engine.abort(list(self.generating))  # Ctrl-C or an error: leave the engine empty
-        if isinstance(self.engine, Leader):
-            self.engine.stop()
-
-
-class Leader:
-    """The engine of the first rank of a tensor-parallel group: it sends its commands to the others, so that all take
-    the same steps. That rank has the conversations, their tools and the clock."""
-
-    def __init__(self, engine, group):
-        self.engine, self.group = engine, group
-        self.pending = []  # commands that are sent with the next step or abort
-
-    def submit(self, *request):
-        self.pending.append(("submit", request))
-
-    def step(self):
-        return self._send("step")
-
-    def abort(self, request_ids):
-        return self._send("abort", list(request_ids))
-
-    def stop(self):
-        """The rollout is over: the others leave `follow`."""
-        self._send("stop")
-
-    def _send(self, name, *arguments):
-        """Send what is pending and one command more to the group, then execute it all here; returns what the last one
-        returned."""
-        commands = [*self.pending, (name, arguments)]
-        self.pending = []
-        dist.broadcast_object_list([commands], group_src=0, group=self.group)
-        return _execute(self.engine, commands)
-
-
-def follow(engine, group) -> None:
-    """Execute what the group's leader sends, until it stops."""
-    while True:
-        box = [None]
-        dist.broadcast_object_list(box, group_src=0, group=group)
-        _execute(engine, box[0])
-        if box[0][-1][0] == "stop":
-            return
-
-
-def _execute(engine, commands):
-    """Execute commands in order; returns what the last one returned."""
-    result = None
-    for name, arguments in commands:
-        if name != "stop":
-            result = getattr(engine, name)(*arguments)
-    return result
-
-
 class ScriptedEngine(Engine):
     """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
 
@@ -358,41 +285,28 @@ class ScriptedEngine(Engine):
         self.queue.append((request_id, prompt, images, sampling))
 
     def step(self):
-        replies = []
-        for request_id, prompt, images, sampling in self.queue:
-            text = self.script(self.chat.show(prompt), images, sampling)
-            ids = [*self.chat.encode(text), self.chat.im_end]
-            reason = "stop" if len(ids) <= sampling.max_tokens else "length"
-            ids = ids[: sampling.max_tokens]
-            replies.append(Reply(request_id, ids, [0.0] * len(ids), reason, 0))
-        self.queue = []
-        return replies
+        requests, self.queue = self.queue, []
+        return [self._reply(*request) for request in requests]
+
+    def _reply(self, request_id, prompt, images, sampling):
+        ids = [*self.chat.encode(self.script(self.chat.show(prompt), images, sampling)), self.chat.im_end]
+        reason, ids = "stop" if len(ids) <= sampling.max_tokens else "length", ids[: sampling.max_tokens]
+        return Reply(request_id, ids, [0.0] * len(ids), reason, 0)
 
     def abort(self, request_ids):
-        ids = set(request_ids)
-        gone = [request[0] for request in self.queue if request[0] in ids]
-        self.queue = [request for request in self.queue if request[0] not in ids]
-        return [Reply(request_id, [], [], "abort", 0) for request_id in gone]
+        gone = [request for request in self.queue if request[0] in request_ids]
+        self.queue = [request for request in self.queue if request not in gone]
+        return [Reply(request[0], [], [], "abort", 0) for request in gone]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(
-    rollout: Rollout,
-    questions: list[Question],
-    *,
-    temperature: float,
-    step: int = 0,
-    samples: int = 1,
-    mode: str = "agent",
-    done: dict[tuple[str, int], dict] | None = None,
-    keep: Callable[[dict], None] = lambda r: None,
-    guard: Callable[[Callable], list[Episode]] = lambda run: run(),
-    progress: str = "",
+    rollout: Rollout, questions: list[Question], *, samples=1, done=None, keep=None, guard=None, progress="", **how
 ) -> list[dict]:
     """Records of `samples` conversations about each question, the questions spread over the ranks; all of them, in
-    order, on every rank.
+    order, on every rank. how: the other arguments of `Rollout.run`.
 
     done: (question id, sample) -> records that need not be made again, the same on all ranks (a question is asked again
     unless all of its samples are there). keep: called with each record as it is finished. guard: called with the
@@ -402,20 +316,18 @@ def evaluate(
     rollout = Rollout(rollout.engine, rollout.search, rollout.chat, cfg, rollout.ordered)
     done = done or {}
     left = [q for q in questions if not all((q.id, sample) in done for sample in range(samples))]
-    mine = share(left, cfg)
-
-    records = []
+    mine, records = share(left, cfg), []
 
     def finished(episode):
         bar.update()
         records.append(record(episode, score_episode(episode, cfg)))
-        if episode.stop != Stop.ABORTED:
+        if keep and episode.stop != Stop.ABORTED:
             keep(records[-1])
 
     quiet = not progress or dist.get_rank() > 0
-    how = dict(samples=samples, step=step, temperature=temperature, mode=mode, progress=finished)
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
-        guard(lambda: rollout.run(mine, **how))
+        run_mine = partial(rollout.run, mine, samples=samples, progress=finished, **how)
+        guard(run_mine) if guard else run_mine()
     found = done | {key_of(r): r for r in all_gather(records)}
     return [found[q.id, sample] for q in questions for sample in range(samples)]
 
@@ -472,11 +384,8 @@ FEW_FAILURES = 5  # by themselves no reason to stop
 def check_calls(episodes: list[Episode], device) -> None:
     """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's searches failed, and more than a few.
     What the model asked wrongly is not counted."""
-    kinds = Counter()
-    for episode in episodes:
-        for call, result in episode.calls:
-            if TOOLS[call.tool].answer is ask_search and result.error_kind != "bad_call":
-                kinds[result.error_kind] += 1
+    searches = [r for e in episodes for call, r in e.calls if TOOLS[call.tool].answer is ask_search]
+    kinds = Counter(r.error_kind for r in searches if r.error_kind != "bad_call")
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
     calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
     if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:

@@ -52,8 +52,6 @@ from reward import Score, ramped_penalty, record, score_episode
 from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
-SIGMOID_MIDPOINT = 45  # of the authors' schedule: the step at which the learning rate has fallen half-way
-
 # ----------------------------------------------------------------------------------------------- rating: who did well
 
 
@@ -259,17 +257,6 @@ def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
     }
 
 
-def learning_rate(step: int, cfg: Config) -> float:
-    """The rate at a step, counted from 0."""
-    low, rest = cfg.min_lr_factor, 1 - cfg.min_lr_factor
-    factor = {
-        "constant": 1.0,
-        "cosine": low + rest * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(cfg.steps, 1)))),
-        "sigmoid": low + rest / (1 + math.exp(min(50.0, (step - SIGMOID_MIDPOINT) / (0.1 * SIGMOID_MIDPOINT)))),
-    }[cfg.schedule]
-    return cfg.lr * factor * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-
-
 def questions_of_step(questions: list, step: int, cfg: Config) -> list:
     """The step's questions (or conversations to imitate): every epoch is a new permutation, of which an incomplete last
     batch is left out."""
@@ -383,9 +370,9 @@ class Run:
                 if step == 0 or (cfg.eval_every and step % cfg.eval_every == 0):
                     self.validate(step)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(step, cfg)
+                    group["lr"] = policy.learning_rate(step, cfg)
                 metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
-                common = {"lr": learning_rate(step, cfg), "memory_gb": peak_memory_gb(self.device)}
+                common = {"lr": policy.learning_rate(step, cfg), "memory_gb": peak_memory_gb(self.device)}
                 self.dir.log({"step": step, "phase": "train", **metrics, **common})
                 self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
                 bar.set_postfix_str(progress(metrics))

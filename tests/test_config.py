@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 
 import config
+import policy
 import search.__main__ as search_commands
 import tools
 import toy
-import train
 from analysis.compare import CompareOptions
 from analysis.curves import CurvesOptions
 from analysis.judge import JudgeOptions
@@ -118,7 +118,7 @@ def test_the_recipe_of_the_script_and_of_the_paper():
     assert (script.prompts_per_step, script.samples_per_prompt, script.lr, script.kl_coef) == (32, 4, 2e-6, 0.001)
     assert (script.max_prompt_tokens, script.max_tokens_per_turn, script.max_tokens) == (4096, 2048, 8192)
     assert (script.min_pixels, script.max_pixels) == (512**2, 672**2 * 2)
-    assert (script.schedule, train.SIGMOID_MIDPOINT, script.min_lr_factor) == ("sigmoid", 45, 0.05)
+    assert (script.schedule, policy.SIGMOID_MIDPOINT, script.min_lr_factor) == ("sigmoid", 45, 0.05)
     assert (script.search_penalty, script.format_weight, script.per_search_penalty) == (0.1, 0.1, False)
     assert (script.max_turns, tools.limits(script)) == (3, {"image_search": 1, "text_search": 2})
     assert tools.results(script) == {"image_search": 5, "text_search": 5}

@@ -269,7 +269,7 @@ def test_a_turn_may_end_without_im_end(cfg, folder):
     conversation.send(Reply("", [*chat.encode(TEXT), end], [0.0] * (len(chat.encode(TEXT)) + 1), "stop", 0))
     conversation.send(Result("error"))
     with pytest.raises(StopIteration) as stop:
-        conversation.throw(rollout.Aborted())
+        conversation.send(None)
     assert layout(stop.value.value) == HEAD + said(TEXT, "<|endoftext|>") + "<|im_end|>" + failed("failed")
 
 
@@ -546,8 +546,9 @@ def test_share(monkeypatch):
 
 
 def test_a_vllm_for_another_torch_is_one_line(monkeypatch):
-    monkeypatch.setattr(engines, "_version", lambda package: "0.32.0" if package == "vllm" else None)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda package: ["numpy", "torch==1.0.0+cpu"])
+    found = SimpleNamespace(version="0.32.0", requires=["numpy", "torch==1.0.0+cpu"])
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm"]})
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
     with pytest.raises(InputError, match="vllm 0.32.0 needs torch ==1.0.0, this is torch 2"):
         engines._import_vllm(torch.device("cpu"))
 
@@ -871,7 +872,7 @@ def test_abort_returns_what_was_said(engine):
     assert [left[f"{seed}"].ids for seed in range(10, 15)] == [reply.ids for reply in others]
     assert all(reply.finish_reason == "length" for reply in left.values())
     assert ask(engine, prompt, seed=4, max_tokens=8).ids == whole.ids  # the slot is free again
-    assert all(slot.owner is None for slot in engine.slots)
+    assert all(last.finished for last in engine.slots.values())
 
 
 def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, device, monkeypatch):
@@ -883,7 +884,7 @@ def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, d
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert [reply.ids for reply in engine.abort(["a"])] == [[]]
-    assert not engine.running and not engine.queue and all(slot.owner is None for slot in engine.slots)
+    assert not engine.running and not engine.queue and all(last.finished for last in engine.slots.values())
     reply = ask(engine, list(episode.tokens), episode.images)
     assert reply.ids == ask(make_engine(sharp, wide, device, 60), list(episode.tokens), episode.images).ids
 
@@ -1016,7 +1017,7 @@ def test_the_pipeline_can_be_aborted(modes, folder):
     conversation = rollout.converse_always_searching(question(0), chat, modes)
     assert next(conversation) == Call("image_search")
     with pytest.raises(StopIteration) as end:
-        conversation.throw(rollout.Aborted())
+        conversation.send(None)
     assert end.value.value.stop == Stop.ABORTED
 
 

@@ -279,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
 def test_learning_rate(cfg, schedule):
     cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, min_lr_factor=0.05)
-    rates = [train.learning_rate(step, cfg) for step in range(101)]
+    rates = [policy.learning_rate(step, cfg) for step in range(101)]
     if schedule == "constant":
         assert set(rates) == {2.0}
         return
@@ -291,7 +291,7 @@ def test_learning_rate(cfg, schedule):
 
 def test_learning_rate_warm_up(cfg):
     cfg = replace(cfg, lr=1.0, warmup_steps=4)
-    assert [train.learning_rate(step, cfg) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [policy.learning_rate(step, cfg) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_questions_of_steps_are_permutations(cfg):
