@@ -15,8 +15,8 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
+import random
 import re
 import socket
 import ssl
@@ -35,9 +35,9 @@ from urllib.parse import urljoin
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError
 from urllib3.util.connection import create_connection
-from urllib3.util.retry import RequestHistory, Retry
+from urllib3.util.retry import Retry
 
 from config import need
 from search.calls import Failure
@@ -128,22 +128,16 @@ class Client:
     def fetch(self, url: str, job: Job, payload: dict | None = None, read: Callable = bytes, again: str = ""):
         """read(the body) of a GET, or of a POST of the payload as JSON; a Failure that `read` raises is tried again if
         its kind may pass. again: added to the URL of all attempts but the first. Raises Failure."""
-        retry = Retry(
-            self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
-            history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
-        )  # fmt: skip
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
                     body = self._follow(url + again if attempt > 1 else url, job, payload)
                 return read(body)
             except Failure as failure:
-                try:
-                    retry = retry.increment(error=failure)
-                    pause = max(retry.get_backoff_time(), failure.retry_after)
-                except MaxRetryError:
-                    pause = math.inf
-                if failure.kind not in RETRIED or time.monotonic() + pause >= job.deadline:
+                pause = min(self.pause * 2.0 ** (attempt - 1) * random.uniform(0.5, 1), LONGEST_PAUSE)
+                pause = max(pause, failure.retry_after)
+                last = attempt > self.retries or time.monotonic() + pause >= job.deadline
+                if last or failure.kind not in RETRIED:
                     failure.args = (f"{self.what}: {failure}" + (f" ({attempt} attempts)" if attempt > 1 else ""),)
                     raise failure from None
                 time.sleep(pause)
@@ -165,22 +159,20 @@ class Client:
     def chat(self, url: str, job: Job, model: str, content: str | list, **settings) -> str:
         """What the model of an OpenAI-compatible endpoint answers to a message, without its thoughts. A setting that
         the endpoint refuses (new models do: temperature, max_tokens) is left out from then on. Raises Failure."""
-        payload = {"model": model, "messages": [{"role": "user", "content": content}]}
-        payload |= {name: value for name, value in settings.items() if name not in self.refused}
-        refused = set()
-        while True:
-            try:
-                answer = self.fetch_json(f"{url}/chat/completions", job, payload)
-                break
-            except Failure as failure:
-                named = {name for name in settings if name in payload and name in failure.said}
-                if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
-                    raise
-                refused |= named
-                payload = {name: value for name, value in payload.items() if name not in named}
-        if refused - self.refused:
-            print(f"{self.what}: {', '.join(sorted(refused))} is refused, and left out", file=sys.stderr)
-            self.refused |= refused
+        settings = {name: value for name, value in settings.items() if name not in self.refused}
+        payload = {"model": model, "messages": [{"role": "user", "content": content}], **settings}
+        try:
+            answer = self.fetch_json(f"{url}/chat/completions", job, payload)
+        except Failure as failure:
+            named = {name for name in settings if name in failure.said}
+            if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
+                raise
+            others = {name: value for name, value in settings.items() if name not in named}
+            said = self.chat(url, job, model, content, **others)
+            if named - self.refused:
+                print(f"{self.what}: {', '.join(sorted(named))} is refused, and left out", file=sys.stderr)
+                self.refused |= named
+            return said
         job.add(tokens=tokens_in(answer.get("usage"), "total_tokens"))
         try:
             said = answer["choices"][0]["message"]["content"].rpartition("</think>")[2].strip()
@@ -190,9 +182,9 @@ class Client:
         return "" if said.startswith("<think>") else said  # a thought that was cut is no answer
 
     def _follow(self, url, job, payload):
-        base = ""
+        """The body of the answer, of a redirect's target if the endpoint is not ours."""
+        bearer, base = "" if self.key_in_url else self.key, ""
         for _ in range(MAX_REDIRECTS + 1):
-            bearer = "" if self.key_in_url else self.key
             request = _prepared(base, url, self.types, bearer, payload)
             url, body = self._send(request, job)
             if url is None:
@@ -286,7 +278,11 @@ class _Transport(HTTPAdapter):
 
     def _connect(self, connection, to_proxy):
         """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
-        sock = _in_time(self.job, to_proxy) if to_proxy else self._reached(connection)
+        try:
+            sock = _in_time(self.job, to_proxy) if to_proxy else self._reached(connection)
+        except (OSError, UnicodeError) as error:  # urllib3 would take a reset for one after the connection was made
+            kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+            raise Failure(kind, type(error).__name__, note=getattr(error, "strerror", None) or "") from None
         watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
         self.cleanup.callback(watched.close)
         guard = threading.Timer(self.job.left(), cut, [watched])
@@ -296,16 +292,18 @@ class _Transport(HTTPAdapter):
         return sock
 
     def _reached(self, connection):
-        """A socket to the first of the host's addresses that may be connected to and answers. Raises Failure."""
+        """A socket to the first that answers of the host's addresses that may be connected to: public ones, or any."""
         host, port = connection.host, connection.port
         private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
-        for address in _addresses(host, port, private, self.job):
+        infos = _in_time(self.job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+        addresses = [info[4][0] for info in infos if private or is_public(info[4][0])]
+        failure = Failure("blocked", "it leads to a private address")
+        for address in addresses[:MAX_ADDRESSES]:
             patience = min(connection.timeout, self.job.left())
             try:
                 return create_connection((address, port), patience, socket_options=connection.socket_options)
-            except OSError as error:  # urllib3 would take a reset for one after the connection was made
-                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-                failure = Failure(kind, type(error).__name__)
+            except OSError as error:
+                failure = error
         raise failure
 
     def close(self):
@@ -348,19 +346,6 @@ def is_web_url(url) -> bool:
         return isinstance(url, str) and len(url) <= 2000 and bool(_prepared("", url))
     except Failure:
         return False
-
-
-def _addresses(host, port, private, job):
-    """The host's addresses that may be connected to: public ones, or any if `private`. Raises Failure."""
-    try:
-        infos = _in_time(job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-        raise Failure(kind, "unknown host", note=type(error).__name__) from None
-    found = [info[4][0] for info in infos if private or is_public(info[4][0])]
-    if not found:
-        raise Failure("blocked", "it leads to a private address")
-    return found[:MAX_ADDRESSES]
 
 
 def _in_time(job, function):
