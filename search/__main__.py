@@ -15,7 +15,7 @@
 
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from data import Call, Hit, Question, decode_image, first_line, load_questions
 from search import open_search
 from search.cache import CACHE_ID, SearchCache, export, import_parquet, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
-from search.index import OfflineSearch, SearchDB, build_from, file_header
+from search.index import OfflineSearch, SearchDB, build, file_header
 from search.live import picture_name
 from search.service import SearchServer
 
@@ -48,7 +48,7 @@ class CopyOptions(FileOptions):
 
 def stats(options):
     path = Path(options.file)
-    if not _is_cache(path):
+    if _kind(path) is SearchDB:
         return print(_index_line(path))
     with closing(SearchCache(path)) as cache:
         s = cache.stats()
@@ -60,8 +60,8 @@ def stats(options):
     )
 
 
-def _is_cache(path):
-    return (file_header(path) or (None,))[0] == CACHE_ID
+def _kind(path):
+    return SearchCache if file_header(path)[0] == CACHE_ID else SearchDB
 
 
 def _index_line(path):
@@ -72,13 +72,13 @@ def _index_line(path):
 
 def verify(options):
     path, problems = Path(options.file), 0
-    if file_header(path) == (None, 0):
-        for _ in snapshot_rows(path):
-            pass
+    if file_header(path) == (0, 0):
+        deque(snapshot_rows(path), maxlen=0)  # which checks them
     else:
-        with closing((SearchCache if _is_cache(path) else SearchDB)(path)) as store:
-            for problems, line in enumerate(store.verify(), 1):  # noqa: B007
+        with closing(_kind(path)(path)) as store:
+            for line in store.verify():
                 print(line)
+                problems += 1
     need(not problems, f"{path}: {problems:,} problems")
     print(f"{path}: every hash is right")
 
@@ -86,17 +86,15 @@ def verify(options):
 @contextmanager
 def _filled(path):
     """A cache that an import fills; a new one in which nothing was kept is taken away again."""
-    new, kept = not Path(path).exists(), True
-    try:
-        with closing(SearchCache(path, write=True)) as cache:
-            try:
-                yield cache
-            finally:
-                kept = cache.stats()["results"]
-    except BaseException:
-        if new and not kept:  # and closed: SQLite has taken the files beside it away
-            Path(path).unlink()
-        raise
+    new = not Path(path).exists()
+    with closing(SearchCache(path, write=True)) as cache:
+        try:
+            yield cache
+        except BaseException:
+            if new and not cache.stats()["results"]:
+                cache.close()  # SQLite takes the files beside it away
+                cache.path.unlink()
+            raise
 
 
 def export_cache(options):
@@ -139,26 +137,12 @@ class IndexOptions(Options):
 
 
 def index(options):
-    files = [file for file in (options.docs, options.images) if file]
-    need(files, "give --docs, --images or both")
-    for file in files:
-        need(Path(file).is_file(), f"{file}: no such file")  # before the work, not after half of it
-    docs, images = _json_lines(options.docs), _json_lines(options.images)
-    folder = Path(options.images).parent
-    bad = build_from(Path(options.out), docs, images, folder, options.skip_bad_rows, options.image_embedding)
+    need(options.docs or options.images, "give --docs, --images or both")
+    how = {"skip_bad_rows": options.skip_bad_rows, "image_embedding": options.image_embedding}
+    bad = build(options.out, options.docs or (), options.images or (), **how)
     if bad:
         print(f"left out {bad:,} bad rows")
     print(_index_line(options.out))
-
-
-def _json_lines(path) -> Iterator[tuple[str, bytes]]:
-    """The file's lines that are not blank, as (where, line); none if there is no file."""
-    if not path:
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", line
 
 
 @dataclass(frozen=True)
@@ -262,15 +246,15 @@ def main(argv: list[str] | None = None) -> None:
         run(*options) if more else run(options)
     except sqlite3.DatabaseError as error:
         raise InputError(f"search {name}: a file cannot be read or written ({first_line(error)})") from None
-    except OSError as error:
-        raise InputError(f"{error.filename or name}: {error.strerror}") from None
 
 
 def _check_files(options):
-    """What is read or written is a file, if there is something: a device may have no end."""
+    """What is read or written is a file, if it is there: a device may have no end."""
     for name in ("file", "docs", "images", "image", "out"):
         path = getattr(options, name, "")
-        need(not path or Path(path).is_file() or not Path(path).exists(), f"{path}: not a file")
+        if path and not Path(path).is_file():
+            need(not Path(path).exists(), f"{path}: not a file")
+            need(name not in ("docs", "images"), f"{path}: no such file")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,8 @@ class SQLiteFile:
         self.path, self._options = Path(path), options
         self._idle: deque[sqlite3.Connection] = deque()  # each use borrows one: no two threads share a connection
         self._closed = False
-        header = file_header(self.path)
-        need(header, f"{path}: no such {self.what}; {self.build}")
-        application, version = header
+        need(self.path.is_file(), f"{path}: no such {self.what}; {self.build}")
+        application, version = file_header(self.path)
         need(application == self.application, f"{path}: not a {self.what}; {self.build}")
         other = f"a {self.what} in version {version} of the format, expected version {self.version}"
         need(version == self.version, f"{path}: {other}: make it again; {self.build}")
@@ -87,6 +86,12 @@ class SQLiteFile:
             yield db
         finally:
             self._idle.append(db)
+
+    def verify(self) -> Iterator[str]:
+        """What is wrong with the file, a line each; nothing if every hash is right."""
+        with self._connection() as db:
+            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
+            yield from self._wrong_hashes(db)
 
     def close(self):
         """Close the file. No use of it may be under way; later ones raise ValueError."""
@@ -158,16 +163,13 @@ class SearchDB(SQLiteFile):
             ((docs,),) = db.execute("SELECT count(*) FROM docs")
         return {"docs": docs, "images": len(self._rowids), "bytes": self.path.stat().st_size}
 
-    def verify(self) -> Iterator[str]:
-        """What is wrong with the file, a line each; nothing if every hash is right."""
-        with self._connection() as db:
-            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
-            for table in ("docs", "images"):
-                for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
-                    if _row_sum(row) != sum:
-                        yield f"row {rowid} of {table} has another hash"
-            if _words_sum(db) != self._settings["words"]:
-                yield "the index of the words has another hash, or documents are missing"
+    def _wrong_hashes(self, db):
+        for table in ("docs", "images"):
+            for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
+                if _row_sum(row) != sum:
+                    yield f"row {rowid} of {table} has another hash"
+        if _words_sum(db) != self._settings["words"]:
+            yield "the index of the words has another hash, or documents are missing"
 
 
 COLUMNS = "title, url, id, content, sha256"  # of both tables: the row, and its hash
@@ -217,38 +219,28 @@ def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
     return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])
 
 
-def file_header(path: Path) -> tuple[int | None, int] | None:
-    """(application id, version) in SQLite's file header; (None, 0) of another file; None if there is no file."""
-    try:
-        if not path.is_file():
-            return None
+def file_header(path: Path) -> tuple[int, int]:
+    """(application id, version) in SQLite's file header; (0, 0) if there is no file, or another one."""
+    header = b""
+    if path.is_file():
         with open(path, "rb") as file:
             header = file.read(72)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    if len(header) < 72 or not header.startswith(b"SQLite format 3\0"):
-        return None, 0
+    if not header.startswith(b"SQLite format 3\0"):
+        return 0, 0
     return int.from_bytes(header[68:], "big"), int.from_bytes(header[60:64], "big")
 
 
 def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, image_embedding: str = "") -> int:
     """Write an index to `path`, in place of an older one; returns how many bad rows were left out.
 
-    image_embedding: a vision encoder of transformers, by name or folder (default: of the pixels, see `embed`).
-
-    docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; both are read once, row
-    by row. `path` appears when all is written; a build that is killed leaves at most `path`.XXXXXXXX.tmp behind. Raises
-    InputError naming row and field (skip_bad_rows leaves such rows out), or saying why it cannot write `path`.
+    docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; of each an iterable or a
+    JSONL file, in whose folder paths start. Both are read once, row by row. image_embedding: a vision encoder of
+    transformers, by name or folder (default: of the pixels, see `embed`). `path` appears when all is written; a build
+    that is killed leaves at most `path`.XXXXXXXX.tmp behind. Raises InputError naming row and field (skip_bad_rows
+    leaves such rows out), or saying why it cannot write `path`.
     """
-    docs = ((f"docs row {n}", row) for n, row in enumerate(docs, 1))
-    images = ((f"images row {n}", row) for n, row in enumerate(images, 1))
-    return build_from(Path(path), docs, images, Path(), skip_bad_rows, image_embedding)
-
-
-def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, image_embedding: str) -> int:
-    """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
-    header = file_header(path)
-    sound = header[0] == APPLICATION_ID if header else not path.exists()
+    path, folder = Path(path), Path(images).parent if isinstance(images, str | Path) else Path()
+    sound = not path.exists() or file_header(path)[0] == APPLICATION_ID
     need(sound, f"{path}: exists and is not a search index; choose another name")
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = embed_image
@@ -276,9 +268,20 @@ def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, imag
     return bad
 
 
-def _insert(rows, name, add, skip_bad_rows):
+def _rows(source, name):
+    """(where it stands, row) of all rows: dictionaries, or lines of a JSONL file that are not blank."""
+    if not isinstance(source, str | Path):
+        yield from ((f"{name} row {n}", row) for n, row in enumerate(source, 1))
+        return
+    with open(source, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{source}, line {number}", line
+
+
+def _insert(source, name, add, skip_bad_rows):
     bad = 0
-    for where, row in tqdm(rows, f"index {name}", unit=" rows", leave=False, disable=None):
+    for where, row in tqdm(_rows(source, name), f"index {name}", unit=" rows", leave=False, disable=None):
         try:
             add(_as_dict(row))
         except InputError as error:
@@ -308,16 +311,13 @@ def _add_document(db, row):
 
 def _add_image(db, folder, embedder, row):
     strings, data = _strings(row, "title"), row.get("image")
-    if isinstance(data, str | Path):
-        try:
-            need((folder / data).is_file(), "no such file")
-            data = (folder / data).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise InputError(f"field image: cannot read {row['image']!r} ({error})") from None
-    need(isinstance(data, bytes), "field image: expected the path of a picture")
     try:
+        if isinstance(data, str | Path):
+            need((folder / data).is_file(), f"cannot read {data!r}: no such file")
+            data = (folder / data).read_bytes()
+        need(isinstance(data, bytes), "expected the path of a picture")
         image = decode_image(data)
-    except InputError as error:
+    except (OSError, InputError) as error:
         raise InputError(f"field image: {error}") from None
     format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
     values = (*strings, thumbnail(image, format))
@@ -337,16 +337,12 @@ def _as_dict(row):
 
 def _strings(row, *required):
     """The row's required fields, url and id."""
-    values = []
-    for field in (*required, "url", "id"):
-        value = row.get(field)
-        if field not in required:
-            value = "" if value is None else str(value) if field == "id" else value
-        if not isinstance(value, str):
-            raise InputError(f"field {field}: expected a string, not {repr(value)[:40]}")
-        if re.search("[\ud800-\udfff]", value):  # JSON can spell half a character
-            raise InputError(f"field {field}: not valid Unicode")
-        values.append(value)
+    optional = ("" if row.get(field) is None else row[field] for field in ("url", "id"))
+    *values, id = *(row.get(field) for field in required), *optional
+    values.append(str(id))
+    for field, value in zip((*required, "url", "id"), values, strict=True):
+        need(isinstance(value, str), f"field {field}: expected a string, not {repr(value)[:40]}")
+        need(not re.search("[\ud800-\udfff]", value), f"field {field}: not valid Unicode")  # JSON can spell half a one
     return values
 
 
