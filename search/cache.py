@@ -265,7 +265,7 @@ class CachedSearch:
         self.methods = {"image_search": self._image_request, "text_search": self._text_request}
         self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
-        self._empty: set[str] = set()  # keys for which this process has found nothing
+        self._empty: set[str] = set()  # requests for which this process has found nothing
 
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
@@ -286,14 +286,9 @@ class CachedSearch:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
             request = self.request(call, question)
-            key = request_key(canonical(request))
-            kept = self._kept(request, call, question)
-            if self._stands(kept, key):
-                return dataclasses.replace(kept, usage=Usage(cached=1))
             if self.inner is None:
-                missing = f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}"
-                raise Failure("not_recorded", missing)
-            return self._once(key, request, call, question)
+                return self._answer(request, call, question)
+            return self._shared(request, call, question)
         except Failure as failure:
             return failed(failure)
         except sqlite3.ProgrammingError:  # ours, not the file's
@@ -301,9 +296,30 @@ class CachedSearch:
         except sqlite3.DatabaseError as error:
             return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
 
-    def _stands(self, kept, key):
-        """Whether a kept result is the answer, and need not be searched for again."""
-        return kept and (self.inner is None or kept.status == "ok" or key in self._empty)
+    def _shared(self, request, call, question):
+        """`_answer`, or that of a call which asks the same and is under way."""
+        key, mine = canonical(request), Future()
+        pending = self._pending.setdefault(key, mine)  # of dictionaries, one step for all threads
+        if pending is not mine:
+            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
+        try:
+            mine.set_result(self._answer(request, call, question))
+        except BaseException as error:
+            mine.set_exception(error)
+        finally:
+            del self._pending[key]
+        return mine.result()
+
+    def _answer(self, request, call, question):
+        kept = self._kept(request, call, question)
+        if kept and (self.inner is None or kept.status == "ok" or canonical(request) in self._empty):
+            return dataclasses.replace(kept, usage=Usage(cached=1))
+        if self.inner is None:
+            raise Failure("not_recorded", f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}")
+        found = self.inner.search(call, question)
+        if found.status == "no_results":
+            self._empty.add(canonical(request))
+        return dataclasses.replace(self.cache.put(request, found), usage=found.usage)
 
     def _kept(self, request, call, question):
         kept = self.cache.get(request, count=self.inner is not None)
@@ -311,25 +327,3 @@ class CachedSearch:
             kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
             kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
         return kept
-
-    def _once(self, key, request, call, question):
-        mine = Future()
-        pending = self._pending.setdefault(key, mine)  # of dictionaries, one step for all threads
-        if pending is not mine:
-            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
-        try:
-            kept = self.cache.get(request)  # by one that was under way when this call looked
-            if self._stands(kept, key):
-                result = dataclasses.replace(kept, usage=Usage(cached=1))
-            else:
-                found = self.inner.search(call, question)
-                if found.status == "no_results":
-                    self._empty.add(key)
-                result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
-            mine.set_result(result)
-            return result
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        finally:
-            del self._pending[key]
