@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Config, InputError, Options, need, option, parse, run_main
-from data import Call, Hit, Question, decode_image, first_line, load_questions
+from data import Call, Question, decode_image, first_line, load_questions
 from search import open_search
 from search.cache import CACHE_ID, SearchCache, export, import_parquet, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
@@ -164,17 +164,12 @@ def ask(options):
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
     need(result.status != "error", result.error)
     for rank, hit in enumerate(result.hits, 1):
-        print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {_shown(hit)}")
+        shown = hit.text.strip().partition("\n")[0][:200]
+        if hit.image is not None:
+            shown = "thumbnail of {} x {} pixels".format(*decode_image(hit.image).size)
+        print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {shown}")
     if not result.hits:
         print("nothing found")
-
-
-def _shown(hit: Hit) -> str:
-    """The first line of a hit's text, or the size of its thumbnail."""
-    if hit.image is not None:
-        width, height = decode_image(hit.image).size
-        return f"thumbnail of {width} x {height} pixels"
-    return hit.text.strip().partition("\n")[0][:200]
 
 
 @dataclass(frozen=True)
@@ -240,21 +235,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(rest, kind, *more)
     for field, shown in (("file", "FILE after the command"), ("files", "--files"), ("out", "--out")):
         need(more or getattr(options, field, True), f"give {shown}")
+    for field in ("file", "docs", "images", "image", "out") if kind is not ImagesOptions else ():  # which has a folder
+        path = Path(getattr(options, field, ""))
+        if path.name and not path.is_file():
+            need(not path.exists(), f"{path}: not a file")  # a device may have no end
+            need(field not in ("docs", "images"), f"{path}: no such file")
     try:
-        if kind is not ImagesOptions:  # whose output is a folder
-            _check_files(options)
         run(*options) if more else run(options)
     except sqlite3.DatabaseError as error:
         raise InputError(f"search {name}: a file cannot be read or written ({first_line(error)})") from None
-
-
-def _check_files(options):
-    """What is read or written is a file, if it is there: a device may have no end."""
-    for name in ("file", "docs", "images", "image", "out"):
-        path = getattr(options, name, "")
-        if path and not Path(path).is_file():
-            need(not Path(path).exists(), f"{path}: not a file")
-            need(name not in ("docs", "images"), f"{path}: no such file")
 
 
 if __name__ == "__main__":

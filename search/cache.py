@@ -202,11 +202,9 @@ def export(cache: SearchCache, path: str | Path) -> int:
     options = {"compression": "zstd", "write_page_checksum": True}
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for part in batches(cache.rows(), 256):
-            table = []
-            for request, created, r in part:
-                table.append({"request": request, "created": created, **vars(r), "hits": [*map(vars, r.hits)]})
-            writer.write_table(pa.Table.from_pylist(table, schema))
-            count += len(table)
+            rows = [{"request": q, "created": at, **vars(r), "hits": [*map(vars, r.hits)]} for q, at, r in part]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            count += len(rows)
     return count
 
 
@@ -289,12 +287,10 @@ class CachedSearch:
             if self.inner is None:
                 return self._answer(request, call, question)
             return self._shared(request, call, question)
-        except Failure as failure:
-            return failed(failure)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
-        except sqlite3.DatabaseError as error:
-            return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
+        except (Failure, sqlite3.DatabaseError) as error:
+            return failed(error)
 
     def _shared(self, request, call, question):
         """`_answer`, or that of a call which asks the same and is under way."""

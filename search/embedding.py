@@ -20,17 +20,12 @@ WEB_PIXELS = 20_000_000  # of a fetched thumbnail; more is a decompression bomb
 WEB_IMAGE_BYTES = 8_000_000
 
 
-def embed(data: bytes) -> np.ndarray:
-    """What an encoded picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
+def embed_image(image: Image.Image) -> np.ndarray:
+    """What a picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
 
     Two coarse grids over the part of the picture that stands out (which makes it indifferent to where the thing is and
-    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down. Raises InputError if the bytes are
-    not a picture.
+    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down.
     """
-    return embed_image(decode_image(data))
-
-
-def embed_image(image: Image.Image) -> np.ndarray:
     pixels = _grid(image, 24, _salient_box(image))
     change = np.zeros((24, 24, 6), np.float32)  # between cells two apart; squares of it do not tell where a stripe lies
     change[:, 2:, :3] = pixels[:, 2:] - pixels[:, :-2]

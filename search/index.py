@@ -30,7 +30,7 @@ from search.text import terms
 from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
-INDEX_VERSION = 3  # rises when the tables, `embed` or `terms` change
+INDEX_VERSION = 3  # rises when the tables, `embed_image` or `terms` change
 MAX_QUERY_TERMS = 64  # different terms of a query that count; a model may well say ten thousand
 LARGE_INDEX = 100_000  # documents from which on terms that a tenth of them hold are left out of queries
 
@@ -127,9 +127,11 @@ class SearchDB(SQLiteFile):
         MAX_QUERY_TERMS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
         hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read or is damaged.
         """
-        match = _match_expression(query, self._common)
-        if not match:
+        wanted = dict.fromkeys(terms(query))
+        wanted = [term for term in wanted if term not in self._common] or list(wanted)
+        if not wanted:
             return []
+        match = " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])  # terms are letters and digits alone
         sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
         with self._connection() as db:
             rows = [_row(db, "docs", rowid) for (rowid,) in db.execute(sql, (match, k)).fetchall()]
@@ -141,8 +143,8 @@ class SearchDB(SQLiteFile):
         query = self._embed(decode_image(data))
         if not len(self._rowids):
             return []
-        if len(query) != self._embeddings.shape[1]:
-            raise InputError(f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
+        fits = len(query) == self._embeddings.shape[1]
+        need(fits, f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
         # einsum adds up each row in the same order, so equal pictures score equally; BLAS promises no such thing.
         scores = np.einsum("nd,d->n", self._embeddings, query)
         best = self._rowids[np.argsort(-scores, kind="stable")[:k]]
@@ -211,14 +213,6 @@ def _words_sum(db):
     return sha256(value for rows in (counted, *tables) for row in rows for value in row)
 
 
-def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
-    """The query's terms, quoted and OR-ed, without common ones if there are others. Only letters and digits are in
-    them, so nothing is FTS5 syntax."""
-    wanted = dict.fromkeys(terms(query))
-    wanted = [term for term in wanted if term not in common] or list(wanted)
-    return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])
-
-
 def file_header(path: Path) -> tuple[int, int]:
     """(application id, version) in SQLite's file header; (0, 0) if there is no file, or another one."""
     header = b""
@@ -235,9 +229,9 @@ def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, 
 
     docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; of each an iterable or a
     JSONL file, in whose folder paths start. Both are read once, row by row. image_embedding: a vision encoder of
-    transformers, by name or folder (default: of the pixels, see `embed`). `path` appears when all is written; a build
-    that is killed leaves at most `path`.XXXXXXXX.tmp behind. Raises InputError naming row and field (skip_bad_rows
-    leaves such rows out), or saying why it cannot write `path`.
+    transformers, by name or folder (default: `embed_image`). `path` appears when all is written; a build that is killed
+    leaves at most `path`.XXXXXXXX.tmp behind. Raises InputError naming row and field (skip_bad_rows leaves such rows
+    out), or saying why it cannot write `path`.
     """
     path, folder = Path(path), Path(images).parent if isinstance(images, str | Path) else Path()
     sound = not path.exists() or file_header(path)[0] == APPLICATION_ID
@@ -292,8 +286,7 @@ def _insert(source, name, add, skip_bad_rows):
 
 
 def _common_terms(db):
-    """Terms that over a tenth of the documents of a large index hold: every query with one would rank them all, for
-    seconds, and their weight in BM25 is small."""
+    """Terms of over a tenth of a large index: a query would rank all of these for seconds, and they weigh little."""
     ((count,),) = db.execute("SELECT count(*) FROM docs")
     if count < LARGE_INDEX:
         return ""
@@ -361,11 +354,8 @@ class OfflineSearch:
             hits = method_for(call, question, self.methods)(call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
-        except Failure as failure:
-            return failed(failure)
-        except (InputError, sqlite3.DatabaseError) as error:
-            kind = "bad_call" if isinstance(error, InputError) else "index"
-            return Result("error", error=f"{type(error).__name__}: {error}", error_kind=kind)
+        except (Failure, InputError, sqlite3.DatabaseError) as error:
+            return failed(error)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
     def _image_search(self, call, question):

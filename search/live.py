@@ -124,10 +124,7 @@ class WebSearch:
         if call.image is None and is_web_url(question.image_url):
             return question.image_url
         data, host = picture_of(call, question), self.cfg.image_host
-        try:
-            name = picture_name(data)
-        except InputError as error:
-            raise Failure("bad_call", str(error)) from None
+        name = picture_name(data)
         if "://" in host:
             return f"{host.rstrip('/')}/{name}"
         if not host:
@@ -143,10 +140,8 @@ class WebSearch:
             command = [*shlex.split(self.cfg.image_host), str(path)]
             try:
                 done = subprocess.run(command, capture_output=True, timeout=job.left(), stdin=subprocess.DEVNULL)
-            except subprocess.TimeoutExpired:
-                raise Failure("timeout", "image_host: the command did not end in time") from None
-            except OSError as error:
-                raise Failure("no_url", "image_host", note=str(error.strerror)) from None
+            except (subprocess.TimeoutExpired, OSError) as error:
+                raise Failure("no_url", "image_host: the command failed", note=type(error).__name__) from None
         url = (done.stdout.decode(errors="replace").split() or [""])[-1]
         if done.returncode or not is_web_url(url):
             raise Failure("no_url", f"image_host: exit code {done.returncode}, and no URL at the end of its output")
@@ -220,6 +215,8 @@ def _as_failure(error):
     neither the other results nor a rollout."""
     if isinstance(error, Failure):
         return error
+    if isinstance(error, InputError):
+        return Failure("bad_call", str(error))
     place = traceback.extract_tb(error.__traceback__)[-1]
     return Failure("internal", type(error).__name__, note=f"{Path(place.filename).name}, line {place.lineno}")
 
@@ -227,8 +224,7 @@ def _as_failure(error):
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
     text = read_prompt("prompts/summarize.txt")
-    for hole in ("{query}", "{page}"):
-        need(hole in text, f"prompts/summarize.txt: expected {hole}")
+    need("{query}" in text and "{page}" in text, "prompts/summarize.txt: expected {query} and {page}")
     return text
 
 

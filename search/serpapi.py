@@ -75,8 +75,7 @@ class SerpApi:
 
 def _sound(row, needed):
     """The needed entries of a row, made harmless; None if it lacks one."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
-        return None
-    if not all(is_web_url(row[name]) for name in needed if name != "title"):
+    texts = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in needed)
+    if not texts or not all(is_web_url(row[name]) for name in needed if name != "title"):
         return None
     return {name: clean(inline_text(row[name]), MAX_TITLE) if name == "title" else row[name] for name in needed}

@@ -22,10 +22,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from config import InputError
-from data import Call, Question
+from data import Call, Question, decode_image
 from search import __main__ as search_main
 from search import index as search_index
-from search.embedding import embed
+from search.embedding import embed_image
 from search.index import OfflineSearch, SearchDB, build
 from search.text import passages, terms
 
@@ -38,6 +38,10 @@ def encode(picture, format="PNG", **options):
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     picture.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def embed(data):
+    return embed_image(decode_image(data))
 
 
 def pixels(data):
