@@ -38,6 +38,7 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import HTTPError
 from urllib3.util.connection import create_connection
 from urllib3.util.retry import Retry
+from urllib3.util.timeout import Timeout
 
 from config import need
 from search.calls import Failure
@@ -195,13 +196,29 @@ class Client:
         raise Failure("bad_response", f"more than {MAX_REDIRECTS} redirects")
 
     def _send(self, request, job):
-        """(where it redirects to or None, body) of one request."""
-        transport = _Transport(self, job)
+        """(where it redirects to or None, body) of one request. It takes of requests no more than the way through
+        proxies: a Session reads the bodies of redirects without a limit, keeps cookies, looks for logins in ~/.netrc.
+        """
         proxies = get_environ_proxies(request.url) if self.ours else {}
-        patience = (min(self.connect_timeout, job.left()), self.read_timeout)
+        patience = Timeout(connect=min(self.connect_timeout, job.left()), read=self.read_timeout)
         try:
-            with closing(transport), transport.send(request, True, patience, proxies=proxies) as response:
-                answer = self._answer(response.raw, job)
+            with closing(HTTPAdapter()) as adapter, ExitStack() as cleanup:
+                pool = adapter.get_connection_with_tls_context(request, True, proxies)
+                proxied, make = select_proxy(request.url, proxies) is not None, pool.ConnectionCls
+
+                def connection(**options):
+                    made = make(**options)
+                    to_proxy = made._new_conn if proxied else None
+                    made._new_conn = functools.partial(self._connect, made, to_proxy, job, cleanup)
+                    return made
+
+                pool.ConnectionCls = connection
+                if pool.scheme == "https":
+                    pool.conn_kw["ssl_context"] = tls_context()
+                options = {"retries": False, "redirect": False, "assert_same_host": False, "preload_content": False}
+                asked = request.method, adapter.request_url(request, proxies), request.body, request.headers
+                with pool.urlopen(*asked, timeout=patience, **options) as raw:
+                    answer = self._answer(raw, job)
             if time.monotonic() >= job.deadline:
                 raise TimeoutError  # it may have been cut at a place that looks like an end
             return answer
@@ -212,6 +229,36 @@ class Client:
             late = time.monotonic() >= job.deadline or isinstance(cause, TimeoutError)
             kind = "bad_response" if isinstance(error, ValueError) else "connection"
             raise Failure("timeout" if late else kind, type(cause).__name__) from None
+
+    def _connect(self, connection, to_proxy, job, cleanup):
+        """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
+        try:
+            sock = _in_time(job, to_proxy) if to_proxy else self._reached(connection, job)
+        except (OSError, UnicodeError) as error:  # urllib3 would take a reset for one after the connection was made
+            kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+            raise Failure(kind, type(error).__name__, note=getattr(error, "strerror", None) or "") from None
+        watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
+        cleanup.callback(watched.close)
+        guard = threading.Timer(job.left(), cut, [watched])
+        guard.daemon = True
+        guard.start()
+        cleanup.callback(guard.cancel)
+        return sock
+
+    def _reached(self, connection, job):
+        """A socket to the first that answers of the host's addresses that may be connected to: public ones, or any."""
+        host, port = connection.host, connection.port
+        private = self.ours or f"{host}:{port}" in self.allow_hosts
+        infos = _in_time(job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+        addresses = [info[4][0] for info in infos if private or is_public(info[4][0])]
+        failure = Failure("blocked", "it leads to a private address")
+        for address in addresses[:MAX_ADDRESSES]:
+            patience = min(connection.timeout, job.left())
+            try:
+                return create_connection((address, port), patience, socket_options=connection.socket_options)
+            except OSError as error:
+                failure = error
+        raise failure
 
     def _answer(self, raw, job):
         """(where it redirects to or None, body) of an answer that has begun."""
@@ -246,69 +293,6 @@ class Client:
             return data
         forms = (rb"(?:\\?%s|%%%02x|\\u00%02x)" % (re.escape(bytes([c])), c, c) for c in self.key.encode())
         return re.sub(rb"(?:\s|\\[nrt])*".join(forms), b"***", data, flags=re.IGNORECASE)
-
-
-class _Transport(HTTPAdapter):
-    """The way of one request. Its connection goes to the address that was checked, and is cut at the deadline.
-
-    There is no requests.Session above it: that reads the bodies of redirects without a limit, keeps cookies, and looks
-    for logins in ~/.netrc.
-    """
-
-    def __init__(self, client: Client, job: Job):
-        super().__init__()
-        self.client, self.job, self.cleanup = client, job, ExitStack()
-
-    def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
-        pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
-        make, proxied = pool.ConnectionCls, select_proxy(request.url, proxies) is not None
-
-        def connection(**options):
-            made = make(**options)
-            made._new_conn = functools.partial(self._connect, made, made._new_conn if proxied else None)
-            return made
-
-        pool.ConnectionCls = connection
-        if pool.scheme == "https":
-            pool.conn_kw["ssl_context"] = tls_context()
-        return pool
-
-    def cert_verify(self, conn, url, verify, cert):
-        """Nothing to add: `tls_context` holds the certificates."""
-
-    def _connect(self, connection, to_proxy):
-        """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
-        try:
-            sock = _in_time(self.job, to_proxy) if to_proxy else self._reached(connection)
-        except (OSError, UnicodeError) as error:  # urllib3 would take a reset for one after the connection was made
-            kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-            raise Failure(kind, type(error).__name__, note=getattr(error, "strerror", None) or "") from None
-        watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
-        self.cleanup.callback(watched.close)
-        guard = threading.Timer(self.job.left(), cut, [watched])
-        guard.daemon = True
-        guard.start()
-        self.cleanup.callback(guard.cancel)
-        return sock
-
-    def _reached(self, connection):
-        """A socket to the first that answers of the host's addresses that may be connected to: public ones, or any."""
-        host, port = connection.host, connection.port
-        private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
-        infos = _in_time(self.job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
-        addresses = [info[4][0] for info in infos if private or is_public(info[4][0])]
-        failure = Failure("blocked", "it leads to a private address")
-        for address in addresses[:MAX_ADDRESSES]:
-            patience = min(connection.timeout, self.job.left())
-            try:
-                return create_connection((address, port), patience, socket_options=connection.socket_options)
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def close(self):
-        self.cleanup.close()
-        super().close()
 
 
 def cut(sock: socket.socket) -> None:
