@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import Config, InputError, Options, need, option, parse, run_main
 from data import Call, Question, decode_image, first_line, load_questions
 from search import open_search
-from search.cache import CACHE_ID, SearchCache, export, import_parquet, snapshot_rows
+from search.cache import CACHE_ID, SearchCache, export, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
 from search.index import OfflineSearch, SearchDB, build, file_header
 from search.live import picture_name
@@ -104,7 +104,7 @@ def export_cache(options):
 
 def import_cache(options):
     with _filled(options.out) as cache:
-        print(f"{options.out}: {import_parquet(options.file, cache):,} results read from {options.file}")
+        print(f"{options.out}: {cache.put_all(snapshot_rows(options.file)):,} results read from {options.file}")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 `--search record` fills one, `--search replay` answers from one. It is in WAL mode: any number of threads and processes
 of one machine may use it (a network file system's locks are not enough for that: `python -m search serve` is for
-several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` and
-`import_parquet` publish one as a parquet file.
+several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` writes
+one as a parquet file, to publish, and `snapshot_rows` reads that.
 """
 
 import dataclasses
@@ -208,11 +208,6 @@ def export(cache: SearchCache, path: str | Path) -> int:
     return count
 
 
-def import_parquet(path: str | Path, cache: SearchCache) -> int:
-    """Add the rows of an exported file to a cache, all or none; returns their number. Raises InputError."""
-    return cache.put_all(snapshot_rows(path))
-
-
 def snapshot_rows(path: str | Path) -> Iterator[tuple[str, float, Result]]:
     """The rows of an exported file, as `SearchCache.put_all` takes them. Raises InputError if one is damaged."""
     import pyarrow as pa
@@ -284,9 +279,7 @@ class CachedSearch:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
             request = self.request(call, question)
-            if self.inner is None:
-                return self._answer(request, call, question)
-            return self._shared(request, call, question)
+            return (self._shared if self.inner else self._answer)(request, call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except (Failure, sqlite3.DatabaseError) as error:

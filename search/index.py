@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image, first_line
 from search.calls import Failure, failed, method_for
-from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
+from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, thumbnail
 from search.text import terms
 from tools import TOOLS, picture_of
 
@@ -118,7 +118,7 @@ class SearchDB(SQLiteFile):
             raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
         self.embedding = self._settings["image_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
-        self._embed = Encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
+        self._embed = load_encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
@@ -135,7 +135,7 @@ class SearchDB(SQLiteFile):
         sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
         with self._connection() as db:
             rows = [_row(db, "docs", rowid) for (rowid,) in db.execute(sql, (match, k)).fetchall()]
-        return [Hit(title, url=url, text=text) for title, url, _, text in rows]
+        return [Hit(title, url, text) for title, url, _, text in rows]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
         """The k pictures that look most like the encoded picture `data`, with thumbnails, best first (equals: in the
@@ -150,7 +150,7 @@ class SearchDB(SQLiteFile):
         best = self._rowids[np.argsort(-scores, kind="stable")[:k]]
         with self._connection() as db:
             rows = [_row(db, "images", rowid) for rowid in best.tolist()]
-        return [Hit(title, url=url, image=thumbnail) for title, url, _, thumbnail in rows]
+        return [Hit(title, url, image=thumbnail) for title, url, _, thumbnail in rows]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
         """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
@@ -239,7 +239,7 @@ def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, 
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = embed_image
     if image_embedding:
-        embedder = Encoder(image_embedding, building=True)
+        embedder = load_encoder(image_embedding, building=True)
         if Path(image_embedding).is_dir():
             image_embedding = str(Path(image_embedding).absolute())  # found from anywhere
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")

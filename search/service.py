@@ -21,7 +21,7 @@ from data import Call, Hit, Question, Result, Usage
 from search.calls import MAX_QUERY, Failure, failed
 from search.text import clean
 from search.web import MAX_JSON_BYTES, Client, Job, Limit, cut, is_web_url
-from tools import TOOLS
+from tools import TOOLS, picture_of
 
 MAX_RESULT = 8 * MAX_JSON_BYTES  # bytes, pictures included
 MAX_REQUEST, MAX_HELD = 4 * MAX_JSON_BYTES, 16 * MAX_JSON_BYTES  # bytes: of one, of those that are being answered
@@ -49,9 +49,8 @@ class RemoteSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
-        tool = TOOLS.get(call.tool)
-        shown = tool is not None and tool.needs == "picture" and call.image is None and question.images
-        picture = question.images[0] if shown else None
+        shown = call.tool in TOOLS and TOOLS[call.tool].needs == "picture" and call.image is None
+        picture = picture_of(call, question) if shown else None
         if len(picture or call.image or b"") > MAX_PICTURE:
             return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
         address = question.image_url if is_web_url(question.image_url) else None

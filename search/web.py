@@ -1,4 +1,4 @@
-"""HTTP that cannot hang, cannot be flooded and cannot be led astray: requests, with a transport of our own below it.
+"""HTTP that cannot hang, cannot be flooded and cannot be led astray: urllib3 with connections of our own.
 
 What comes from the web is hostile: an answer may never end, unpack to gigabytes, or redirect to the machine's own
 services. So every request has a deadline that covers all of it (the handshake, slow headers and a stream of single
