@@ -139,8 +139,7 @@ class IndexOptions(Options):
 def index(options):
     need(options.docs or options.images, "give --docs, --images or both")
     how = {"skip_bad_rows": options.skip_bad_rows, "image_embedding": options.image_embedding}
-    bad = build(options.out, options.docs or (), options.images or (), **how)
-    if bad:
+    if bad := build(options.out, options.docs or (), options.images or (), **how):
         print(f"left out {bad:,} bad rows")
     print(_index_line(options.out))
 

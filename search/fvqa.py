@@ -10,6 +10,7 @@ import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -80,9 +81,8 @@ def _entries(path):
 def _fvqa_entry(entry):
     """(titles, pictures) of an entry. They are lists under these names; a picture is there as such or as a URL, or in
     the JSON form as a path. Pictures are returned as JPEG bytes, URLs and paths as text, anything else as ""."""
-    titles = entry.get("tool_returned_web_title_list", entry.get("tool_returned_web_title"))
-    pictures = entry.get("cached_images_path", entry.get("tool_returned_images_urls"))
-    titles, pictures = _array(titles), _array(pictures)
+    titles = _array(entry.get("tool_returned_web_title_list", entry.get("tool_returned_web_title")))
+    pictures = _array(entry.get("cached_images_path", entry.get("tool_returned_images_urls")))
     sound = all(isinstance(value, list | tuple | np.ndarray) for value in (titles, pictures))
     need(sound, "expected two lists, of titles and of pictures, URLs or paths")
     return titles, [_as_jpeg(picture) for picture in pictures[: min(len(titles), MAX_HITS)]]
@@ -119,15 +119,13 @@ def _found_picture(client, folder, picture):
     by as much of its end as there is."""
     if isinstance(picture, bytes):
         return picture
-    try:
+    with suppress(Failure, InputError, OSError):
         if is_web_url(picture):
             return web_thumbnail(client.fetch(picture, Job(60.0))) if client else None
         parts = [part for part in PurePosixPath(picture).parts if part.strip("/.")]
         for n in range(len(parts)):
             if (file := folder.joinpath(*parts[n:])).is_file():
                 return web_thumbnail(file.read_bytes())
-    except (Failure, InputError, OSError):
-        pass
     return None
 
 

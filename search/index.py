@@ -34,7 +34,6 @@ INDEX_VERSION = 3  # rises when the tables, `embed_image` or `terms` change
 MAX_QUERY_TERMS = 64  # different terms of a query that count; a model may well say ten thousand
 LARGE_INDEX = 100_000  # documents from which on terms that a tenth of them hold are left out of queries
 
-
 # A build that fails is thrown away whole: it needs no journal. FTS5 gets terms in a row: to its tokenizer `ascii`, all
 # that is not ASCII is a letter.
 SCHEMA = f"""
@@ -122,11 +121,9 @@ class SearchDB(SQLiteFile):
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
-
-        Any string is a valid query: operators and quotes mean nothing, no terms find nothing, terms after the first
-        MAX_QUERY_TERMS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
-        hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read or is damaged.
-        """
+        Any string is a valid query: there are no operators, and no terms find nothing. Of the different terms, the
+        first MAX_QUERY_TERMS count, in a large index without common ones if there are others. Raises
+        sqlite3.DatabaseError if the file cannot be read or is damaged."""
         wanted = dict.fromkeys(terms(query))
         wanted = [term for term in wanted if term not in self._common] or list(wanted)
         if not wanted:

@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -204,9 +203,8 @@ def _first(matches, count, hit):
                     failures.append(_as_failure(error))
                     running |= {pool.submit(hit, match): n for n, match in islice(rest, 1)}
     if failures and not hits:
-        kind = Counter(f.kind for f in failures).most_common(1)[0][0]
-        example = next(f for f in failures if f.kind == kind)
-        raise Failure(kind, f"none of {len(failures)} results could be had", note=str(example))
+        common = max(failures, key=lambda failure: [other.kind for other in failures].count(failure.kind))
+        raise Failure(common.kind, f"none of {len(failures)} results could be had", note=str(common))
     return [hits[n] for n in sorted(hits)]
 
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.client import HTTPException
 from typing import ClassVar
 from urllib.parse import urljoin
@@ -50,8 +51,8 @@ MAX_ADDRESSES = 8  # of a name, that are tried
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that is given out for the public internet
 # In there, and in IPv4, what leads elsewhere although Python (some of its versions) calls it global: a cloud's metadata
 # service, 6to4's relay, Teredo and other protocols, documentation, 6to4.
-SPECIAL = ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
-SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL))
+SPECIAL = "192.0.0.0/24 192.88.99.0/24 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL.split()))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
 JSON_TYPES, IMAGE_TYPES = ("application/json",), ("image/*",)
 MAX_JSON_BYTES = 8_000_000
@@ -147,10 +148,9 @@ class Client:
         """As `fetch`, for an answer that has to be a JSON object, which `read` gets."""
 
         def parsed(body):
-            try:
+            answer = None
+            with suppress(ValueError, RecursionError):
                 answer = json.loads(body)
-            except (ValueError, RecursionError):
-                answer = None
             if not isinstance(answer, dict):
                 raise Failure("bad_response", "not a JSON object")
             return read(answer)
@@ -268,17 +268,16 @@ class Client:
         if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity", "gzip"):
             raise Failure("bad_response", "unknown content encoding")
         if status != 200:
-            try:
-                said = self._redacted(_said(_read(raw, job, 10_000))).decode()
-                note = clean(" ".join(said.split()), 200)
-            except HTTPError:
-                note = ""
+            note = ""
+            with suppress(HTTPError):
+                said = plain_text(_read(raw, job, 10_000).decode(errors="replace")).encode(errors="replace")
+                note = clean(" ".join(self._redacted(said).decode().split()), 300)
             kind = {408: "timeout", 429: "rate_limit"}.get(status, "server" if status >= 500 else "refused")
             if status == 429 and self.quota and self.quota in note.lower():
                 kind = "quota"
             raise Failure(kind, f"HTTP {status}", note, _seconds(headers.get("Retry-After")))
         kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
-        if not any(kind == t or (t.endswith("/*") and kind.startswith(t[:-1])) for t in self.types):
+        if not any(fnmatch(kind, allowed) for allowed in self.types):
             shown = self._redacted(kind.encode()).decode(errors="replace")
             raise Failure("bad_response", "content type", note=repr(clean(shown, 60) or "unknown"))
         body = _read(raw, job, self.max_bytes)
@@ -363,19 +362,6 @@ def _read(raw, job, max_bytes):
         body += piece
     job.add(bytes=raw.tell())
     return bytes(body)
-
-
-def _said(body):
-    """What an error's body says, as UTF-8: the message in its JSON, as SerpApi, Jina, OpenAI's and FastAPI's interfaces
-    write it, or else its text."""
-    said = body.decode(errors="replace")
-    with suppress(ValueError, RecursionError, AttributeError):
-        answer = json.loads(said)
-        error = next((answer[k] for k in ("error", "readableMessage", "message", "detail") if answer.get(k)), "")
-        if isinstance(error, dict) and "message" in error:
-            error = f"{error['message']} ({error['param']})" if error.get("param") else error["message"]
-        said = error if isinstance(error, str) else json.dumps(error)
-    return plain_text(said).encode(errors="replace")
 
 
 def tokens_in(usage, name: str) -> int:
