@@ -73,9 +73,8 @@ class WebSearch:
                 asked = f"summarizer_url, {SUMMARIZER_KEY}"
                 self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
         except Failure as failure:
-            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")
-            if not unlisted:  # some do not list their models
-                raise InputError(f"search={cfg.search} ({asked}): {failure}") from None
+            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")  # some list no models
+            need(unlisted, f"search={cfg.search} ({asked}): {failure}")
         if left is not None and left < (cfg.search_budget or 1):
             wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
             print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
