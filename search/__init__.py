@@ -6,7 +6,7 @@ a `Result` and may be called from any number of threads. `python -m search` buil
 
 from pathlib import Path
 
-from config import Config, InputError
+from config import Config, need
 from data import Question
 from search.cache import CachedSearch, SearchCache
 from search.index import OfflineSearch, SearchDB
@@ -45,22 +45,20 @@ def check_questions(questions: list[Question], cfg: Config) -> None:
     if not cfg.searches_web or cfg.image_host or not limits(cfg)["image_search"]:
         return
     hidden = sum(bool(q.images) and not is_web_url(q.image_url) for q in questions)
-    if hidden:
-        raise InputError(
-            f"the images of {hidden} of {len(questions)} questions have no URL, and a live image search needs one: "
-            "give --image_host, the URL of a folder that `python -m search images` wrote, or a command "
-            "(or --tool_limits image_search=0)"
-        )
+    need(
+        not hidden,
+        f"the images of {hidden} of {len(questions)} questions have no URL, and a live image search needs one: give "
+        "--image_host, the URL of a folder that `python -m search images` wrote, or a command "
+        "(or --tool_limits image_search=0)",
+    )
 
 
 def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
     if not cfg.searches_web:
         return ""
-    most = conversations * allowed_calls(cfg)
-    if cfg.search_budget >= most:
-        limit = "within search_budget"
-    else:
-        limit = f"search_budget={cfg.search_budget:,} ends them earlier" if cfg.search_budget else "no budget"
+    most, budget = conversations * allowed_calls(cfg), cfg.search_budget
+    limit = f"search_budget={budget:,} ends them earlier" if budget else "no budget"
+    limit = "within search_budget" if budget >= most else limit
     cost = f"{most * ENGINE.price:,.2f} at {ENGINE.price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

@@ -15,7 +15,7 @@
 
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Config, InputError, Options, need, option, parse, run_main
-from data import Call, Hit, Question, decode_image, first_line, load_questions
+from data import Call, Question, decode_image, first_line, load_questions
 from search import open_search
-from search.cache import CACHE_ID, SearchCache, export, import_parquet, snapshot_rows
+from search.cache import CACHE_ID, SearchCache, export, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
-from search.index import OfflineSearch, SearchDB, build_from, file_header
+from search.index import OfflineSearch, SearchDB, build, file_header
 from search.live import picture_name
 from search.service import SearchServer
 
@@ -48,7 +48,7 @@ class CopyOptions(FileOptions):
 
 def stats(options):
     path = Path(options.file)
-    if not _is_cache(path):
+    if _kind(path) is SearchDB:
         return print(_index_line(path))
     with closing(SearchCache(path)) as cache:
         s = cache.stats()
@@ -60,8 +60,8 @@ def stats(options):
     )
 
 
-def _is_cache(path):
-    return (file_header(path) or (None,))[0] == CACHE_ID
+def _kind(path):
+    return SearchCache if file_header(path)[0] == CACHE_ID else SearchDB
 
 
 def _index_line(path):
@@ -72,13 +72,13 @@ def _index_line(path):
 
 def verify(options):
     path, problems = Path(options.file), 0
-    if file_header(path) == (None, 0):
-        for _ in snapshot_rows(path):
-            pass
+    if file_header(path) == (0, 0):
+        deque(snapshot_rows(path), maxlen=0)  # which checks them
     else:
-        with closing((SearchCache if _is_cache(path) else SearchDB)(path)) as store:
-            for problems, line in enumerate(store.verify(), 1):  # noqa: B007
+        with closing(_kind(path)(path)) as store:
+            for line in store.verify():
                 print(line)
+                problems += 1
     need(not problems, f"{path}: {problems:,} problems")
     print(f"{path}: every hash is right")
 
@@ -86,17 +86,15 @@ def verify(options):
 @contextmanager
 def _filled(path):
     """A cache that an import fills; a new one in which nothing was kept is taken away again."""
-    new, kept = not Path(path).exists(), True
-    try:
-        with closing(SearchCache(path, write=True)) as cache:
-            try:
-                yield cache
-            finally:
-                kept = cache.stats()["results"]
-    except BaseException:
-        if new and not kept:  # and closed: SQLite has taken the files beside it away
-            Path(path).unlink()
-        raise
+    new = not Path(path).exists()
+    with closing(SearchCache(path, write=True)) as cache:
+        try:
+            yield cache
+        except BaseException:
+            if new and not cache.stats()["results"]:
+                cache.close()  # SQLite takes the files beside it away
+                cache.path.unlink()
+            raise
 
 
 def export_cache(options):
@@ -106,7 +104,7 @@ def export_cache(options):
 
 def import_cache(options):
     with _filled(options.out) as cache:
-        print(f"{options.out}: {import_parquet(options.file, cache):,} results read from {options.file}")
+        print(f"{options.out}: {cache.put_all(snapshot_rows(options.file)):,} results read from {options.file}")
 
 
 @dataclass(frozen=True)
@@ -139,26 +137,11 @@ class IndexOptions(Options):
 
 
 def index(options):
-    files = [file for file in (options.docs, options.images) if file]
-    need(files, "give --docs, --images or both")
-    for file in files:
-        need(Path(file).is_file(), f"{file}: no such file")  # before the work, not after half of it
-    docs, images = _json_lines(options.docs), _json_lines(options.images)
-    folder = Path(options.images).parent
-    bad = build_from(Path(options.out), docs, images, folder, options.skip_bad_rows, options.image_embedding)
-    if bad:
+    need(options.docs or options.images, "give --docs, --images or both")
+    how = {"skip_bad_rows": options.skip_bad_rows, "image_embedding": options.image_embedding}
+    if bad := build(options.out, options.docs or (), options.images or (), **how):
         print(f"left out {bad:,} bad rows")
     print(_index_line(options.out))
-
-
-def _json_lines(path) -> Iterator[tuple[str, bytes]]:
-    """The file's lines that are not blank, as (where, line); none if there is no file."""
-    if not path:
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", line
 
 
 @dataclass(frozen=True)
@@ -180,17 +163,12 @@ def ask(options):
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
     need(result.status != "error", result.error)
     for rank, hit in enumerate(result.hits, 1):
-        print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {_shown(hit)}")
+        shown = hit.text.strip().partition("\n")[0][:200]
+        if hit.image is not None:
+            shown = "thumbnail of {} x {} pixels".format(*decode_image(hit.image).size)
+        print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {shown}")
     if not result.hits:
         print("nothing found")
-
-
-def _shown(hit: Hit) -> str:
-    """The first line of a hit's text, or the size of its thumbnail."""
-    if hit.image is not None:
-        width, height = decode_image(hit.image).size
-        return f"thumbnail of {width} x {height} pixels"
-    return hit.text.strip().partition("\n")[0][:200]
 
 
 @dataclass(frozen=True)
@@ -256,21 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(rest, kind, *more)
     for field, shown in (("file", "FILE after the command"), ("files", "--files"), ("out", "--out")):
         need(more or getattr(options, field, True), f"give {shown}")
+    for field in ("file", "docs", "images", "image", "out") if kind is not ImagesOptions else ():  # which has a folder
+        path = Path(getattr(options, field, ""))
+        if path.name and not path.is_file():
+            need(not path.exists(), f"{path}: not a file")  # a device may have no end
+            need(field not in ("docs", "images"), f"{path}: no such file")
     try:
-        if kind is not ImagesOptions:  # whose output is a folder
-            _check_files(options)
         run(*options) if more else run(options)
     except sqlite3.DatabaseError as error:
         raise InputError(f"search {name}: a file cannot be read or written ({first_line(error)})") from None
-    except OSError as error:
-        raise InputError(f"{error.filename or name}: {error.strerror}") from None
-
-
-def _check_files(options):
-    """What is read or written is a file, if there is something: a device may have no end."""
-    for name in ("file", "docs", "images", "image", "out"):
-        path = getattr(options, name, "")
-        need(not path or Path(path).is_file() or not Path(path).exists(), f"{path}: not a file")
 
 
 if __name__ == "__main__":

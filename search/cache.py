@@ -2,12 +2,11 @@
 
 `--search record` fills one, `--search replay` answers from one. It is in WAL mode: any number of threads and processes
 of one machine may use it (a network file system's locks are not enough for that: `python -m search serve` is for
-several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` and
-`import_parquet` publish one as a parquet file.
+several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` writes
+one as a parquet file, to publish, and `snapshot_rows` reads that.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import secrets
@@ -48,7 +47,7 @@ CREATE TABLE images(hash TEXT PRIMARY KEY, data BLOB NOT NULL);
 
 def request_key(request: str) -> str:
     """The key of a request, which is canonical JSON (see `canonical`)."""
-    return hashlib.sha256(request.encode()).hexdigest()
+    return sha256([request])
 
 
 def canonical(request: dict) -> str:
@@ -89,18 +88,21 @@ class SearchCache(SQLiteFile):
         self.put_all([(canonical(request), time.time(), result)])
         return self.get(request)
 
-    def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> None:
-        """Keep many (request, time, result), all or none."""
+    def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> int:
+        """Keep many (request, time, result), all or none; returns their number."""
+        count = 0
         with self._connection() as db, self._writing:
             db.execute("BEGIN IMMEDIATE")
             try:
-                for request, created, result in rows:
-                    _insert_result(db, request, created, result)
+                for row in rows:
+                    _insert_result(db, *row)
+                    count += 1
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:  # a full disk has ended it already
                     db.execute("ROLLBACK")
                 raise
+        return count
 
     def rows(self) -> Iterator[tuple[str, float, Result]]:
         """All of it, as put_all takes it, in the order of the keys."""
@@ -122,20 +124,17 @@ class SearchCache(SQLiteFile):
         stats |= {"oldest": days[0], "newest": days[1], "images": images, "image_bytes": int(image_bytes)}
         return stats | {"bytes": self.path.stat().st_size}
 
-    def verify(self) -> Iterator[str]:
-        """What is wrong with the file, a line each; nothing if every hash is right."""
-        with self._connection() as db:
-            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
-            for hash, data in db.execute("SELECT hash, data FROM images"):
-                if sha256([data]) != hash:
-                    yield f"image {hash}: its bytes have another hash"
-            for key, request, *row in db.execute("SELECT key, request, status, result, sha256 FROM results"):
-                if sha256([request]) != key:
-                    yield f"result {key}: its request has another hash"
-                try:
-                    _load_result(db, request, *row)
-                except sqlite3.DatabaseError as error:
-                    yield f"result {key}: {error}"
+    def _wrong_hashes(self, db):
+        for hash, data in db.execute("SELECT hash, data FROM images"):
+            if sha256([data]) != hash:
+                yield f"image {hash}: its bytes have another hash"
+        for key, request, *row in db.execute("SELECT key, request, status, result, sha256 FROM results"):
+            if request_key(request) != key:
+                yield f"result {key}: its request has another hash"
+            try:
+                _load_result(db, request, *row)
+            except sqlite3.DatabaseError as error:
+                yield f"result {key}: {error}"
 
 
 def _make_cache(path):
@@ -168,16 +167,14 @@ def _insert_result(db, request, created, result):
         "ON CONFLICT(key) DO UPDATE SET status = excluded.status, result = excluded.result, sha256 = excluded.sha256, "
         "created = excluded.created WHERE results.status = 'error' "
         "OR (results.status = 'no_results' AND excluded.status = 'ok')",
-        (sha256([request]), request, result.status, content, sha256((request, result.status, content)), created),
+        (request_key(request), request, result.status, content, sha256((request, result.status, content)), created),
     )
 
 
 def _image(db, hash):
     row = db.execute("SELECT data FROM images WHERE hash = ?", (hash,)).fetchone()
-    if row is None:
-        raise sqlite3.DatabaseError(f"image {hash} is missing")
-    if sha256(row) != hash:
-        raise sqlite3.DatabaseError(f"image {hash} is damaged")
+    if row is None or sha256(row) != hash:
+        raise sqlite3.DatabaseError(f"image {hash} is missing or damaged")
     return row[0]
 
 
@@ -205,25 +202,9 @@ def export(cache: SearchCache, path: str | Path) -> int:
     options = {"compression": "zstd", "write_page_checksum": True}
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for part in batches(cache.rows(), 256):
-            table = []
-            for request, created, r in part:
-                table.append({"request": request, "created": created, **vars(r), "hits": [*map(vars, r.hits)]})
-            writer.write_table(pa.Table.from_pylist(table, schema))
-            count += len(table)
-    return count
-
-
-def import_parquet(path: str | Path, cache: SearchCache) -> int:
-    """Add the rows of an exported file to a cache, all or none; returns their number. Raises InputError."""
-    count = 0
-
-    def counted():
-        nonlocal count
-        for row in snapshot_rows(path):
-            count += 1
-            yield row
-
-    cache.put_all(counted())
+            rows = [{"request": q, "created": at, **vars(r), "hits": [*map(vars, r.hits)]} for q, at, r in part]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            count += len(rows)
     return count
 
 
@@ -275,10 +256,9 @@ class CachedSearch:
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
         self.methods = {"image_search": self._image_request, "text_search": self._text_request}
-        self._prompt = hashlib.sha256(summarizer_prompt().encode()).hexdigest()[:16]
+        self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
-        self._empty: set[str] = set()  # keys for which this process has found nothing
-        self._lock = threading.Lock()
+        self._empty: set[str] = set()  # requests for which this process has found nothing
 
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
@@ -287,8 +267,7 @@ class CachedSearch:
         return {**asked, "language": self.cfg.search_language}
 
     def _image_request(self, call, question):
-        picture = hashlib.sha256(picture_of(call, question)).hexdigest()
-        return {"image": picture, "thumbnail_side": THUMBNAIL_SIDE}
+        return {"image": sha256([picture_of(call, question)]), "thumbnail_side": THUMBNAIL_SIDE}
 
     def _text_request(self, call, question):
         asked = {"query": query_of(call), "characters": PAGE_CHARACTERS, "summarizer": "passages"}
@@ -300,24 +279,36 @@ class CachedSearch:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
             request = self.request(call, question)
-            key = request_key(canonical(request))
-            kept = self._kept(request, call, question)
-            if self._stands(kept, key):
-                return dataclasses.replace(kept, usage=Usage(cached=1))
-            if self.inner is None:
-                missing = f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}"
-                raise Failure("not_recorded", missing)
-            return self._once(key, request, call, question)
-        except Failure as failure:
-            return failed(failure)
+            return (self._shared if self.inner else self._answer)(request, call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
-        except sqlite3.DatabaseError as error:
-            return Result("error", error=f"{type(error).__name__}: {error}", error_kind="index")
+        except (Failure, sqlite3.DatabaseError) as error:
+            return failed(error)
 
-    def _stands(self, kept, key):
-        """Whether a kept result is the answer, and need not be searched for again."""
-        return kept and (self.inner is None or kept.status == "ok" or key in self._empty)
+    def _shared(self, request, call, question):
+        """`_answer`, or that of a call which asks the same and is under way."""
+        key, mine = canonical(request), Future()
+        pending = self._pending.setdefault(key, mine)  # of dictionaries, one step for all threads
+        if pending is not mine:
+            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
+        try:
+            mine.set_result(self._answer(request, call, question))
+        except BaseException as error:
+            mine.set_exception(error)
+        finally:
+            del self._pending[key]
+        return mine.result()
+
+    def _answer(self, request, call, question):
+        kept = self._kept(request, call, question)
+        if kept and (self.inner is None or kept.status == "ok" or canonical(request) in self._empty):
+            return dataclasses.replace(kept, usage=Usage(cached=1))
+        if self.inner is None:
+            raise Failure("not_recorded", f"nothing is kept in {self.cache.path.name} for this {title(call.tool)}")
+        found = self.inner.search(call, question)
+        if found.status == "no_results":
+            self._empty.add(canonical(request))
+        return dataclasses.replace(self.cache.put(request, found), usage=found.usage)
 
     def _kept(self, request, call, question):
         kept = self.cache.get(request, count=self.inner is not None)
@@ -325,29 +316,3 @@ class CachedSearch:
             kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
             kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
         return kept
-
-    def _once(self, key, request, call, question):
-        with self._lock:
-            pending = self._pending.get(key)
-            first = pending is None
-            if first:
-                pending = self._pending[key] = Future()
-        if not first:
-            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
-        try:
-            kept = self.cache.get(request)  # by one that was under way when this call looked
-            if self._stands(kept, key):
-                pending.set_result(kept)
-                return dataclasses.replace(kept, usage=Usage(cached=1))
-            found = self.inner.search(call, question)
-            if found.status == "no_results":
-                self._empty.add(key)
-            result = dataclasses.replace(self.cache.put(request, found), usage=found.usage)
-            pending.set_result(result)
-            return result
-        except BaseException as error:
-            pending.set_exception(error)
-            raise
-        finally:
-            with self._lock:
-                del self._pending[key]

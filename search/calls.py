@@ -4,8 +4,10 @@ A search looks the method that answers a call up by the tool's name. A call of a
 that lacks what its tool needs (a picture, words), gives a result with status "error" and error_kind "bad_call".
 """
 
+import sqlite3
 from collections.abc import Callable
 
+from config import InputError
 from data import Call, Question, Result
 from search.text import clean
 from tools import problem_with, title
@@ -42,6 +44,9 @@ def query_of(call: Call) -> str:
     return query
 
 
-def failed(failure: Failure) -> Result:
-    """The result of a call that failed."""
-    return Result("error", error=str(failure), error_kind=failure.kind)
+def failed(error: Failure | InputError | sqlite3.DatabaseError) -> Result:
+    """The result of a call that failed; an InputError is about its picture, one of SQLite about the file searched."""
+    if isinstance(error, Failure):
+        return Result("error", error=str(error), error_kind=error.kind)
+    kind = "bad_call" if isinstance(error, InputError) else "index"
+    return Result("error", error=f"{type(error).__name__}: {error}", error_kind=kind)

@@ -6,6 +6,7 @@ are also the thumbnails that an index and a cache keep.
 
 import io
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -20,17 +21,12 @@ WEB_PIXELS = 20_000_000  # of a fetched thumbnail; more is a decompression bomb
 WEB_IMAGE_BYTES = 8_000_000
 
 
-def embed(data: bytes) -> np.ndarray:
-    """What an encoded picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
+def embed_image(image: Image.Image) -> np.ndarray:
+    """What a picture looks like: float32 [D = 204] of length 1, so that a dot product of two is their cosine.
 
     Two coarse grids over the part of the picture that stands out (which makes it indifferent to where the thing is and
-    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down. Raises InputError if the bytes are
-    not a picture.
+    how large): 6 x 6 mean colours, and 4 x 4 strengths of texture, across and down.
     """
-    return embed_image(decode_image(data))
-
-
-def embed_image(image: Image.Image) -> np.ndarray:
     pixels = _grid(image, 24, _salient_box(image))
     change = np.zeros((24, 24, 6), np.float32)  # between cells two apart; squares of it do not tell where a stripe lies
     change[:, 2:, :3] = pixels[:, 2:] - pixels[:, :-2]
@@ -77,31 +73,30 @@ def thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
     return buffer.getvalue()
 
 
-class Encoder:
-    """A vision encoder of transformers, by hub name or folder: a picture to float32 [D] of length 1.
+def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], np.ndarray]:
+    """A vision encoder of transformers, by hub name or folder: a function from a picture to float32 [D] of length 1.
 
     It runs on the CPU, so that searching takes no memory of a training GPU; building an index may use one.
     """
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
 
-    def __init__(self, name: str, building: bool = False):
-        import torch
-        from transformers import AutoImageProcessor, AutoModel
+    device = "cuda" if building and torch.cuda.is_available() else "cpu"
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    except Exception as error:  # on what it cannot load, transformers raises about anything
+        raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
+    lock, see = threading.Lock(), getattr(model, "get_image_features", model)  # the first of models that also read text
 
-        device = "cuda" if building and torch.cuda.is_available() else "cpu"
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(name)
-            self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        except Exception as error:  # on what it cannot load, transformers raises about anything
-            raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
-        self.device, self.torch, self.lock = device, torch, threading.Lock()
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.device)
-        with self.lock, self.torch.inference_mode():
-            joint = getattr(self.model, "get_image_features", None)  # of models that also read text
-            out = joint(pixel_values=pixels) if joint else self.model(pixel_values=pixels)
-        if not isinstance(out, self.torch.Tensor):
+    def encode(image):
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
+        with lock, torch.inference_mode():
+            out = see(pixel_values=pixels)
+        if not isinstance(out, torch.Tensor):
             pooled = getattr(out, "pooler_output", None)
             out = out.last_hidden_state.mean(1) if pooled is None else pooled
         vector = out.flatten().float().cpu().numpy()
         return vector / max(np.linalg.norm(vector), np.float32(1e-6))
+
+    return encode

@@ -10,6 +10,7 @@ import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -33,12 +34,10 @@ def fetching_client(**options) -> Client:
     return Client("picture", Limit(16), ours=False, max_bytes=WEB_IMAGE_BYTES, types=IMAGE_TYPES, **options)
 
 
-def import_fvqa(
-    path: str | Path, cache: SearchCache, client: Client | None = None
-) -> tuple[int, list[tuple[str, str]]]:
+def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = None) -> tuple[int, list]:
     """Add FVQA's image-search cache, {data_id: {titles, pictures}} (see `_fvqa_entry`); returns the number of entries
-    and (data_id, URL or path) of the pictures that are missing: URLs without a client or that cannot be fetched with
-    it, paths that are no picture in the file's folder.
+    and a list of (data_id, URL or path) of the pictures that are missing: URLs without a client or that cannot be
+    fetched with it, paths that are no picture in the file's folder.
 
     Hits without a picture keep their title. In a replay an entry answers image searches about questions with its
     data_id where nothing is kept under the picture itself. Raises InputError.
@@ -55,7 +54,7 @@ def import_fvqa(
                 request = canonical({"data_id": str(id)})
                 request.encode()  # JSON can spell half a character
             except Exception as error:  # of what a file may hold, numpy and Pillow raise about anything
-                raise InputError(f"{path}, entry {clean(str(id), 40)}: {first_line(error)}") from None
+                raise InputError(f"{path}, entry {clean(str(id), 40)}: unreadable ({first_line(error)})") from None
             hits = []
             for title, picture, image in zip(titles, pictures, pool.map(found, pictures), strict=False):
                 hits.append(Hit(clean(title, 300), image=image))
@@ -70,29 +69,23 @@ def import_fvqa(
 
 
 def _entries(path):
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             is_json = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
             return json.loads(data[:]) if is_json else _Reader(data, encoding="latin1").load()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    except Exception as error:  # on broken files these readers raise about anything
-        raise InputError(f"{path}: not a pickle of plain data, nor JSON ({first_line(error)})") from None
+        except Exception as error:  # on broken files these readers raise about anything
+            raise InputError(f"{path}: not a pickle of plain data, nor JSON ({first_line(error)})") from None
 
 
 def _fvqa_entry(entry):
     """(titles, pictures) of an entry. They are lists under these names; a picture is there as such or as a URL, or in
     the JSON form as a path. Pictures are returned as JPEG bytes, URLs and paths as text, anything else as ""."""
-    titles = entry.get("tool_returned_web_title_list", entry.get("tool_returned_web_title"))
-    pictures = entry.get("cached_images_path", entry.get("tool_returned_images_urls"))
-    titles, pictures = _array(titles), _array(pictures)
+    titles = _array(entry.get("tool_returned_web_title_list", entry.get("tool_returned_web_title")))
+    pictures = _array(entry.get("cached_images_path", entry.get("tool_returned_images_urls")))
     sound = all(isinstance(value, list | tuple | np.ndarray) for value in (titles, pictures))
     need(sound, "expected two lists, of titles and of pictures, URLs or paths")
-    try:
-        pictures = [_as_jpeg(picture) for picture in pictures[: min(len(titles), MAX_HITS)]]
-    except Exception as error:
-        raise InputError(f"a picture that cannot be read ({first_line(error)})") from None
-    return titles, pictures
+    return titles, [_as_jpeg(picture) for picture in pictures[: min(len(titles), MAX_HITS)]]
 
 
 def _as_jpeg(picture):
@@ -110,7 +103,8 @@ def _image(made):
         array = _array(made)
         need(isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim > 1, "no array of a picture")
         return Image.fromarray(array)
-    need(made.is_picture, f"it is a {made.name}")
+    is_picture = made.name.startswith("PIL.") and made.name.endswith((".Image", "ImageFile"))
+    need(is_picture, f"a picture that is a {made.name}")
     _, mode, size, palette, data = made.state[:5]  # as Pillow writes it
     width, height = size
     need(0 < width * height <= WEB_PIXELS and max(size) <= 200 * min(size), f"{width} x {height} pixels")
@@ -125,15 +119,13 @@ def _found_picture(client, folder, picture):
     by as much of its end as there is."""
     if isinstance(picture, bytes):
         return picture
-    try:
+    with suppress(Failure, InputError, OSError):
         if is_web_url(picture):
             return web_thumbnail(client.fetch(picture, Job(60.0))) if client else None
         parts = [part for part in PurePosixPath(picture).parts if part.strip("/.")]
         for n in range(len(parts)):
             if (file := folder.joinpath(*parts[n:])).is_file():
                 return web_thumbnail(file.read_bytes())
-    except (Failure, InputError, OSError):
-        pass
     return None
 
 
@@ -147,21 +139,15 @@ class _Made:
     def __init__(self, name, args=(), state=None):
         self.name, self.args, self.state, self.jpeg = name, args, state, None
 
-    @property
-    def is_picture(self):
-        return self.name.startswith("PIL.") and self.name.endswith((".Image", "ImageFile"))
-
     def __setstate__(self, state):
         self.state = state
 
     def __call__(self, *args):
         last = self.name.rpartition(".")[2]
-        if last == "encode":  # bytes, in protocols 0 to 2
-            return _as_bytes(args[0])
-        if last in ("bytes", "bytearray"):
+        if last in ("encode", "bytes", "bytearray"):  # the first writes bytes in protocols 0 to 2
             return _as_bytes(args[0]) if args else b""
         if last == "OrderedDict":
-            return {}
+            return _Dict()
         if last == "_reconstructor":
             return _Made(args[0].name)
         if last == "_reconstruct":
@@ -181,13 +167,20 @@ NAMES = re.compile(
 )
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: its steps can be replaced, and its memo is a dictionary
-    """Names become `_Made`, and keys of dictionaries are such that their hashes are quick and do not collide."""
+class _Dict(dict):
+    """A dictionary whose keys are such that their hashes are quick and do not collide."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
-    dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce
-    for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
-        del dispatch[code[0]]
+    __slots__ = ()  # no state but its items
+
+    def __setitem__(self, key, value):
+        long = isinstance(key, int) and abs(key) >= 2**63
+        if long or not isinstance(key, str | int | float | bytes | _Made | None):
+            raise pickle.UnpicklingError("a tuple or a long number as a key")
+        super().__setitem__(key, value)
+
+
+class _Reader(pickle._Unpickler):  # the one in Python: its steps can be replaced, and its memo is a dictionary
+    """Names become `_Made`, and dictionaries `_Dict`; there are no sets."""
 
     def find_class(self, module, name):
         full = f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}"
@@ -195,28 +188,17 @@ class _Reader(pickle._Unpickler):  # the one in Python: its steps can be replace
             raise pickle.UnpicklingError(f"it holds {full}, which is not allowed")
         return _Made(full)
 
-    def fill(self, target, items):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            long = isinstance(key, int) and abs(key) >= 2**63
-            if long or not isinstance(key, str | int | float | bytes | _Made | None):
-                raise pickle.UnpicklingError("a tuple or a long number as a key")
-            target[key] = value
-
     def load_dict(self):
         items = self.pop_mark()
-        self.append({})
-        self.fill(self.stack[-1], items)
+        self.append(_Dict())
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][key] = value
 
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.fill(self.stack[-1], [key, value])
-
-    def load_setitems(self):
-        items = self.pop_mark()
-        self.fill(self.stack[-1], items)
-
-    for code, step in ((pickle.DICT, load_dict), (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems)):
-        dispatch[code[0]] = step
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce
+    dispatch[pickle.DICT[0]], dispatch[pickle.EMPTY_DICT[0]] = load_dict, lambda self: self.append(_Dict())
+    for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        del dispatch[code[0]]
 
 
 def _as_bytes(data):

@@ -25,15 +25,14 @@ from tqdm import tqdm
 from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image, first_line
 from search.calls import Failure, failed, method_for
-from search.embedding import LOSSLESS_SIDE, Encoder, embed_image, thumbnail
+from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, thumbnail
 from search.text import terms
 from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
-INDEX_VERSION = 3  # rises when the tables, `embed` or `terms` change
+INDEX_VERSION = 3  # rises when the tables, `embed_image` or `terms` change
 MAX_QUERY_TERMS = 64  # different terms of a query that count; a model may well say ten thousand
 LARGE_INDEX = 100_000  # documents from which on terms that a tenth of them hold are left out of queries
-
 
 # A build that fails is thrown away whole: it needs no journal. FTS5 gets terms in a row: to its tokenizer `ascii`, all
 # that is not ASCII is a letter.
@@ -66,9 +65,8 @@ class SQLiteFile:
         self.path, self._options = Path(path), options
         self._idle: deque[sqlite3.Connection] = deque()  # each use borrows one: no two threads share a connection
         self._closed = False
-        header = file_header(self.path)
-        need(header, f"{path}: no such {self.what}; {self.build}")
-        application, version = header
+        need(self.path.is_file(), f"{path}: no such {self.what}; {self.build}")
+        application, version = file_header(self.path)
         need(application == self.application, f"{path}: not a {self.what}; {self.build}")
         other = f"a {self.what} in version {version} of the format, expected version {self.version}"
         need(version == self.version, f"{path}: {other}: make it again; {self.build}")
@@ -87,6 +85,12 @@ class SQLiteFile:
             yield db
         finally:
             self._idle.append(db)
+
+    def verify(self) -> Iterator[str]:
+        """What is wrong with the file, a line each; nothing if every hash is right."""
+        with self._connection() as db:
+            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
+            yield from self._wrong_hashes(db)
 
     def close(self):
         """Close the file. No use of it may be under way; later ones raise ValueError."""
@@ -113,22 +117,22 @@ class SearchDB(SQLiteFile):
             raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
         self.embedding = self._settings["image_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
-        self._embed = Encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
+        self._embed = load_encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
-
-        Any string is a valid query: operators and quotes mean nothing, no terms find nothing, terms after the first
-        MAX_QUERY_TERMS different ones are left out, and in an index of LARGE_INDEX documents those that a tenth of them
-        hold, if the query has others. Raises sqlite3.DatabaseError if the file cannot be read or is damaged.
-        """
-        match = _match_expression(query, self._common)
-        if not match:
+        Any string is a valid query: there are no operators, and no terms find nothing. Of the different terms, the
+        first MAX_QUERY_TERMS count, in a large index without common ones if there are others. Raises
+        sqlite3.DatabaseError if the file cannot be read or is damaged."""
+        wanted = dict.fromkeys(terms(query))
+        wanted = [term for term in wanted if term not in self._common] or list(wanted)
+        if not wanted:
             return []
+        match = " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])  # terms are letters and digits alone
         sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
         with self._connection() as db:
             rows = [_row(db, "docs", rowid) for (rowid,) in db.execute(sql, (match, k)).fetchall()]
-        return [Hit(title, url=url, text=text) for title, url, _, text in rows]
+        return [Hit(title, url, text) for title, url, _, text in rows]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
         """The k pictures that look most like the encoded picture `data`, with thumbnails, best first (equals: in the
@@ -136,14 +140,14 @@ class SearchDB(SQLiteFile):
         query = self._embed(decode_image(data))
         if not len(self._rowids):
             return []
-        if len(query) != self._embeddings.shape[1]:
-            raise InputError(f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
+        fits = len(query) == self._embeddings.shape[1]
+        need(fits, f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
         # einsum adds up each row in the same order, so equal pictures score equally; BLAS promises no such thing.
         scores = np.einsum("nd,d->n", self._embeddings, query)
         best = self._rowids[np.argsort(-scores, kind="stable")[:k]]
         with self._connection() as db:
             rows = [_row(db, "images", rowid) for rowid in best.tolist()]
-        return [Hit(title, url=url, image=thumbnail) for title, url, _, thumbnail in rows]
+        return [Hit(title, url, image=thumbnail) for title, url, _, thumbnail in rows]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
         """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
@@ -158,16 +162,13 @@ class SearchDB(SQLiteFile):
             ((docs,),) = db.execute("SELECT count(*) FROM docs")
         return {"docs": docs, "images": len(self._rowids), "bytes": self.path.stat().st_size}
 
-    def verify(self) -> Iterator[str]:
-        """What is wrong with the file, a line each; nothing if every hash is right."""
-        with self._connection() as db:
-            yield from (line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok")
-            for table in ("docs", "images"):
-                for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
-                    if _row_sum(row) != sum:
-                        yield f"row {rowid} of {table} has another hash"
-            if _words_sum(db) != self._settings["words"]:
-                yield "the index of the words has another hash, or documents are missing"
+    def _wrong_hashes(self, db):
+        for table in ("docs", "images"):
+            for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
+                if _row_sum(row) != sum:
+                    yield f"row {rowid} of {table} has another hash"
+        if _words_sum(db) != self._settings["words"]:
+            yield "the index of the words has another hash, or documents are missing"
 
 
 COLUMNS = "title, url, id, content, sha256"  # of both tables: the row, and its hash
@@ -209,51 +210,33 @@ def _words_sum(db):
     return sha256(value for rows in (counted, *tables) for row in rows for value in row)
 
 
-def _match_expression(query: str, common: frozenset[str] = frozenset()) -> str:
-    """The query's terms, quoted and OR-ed, without common ones if there are others. Only letters and digits are in
-    them, so nothing is FTS5 syntax."""
-    wanted = dict.fromkeys(terms(query))
-    wanted = [term for term in wanted if term not in common] or list(wanted)
-    return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])
-
-
-def file_header(path: Path) -> tuple[int | None, int] | None:
-    """(application id, version) in SQLite's file header; (None, 0) of another file; None if there is no file."""
-    try:
-        if not path.is_file():
-            return None
+def file_header(path: Path) -> tuple[int, int]:
+    """(application id, version) in SQLite's file header; (0, 0) if there is no file, or another one."""
+    header = b""
+    if path.is_file():
         with open(path, "rb") as file:
             header = file.read(72)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    if len(header) < 72 or not header.startswith(b"SQLite format 3\0"):
-        return None, 0
+    if not header.startswith(b"SQLite format 3\0"):
+        return 0, 0
     return int.from_bytes(header[68:], "big"), int.from_bytes(header[60:64], "big")
 
 
 def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, image_embedding: str = "") -> int:
     """Write an index to `path`, in place of an older one; returns how many bad rows were left out.
 
-    image_embedding: a vision encoder of transformers, by name or folder (default: of the pixels, see `embed`).
-
-    docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; both are read once, row
-    by row. `path` appears when all is written; a build that is killed leaves at most `path`.XXXXXXXX.tmp behind. Raises
-    InputError naming row and field (skip_bad_rows leaves such rows out), or saying why it cannot write `path`.
+    docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; of each an iterable or a
+    JSONL file, in whose folder paths start. Both are read once, row by row. image_embedding: a vision encoder of
+    transformers, by name or folder (default: `embed_image`). `path` appears when all is written; a build that is killed
+    leaves at most `path`.XXXXXXXX.tmp behind. Raises InputError naming row and field (skip_bad_rows leaves such rows
+    out), or saying why it cannot write `path`.
     """
-    docs = ((f"docs row {n}", row) for n, row in enumerate(docs, 1))
-    images = ((f"images row {n}", row) for n, row in enumerate(images, 1))
-    return build_from(Path(path), docs, images, Path(), skip_bad_rows, image_embedding)
-
-
-def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, image_embedding: str) -> int:
-    """As `build`; rows come as (where, dict or a line of JSON), paths start at `folder`."""
-    header = file_header(path)
-    sound = header[0] == APPLICATION_ID if header else not path.exists()
+    path, folder = Path(path), Path(images).parent if isinstance(images, str | Path) else Path()
+    sound = not path.exists() or file_header(path)[0] == APPLICATION_ID
     need(sound, f"{path}: exists and is not a search index; choose another name")
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = embed_image
     if image_embedding:
-        embedder = Encoder(image_embedding, building=True)
+        embedder = load_encoder(image_embedding, building=True)
         if Path(image_embedding).is_dir():
             image_embedding = str(Path(image_embedding).absolute())  # found from anywhere
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
@@ -276,9 +259,20 @@ def build_from(path: Path, docs, images, folder: Path, skip_bad_rows: bool, imag
     return bad
 
 
-def _insert(rows, name, add, skip_bad_rows):
+def _rows(source, name):
+    """(where it stands, row) of all rows: dictionaries, or lines of a JSONL file that are not blank."""
+    if not isinstance(source, str | Path):
+        yield from ((f"{name} row {n}", row) for n, row in enumerate(source, 1))
+        return
+    with open(source, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{source}, line {number}", line
+
+
+def _insert(source, name, add, skip_bad_rows):
     bad = 0
-    for where, row in tqdm(rows, f"index {name}", unit=" rows", leave=False, disable=None):
+    for where, row in tqdm(_rows(source, name), f"index {name}", unit=" rows", leave=False, disable=None):
         try:
             add(_as_dict(row))
         except InputError as error:
@@ -289,8 +283,7 @@ def _insert(rows, name, add, skip_bad_rows):
 
 
 def _common_terms(db):
-    """Terms that over a tenth of the documents of a large index hold: every query with one would rank them all, for
-    seconds, and their weight in BM25 is small."""
+    """Terms of over a tenth of a large index: a query would rank all of these for seconds, and they weigh little."""
     ((count,),) = db.execute("SELECT count(*) FROM docs")
     if count < LARGE_INDEX:
         return ""
@@ -308,16 +301,13 @@ def _add_document(db, row):
 
 def _add_image(db, folder, embedder, row):
     strings, data = _strings(row, "title"), row.get("image")
-    if isinstance(data, str | Path):
-        try:
-            need((folder / data).is_file(), "no such file")
-            data = (folder / data).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise InputError(f"field image: cannot read {row['image']!r} ({error})") from None
-    need(isinstance(data, bytes), "field image: expected the path of a picture")
     try:
+        if isinstance(data, str | Path):
+            need((folder / data).is_file(), f"cannot read {data!r}: no such file")
+            data = (folder / data).read_bytes()
+        need(isinstance(data, bytes), "expected the path of a picture")
         image = decode_image(data)
-    except InputError as error:
+    except (OSError, InputError) as error:
         raise InputError(f"field image: {error}") from None
     format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
     values = (*strings, thumbnail(image, format))
@@ -337,16 +327,12 @@ def _as_dict(row):
 
 def _strings(row, *required):
     """The row's required fields, url and id."""
-    values = []
-    for field in (*required, "url", "id"):
-        value = row.get(field)
-        if field not in required:
-            value = "" if value is None else str(value) if field == "id" else value
-        if not isinstance(value, str):
-            raise InputError(f"field {field}: expected a string, not {repr(value)[:40]}")
-        if re.search("[\ud800-\udfff]", value):  # JSON can spell half a character
-            raise InputError(f"field {field}: not valid Unicode")
-        values.append(value)
+    optional = ("" if row.get(field) is None else row[field] for field in ("url", "id"))
+    *values, id = *(row.get(field) for field in required), *optional
+    values.append(str(id))
+    for field, value in zip((*required, "url", "id"), values, strict=True):
+        need(isinstance(value, str), f"field {field}: expected a string, not {repr(value)[:40]}")
+        need(not re.search("[\ud800-\udfff]", value), f"field {field}: not valid Unicode")  # JSON can spell half a one
     return values
 
 
@@ -365,11 +351,8 @@ class OfflineSearch:
             hits = method_for(call, question, self.methods)(call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
-        except Failure as failure:
-            return failed(failure)
-        except (InputError, sqlite3.DatabaseError) as error:
-            kind = "bad_call" if isinstance(error, InputError) else "index"
-            return Result("error", error=f"{type(error).__name__}: {error}", error_kind=kind)
+        except (Failure, InputError, sqlite3.DatabaseError) as error:
+            return failed(error)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
     def _image_search(self, call, question):

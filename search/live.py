@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -74,9 +73,8 @@ class WebSearch:
                 asked = f"summarizer_url, {SUMMARIZER_KEY}"
                 self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
         except Failure as failure:
-            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")
-            if not unlisted:  # some do not list their models
-                raise InputError(f"search={cfg.search} ({asked}): {failure}") from None
+            unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")  # some list no models
+            need(unlisted, f"search={cfg.search} ({asked}): {failure}")
         if left is not None and left < (cfg.search_budget or 1):
             wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
             print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
@@ -124,10 +122,7 @@ class WebSearch:
         if call.image is None and is_web_url(question.image_url):
             return question.image_url
         data, host = picture_of(call, question), self.cfg.image_host
-        try:
-            name = picture_name(data)
-        except InputError as error:
-            raise Failure("bad_call", str(error)) from None
+        name = picture_name(data)
         if "://" in host:
             return f"{host.rstrip('/')}/{name}"
         if not host:
@@ -143,10 +138,8 @@ class WebSearch:
             command = [*shlex.split(self.cfg.image_host), str(path)]
             try:
                 done = subprocess.run(command, capture_output=True, timeout=job.left(), stdin=subprocess.DEVNULL)
-            except subprocess.TimeoutExpired:
-                raise Failure("timeout", "image_host: the command did not end in time") from None
-            except OSError as error:
-                raise Failure("no_url", "image_host", note=str(error.strerror)) from None
+            except (subprocess.TimeoutExpired, OSError) as error:
+                raise Failure("no_url", "image_host: the command failed", note=type(error).__name__) from None
         url = (done.stdout.decode(errors="replace").split() or [""])[-1]
         if done.returncode or not is_web_url(url):
             raise Failure("no_url", f"image_host: exit code {done.returncode}, and no URL at the end of its output")
@@ -209,9 +202,8 @@ def _first(matches, count, hit):
                     failures.append(_as_failure(error))
                     running |= {pool.submit(hit, match): n for n, match in islice(rest, 1)}
     if failures and not hits:
-        kind = Counter(f.kind for f in failures).most_common(1)[0][0]
-        example = next(f for f in failures if f.kind == kind)
-        raise Failure(kind, f"none of {len(failures)} results could be had", note=str(example))
+        common = max(failures, key=lambda failure: [other.kind for other in failures].count(failure.kind))
+        raise Failure(common.kind, f"none of {len(failures)} results could be had", note=str(common))
     return [hits[n] for n in sorted(hits)]
 
 
@@ -220,6 +212,8 @@ def _as_failure(error):
     neither the other results nor a rollout."""
     if isinstance(error, Failure):
         return error
+    if isinstance(error, InputError):
+        return Failure("bad_call", str(error))
     place = traceback.extract_tb(error.__traceback__)[-1]
     return Failure("internal", type(error).__name__, note=f"{Path(place.filename).name}, line {place.lineno}")
 
@@ -227,8 +221,7 @@ def _as_failure(error):
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
     text = read_prompt("prompts/summarize.txt")
-    for hole in ("{query}", "{page}"):
-        need(hole in text, f"prompts/summarize.txt: expected {hole}")
+    need("{query}" in text and "{page}" in text, "prompts/summarize.txt: expected {query} and {page}")
     return text
 
 

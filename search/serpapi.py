@@ -7,7 +7,7 @@ Formats as documented: serpapi.com/google-lens-api, /search-api, /search-errors,
 
 from urllib.parse import urlencode
 
-from config import Config, InputError
+from config import Config, need
 from search.calls import Failure
 from search.text import clean, inline_text
 from search.web import Client, Job, Limit, is_web_url, key_of
@@ -30,8 +30,7 @@ class SerpApi:
 
     def check(self, job: Job) -> int | None:
         """How many searches are left, if that is known. Raises InputError without a key, Failure if it is refused."""
-        if not self.client.key:
-            raise InputError(f"search={self.cfg.search} needs a key of serpapi.com in the environment, {self.key}")
+        need(self.client.key, f"search={self.cfg.search} needs a key of serpapi.com in the environment, {self.key}")
         left = self.client.fetch_json(self._url("account.json", {}), job).get("total_searches_left")
         return left if isinstance(left, int) else None
 
@@ -75,8 +74,7 @@ class SerpApi:
 
 def _sound(row, needed):
     """The needed entries of a row, made harmless; None if it lacks one."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
-        return None
-    if not all(is_web_url(row[name]) for name in needed if name != "title"):
+    texts = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in needed)
+    if not texts or not all(is_web_url(row[name]) for name in needed if name != "title"):
         return None
     return {name: clean(inline_text(row[name]), MAX_TITLE) if name == "title" else row[name] for name in needed}

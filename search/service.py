@@ -21,12 +21,12 @@ from data import Call, Hit, Question, Result, Usage
 from search.calls import MAX_QUERY, Failure, failed
 from search.text import clean
 from search.web import MAX_JSON_BYTES, Client, Job, Limit, cut, is_web_url
-from tools import TOOLS
+from tools import TOOLS, picture_of
 
 MAX_RESULT = 8 * MAX_JSON_BYTES  # bytes, pictures included
 MAX_REQUEST, MAX_HELD = 4 * MAX_JSON_BYTES, 16 * MAX_JSON_BYTES  # bytes: of one, of those that are being answered
 MAX_PICTURE = MAX_REQUEST * 3 // 4 - 20_000  # bytes, which base64 lengthens; the rest is for the words
-MAX_TEXT = 4000  # characters of an address, an id or a name; queries are cut
+MAX_TEXT = 4000  # bytes of names, an address and an id, together; queries are cut
 MAX_CONNECTIONS, ARRIVAL = 256, 60.0  # at once, others wait; seconds for a request to arrive
 
 
@@ -49,9 +49,8 @@ class RemoteSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
-        tool = TOOLS.get(call.tool)
-        shown = tool is not None and tool.needs == "picture" and call.image is None and question.images
-        picture = question.images[0] if shown else None
+        shown = call.tool in TOOLS and TOOLS[call.tool].needs == "picture" and call.image is None
+        picture = picture_of(call, question) if shown else None
         if len(picture or call.image or b"") > MAX_PICTURE:
             return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
         address = question.image_url if is_web_url(question.image_url) else None
@@ -82,22 +81,13 @@ def result_from_json(sent: dict) -> Result:
     try:
         hits = tuple(Hit(**{**hit, "image": _decoded(hit["image"])}) for hit in sent["hits"])
         result = Result(**{**sent, "hits": hits, "usage": Usage(**sent["usage"])})
-        _check_texts(result.status, result.error, result.error_kind)
-        for hit in hits:
-            _check_texts(hit.title, hit.url, hit.text)
+        texts = [text for hit in hits for text in (hit.title, hit.url, hit.text)]
+        "".join([result.status, result.error, result.error_kind, *texts]).encode()  # an error, unless all are text
         if not all(0 <= number < 10**12 for number in vars(result.usage).values()):
             raise ValueError
         return result
     except (KeyError, TypeError, ValueError):
         raise Failure("bad_response", "search service: not a result; is it of another version?") from None
-
-
-def _check_texts(*texts, limit=MAX_RESULT):
-    """Raise ValueError unless they are strings, not too long, without halves of characters."""
-    for text in texts:
-        if not isinstance(text, str) or len(text) > limit:
-            raise ValueError
-        text.encode()
 
 
 class SearchServer(ThreadingHTTPServer):
@@ -111,7 +101,7 @@ class SearchServer(ThreadingHTTPServer):
         self.slots, self.held, self.lock = threading.Semaphore(MAX_CONNECTIONS), 0, threading.Lock()
         try:
             super().__init__((host, int(port)), _Handler)
-        except (OSError, ValueError, OverflowError) as error:  # ValueError: no port, OverflowError: none above 65535
+        except (OSError, ValueError, OverflowError) as error:  # the last two: of what is no port
             raise InputError(f"address={address}: cannot listen there ({error})") from None
 
     def process_request(self, request, client_address):
@@ -153,28 +143,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"calls": dict(self.server.calls)} if self.path == "/health" else None)
 
     def do_POST(self):
-        try:
-            length = int(self.headers.get("Content-Length", -1))
-        except ValueError:
-            length = -1
-        if self.path != "/search" or not 0 <= length <= MAX_REQUEST:
+        length = self.headers.get("Content-Length", "")
+        length = int(length) if length.isdecimal() and len(length) < 10 else MAX_REQUEST + 1
+        if self.path != "/search" or length > MAX_REQUEST:
             return self._send(None, 400)
         if not self.server.hold(length):
             return self._send(None, 503)  # a client of ours asks again
-        answer = None
         try:
-            body = self.rfile.read(length)
-            self.guard.cancel()
-            with self.server.lock:  # JSON takes several times its size while it is read
-                asked = _call_from_json(body)
-            del body
-            if asked:
-                result = self.server.search.search(*asked)
-                self.server.calls[result.error_kind or result.status] += 1
-                answer = result_to_json(result)
+            answer = self._answer(length)
         finally:
             self.server.hold(-length)
         self._send(answer, 400)
+
+    def _answer(self, length):
+        body = self.rfile.read(length)
+        self.guard.cancel()
+        with self.server.lock:  # JSON takes several times its size while it is read
+            asked = _call_from_json(body)
+        if asked:
+            result = self.server.search.search(*asked)
+            self.server.calls[result.error_kind or result.status] += 1
+            return result_to_json(result)
 
     def _send(self, answer, status=404):
         body = json.dumps(answer or {"error": "not understood"}).encode()
@@ -193,12 +182,13 @@ def _call_from_json(body):
     try:
         sent = json.loads(body)
         asked, about = sent["call"], sent["question"]
+        image, url, id = _decoded(about["image"]), about["image_url"], about["data_id"]
         box, query = asked["box"] and tuple(map(float, asked["box"][:4])), asked["query"][: 4 * MAX_QUERY]
         call = Call(**{**asked, "query": query, "image": _decoded(asked["image"]), "box": box})
-        _check_texts(query)
-        _check_texts(call.tool, call.picture, about["image_url"] or "", about["data_id"] or "", limit=MAX_TEXT)
-        image = _decoded(about["image"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        query.encode()  # an error, unless it is text; so are the others, together
+        if len("".join((call.tool, call.picture, url or "", id or "")).encode()) > MAX_TEXT:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     images = () if image is None else (image,)
-    return call, Question("asked", "", images, image_url=about["image_url"], data_id=about["data_id"])
+    return call, Question("asked", "", images, image_url=url, data_id=id)

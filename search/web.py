@@ -1,4 +1,4 @@
-"""HTTP that cannot hang, cannot be flooded and cannot be led astray: requests, with a transport of our own below it.
+"""HTTP that cannot hang, cannot be flooded and cannot be led astray: urllib3 with connections of our own.
 
 What comes from the web is hostile: an answer may never end, unpack to gigabytes, or redirect to the machine's own
 services. So every request has a deadline that covers all of it (the handshake, slow headers and a stream of single
@@ -15,8 +15,8 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
+import random
 import re
 import socket
 import ssl
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.client import HTTPException
 from typing import ClassVar
 from urllib.parse import urljoin
@@ -35,9 +36,10 @@ from urllib.parse import urljoin
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError
 from urllib3.util.connection import create_connection
-from urllib3.util.retry import RequestHistory, Retry
+from urllib3.util.retry import Retry
+from urllib3.util.timeout import Timeout
 
 from config import need
 from search.calls import Failure
@@ -49,8 +51,8 @@ MAX_ADDRESSES = 8  # of a name, that are tried
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that is given out for the public internet
 # In there, and in IPv4, what leads elsewhere although Python (some of its versions) calls it global: a cloud's metadata
 # service, 6to4's relay, Teredo and other protocols, documentation, 6to4.
-SPECIAL = ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
-SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL))
+SPECIAL = "192.0.0.0/24 192.88.99.0/24 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL.split()))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
 JSON_TYPES, IMAGE_TYPES = ("application/json",), ("image/*",)
 MAX_JSON_BYTES = 8_000_000
@@ -128,22 +130,16 @@ class Client:
     def fetch(self, url: str, job: Job, payload: dict | None = None, read: Callable = bytes, again: str = ""):
         """read(the body) of a GET, or of a POST of the payload as JSON; a Failure that `read` raises is tried again if
         its kind may pass. again: added to the URL of all attempts but the first. Raises Failure."""
-        retry = Retry(
-            self.retries, backoff_factor=self.pause / 4, backoff_jitter=self.pause / 2, backoff_max=LONGEST_PAUSE,
-            history=(RequestHistory(None, None, None, None, None),),  # without one, the first of the pauses would be 0
-        )  # fmt: skip
         for attempt in itertools.count(1):
             try:
                 with self.limit.slot(job.deadline):
                     body = self._follow(url + again if attempt > 1 else url, job, payload)
                 return read(body)
             except Failure as failure:
-                try:
-                    retry = retry.increment(error=failure)
-                    pause = max(retry.get_backoff_time(), failure.retry_after)
-                except MaxRetryError:
-                    pause = math.inf
-                if failure.kind not in RETRIED or time.monotonic() + pause >= job.deadline:
+                pause = min(self.pause * 2.0 ** (attempt - 1) * random.uniform(0.5, 1), LONGEST_PAUSE)
+                pause = max(pause, failure.retry_after)
+                last = attempt > self.retries or time.monotonic() + pause >= job.deadline
+                if last or failure.kind not in RETRIED:
                     failure.args = (f"{self.what}: {failure}" + (f" ({attempt} attempts)" if attempt > 1 else ""),)
                     raise failure from None
                 time.sleep(pause)
@@ -152,10 +148,9 @@ class Client:
         """As `fetch`, for an answer that has to be a JSON object, which `read` gets."""
 
         def parsed(body):
-            try:
+            answer = None
+            with suppress(ValueError, RecursionError):
                 answer = json.loads(body)
-            except (ValueError, RecursionError):
-                answer = None
             if not isinstance(answer, dict):
                 raise Failure("bad_response", "not a JSON object")
             return read(answer)
@@ -165,22 +160,20 @@ class Client:
     def chat(self, url: str, job: Job, model: str, content: str | list, **settings) -> str:
         """What the model of an OpenAI-compatible endpoint answers to a message, without its thoughts. A setting that
         the endpoint refuses (new models do: temperature, max_tokens) is left out from then on. Raises Failure."""
-        payload = {"model": model, "messages": [{"role": "user", "content": content}]}
-        payload |= {name: value for name, value in settings.items() if name not in self.refused}
-        refused = set()
-        while True:
-            try:
-                answer = self.fetch_json(f"{url}/chat/completions", job, payload)
-                break
-            except Failure as failure:
-                named = {name for name in settings if name in payload and name in failure.said}
-                if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
-                    raise
-                refused |= named
-                payload = {name: value for name, value in payload.items() if name not in named}
-        if refused - self.refused:
-            print(f"{self.what}: {', '.join(sorted(refused))} is refused, and left out", file=sys.stderr)
-            self.refused |= refused
+        settings = {name: value for name, value in settings.items() if name not in self.refused}
+        payload = {"model": model, "messages": [{"role": "user", "content": content}], **settings}
+        try:
+            answer = self.fetch_json(f"{url}/chat/completions", job, payload)
+        except Failure as failure:
+            named = {name for name in settings if name in failure.said}
+            if failure.reason not in ("HTTP 400", "HTTP 422") or not named:
+                raise
+            others = {name: value for name, value in settings.items() if name not in named}
+            said = self.chat(url, job, model, content, **others)
+            if named - self.refused:
+                print(f"{self.what}: {', '.join(sorted(named))} is refused, and left out", file=sys.stderr)
+                self.refused |= named
+            return said
         job.add(tokens=tokens_in(answer.get("usage"), "total_tokens"))
         try:
             said = answer["choices"][0]["message"]["content"].rpartition("</think>")[2].strip()
@@ -190,9 +183,9 @@ class Client:
         return "" if said.startswith("<think>") else said  # a thought that was cut is no answer
 
     def _follow(self, url, job, payload):
-        base = ""
+        """The body of the answer, of a redirect's target if the endpoint is not ours."""
+        bearer, base = "" if self.key_in_url else self.key, ""
         for _ in range(MAX_REDIRECTS + 1):
-            bearer = "" if self.key_in_url else self.key
             request = _prepared(base, url, self.types, bearer, payload)
             url, body = self._send(request, job)
             if url is None:
@@ -203,13 +196,29 @@ class Client:
         raise Failure("bad_response", f"more than {MAX_REDIRECTS} redirects")
 
     def _send(self, request, job):
-        """(where it redirects to or None, body) of one request."""
-        transport = _Transport(self, job)
+        """(where it redirects to or None, body) of one request. It takes of requests no more than the way through
+        proxies: a Session reads the bodies of redirects without a limit, keeps cookies, looks for logins in ~/.netrc.
+        """
         proxies = get_environ_proxies(request.url) if self.ours else {}
-        patience = (min(self.connect_timeout, job.left()), self.read_timeout)
+        patience = Timeout(connect=min(self.connect_timeout, job.left()), read=self.read_timeout)
         try:
-            with closing(transport), transport.send(request, True, patience, proxies=proxies) as response:
-                answer = self._answer(response.raw, job)
+            with closing(HTTPAdapter()) as adapter, ExitStack() as cleanup:
+                pool = adapter.get_connection_with_tls_context(request, True, proxies)
+                proxied, make = select_proxy(request.url, proxies) is not None, pool.ConnectionCls
+
+                def connection(**options):
+                    made = make(**options)
+                    to_proxy = made._new_conn if proxied else None
+                    made._new_conn = functools.partial(self._connect, made, to_proxy, job, cleanup)
+                    return made
+
+                pool.ConnectionCls = connection
+                if pool.scheme == "https":
+                    pool.conn_kw["ssl_context"] = tls_context()
+                options = {"retries": False, "redirect": False, "assert_same_host": False, "preload_content": False}
+                asked = request.method, adapter.request_url(request, proxies), request.body, request.headers
+                with pool.urlopen(*asked, timeout=patience, **options) as raw:
+                    answer = self._answer(raw, job)
             if time.monotonic() >= job.deadline:
                 raise TimeoutError  # it may have been cut at a place that looks like an end
             return answer
@@ -221,6 +230,36 @@ class Client:
             kind = "bad_response" if isinstance(error, ValueError) else "connection"
             raise Failure("timeout" if late else kind, type(cause).__name__) from None
 
+    def _connect(self, connection, to_proxy, job, cleanup):
+        """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
+        try:
+            sock = _in_time(job, to_proxy) if to_proxy else self._reached(connection, job)
+        except (OSError, UnicodeError) as error:  # urllib3 would take a reset for one after the connection was made
+            kind = "timeout" if isinstance(error, TimeoutError) else "connection"
+            raise Failure(kind, type(error).__name__, note=getattr(error, "strerror", None) or "") from None
+        watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
+        cleanup.callback(watched.close)
+        guard = threading.Timer(job.left(), cut, [watched])
+        guard.daemon = True
+        guard.start()
+        cleanup.callback(guard.cancel)
+        return sock
+
+    def _reached(self, connection, job):
+        """A socket to the first that answers of the host's addresses that may be connected to: public ones, or any."""
+        host, port = connection.host, connection.port
+        private = self.ours or f"{host}:{port}" in self.allow_hosts
+        infos = _in_time(job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+        addresses = [info[4][0] for info in infos if private or is_public(info[4][0])]
+        failure = Failure("blocked", "it leads to a private address")
+        for address in addresses[:MAX_ADDRESSES]:
+            patience = min(connection.timeout, job.left())
+            try:
+                return create_connection((address, port), patience, socket_options=connection.socket_options)
+            except OSError as error:
+                failure = error
+        raise failure
+
     def _answer(self, raw, job):
         """(where it redirects to or None, body) of an answer that has begun."""
         headers, status = raw.headers, raw.status
@@ -229,17 +268,16 @@ class Client:
         if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity", "gzip"):
             raise Failure("bad_response", "unknown content encoding")
         if status != 200:
-            try:
-                said = self._redacted(_said(_read(raw, job, 10_000))).decode()
-                note = clean(" ".join(said.split()), 200)
-            except HTTPError:
-                note = ""
+            note = ""
+            with suppress(HTTPError):
+                said = plain_text(_read(raw, job, 10_000).decode(errors="replace")).encode(errors="replace")
+                note = clean(" ".join(self._redacted(said).decode().split()), 300)
             kind = {408: "timeout", 429: "rate_limit"}.get(status, "server" if status >= 500 else "refused")
             if status == 429 and self.quota and self.quota in note.lower():
                 kind = "quota"
             raise Failure(kind, f"HTTP {status}", note, _seconds(headers.get("Retry-After")))
         kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
-        if not any(kind == t or (t.endswith("/*") and kind.startswith(t[:-1])) for t in self.types):
+        if not any(fnmatch(kind, allowed) for allowed in self.types):
             shown = self._redacted(kind.encode()).decode(errors="replace")
             raise Failure("bad_response", "content type", note=repr(clean(shown, 60) or "unknown"))
         body = _read(raw, job, self.max_bytes)
@@ -254,63 +292,6 @@ class Client:
             return data
         forms = (rb"(?:\\?%s|%%%02x|\\u00%02x)" % (re.escape(bytes([c])), c, c) for c in self.key.encode())
         return re.sub(rb"(?:\s|\\[nrt])*".join(forms), b"***", data, flags=re.IGNORECASE)
-
-
-class _Transport(HTTPAdapter):
-    """The way of one request. Its connection goes to the address that was checked, and is cut at the deadline.
-
-    There is no requests.Session above it: that reads the bodies of redirects without a limit, keeps cookies, and looks
-    for logins in ~/.netrc.
-    """
-
-    def __init__(self, client: Client, job: Job):
-        super().__init__()
-        self.client, self.job, self.cleanup = client, job, ExitStack()
-
-    def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
-        pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
-        make, proxied = pool.ConnectionCls, select_proxy(request.url, proxies) is not None
-
-        def connection(**options):
-            made = make(**options)
-            made._new_conn = functools.partial(self._connect, made, made._new_conn if proxied else None)
-            return made
-
-        pool.ConnectionCls = connection
-        if pool.scheme == "https":
-            pool.conn_kw["ssl_context"] = tls_context()
-        return pool
-
-    def cert_verify(self, conn, url, verify, cert):
-        """Nothing to add: `tls_context` holds the certificates."""
-
-    def _connect(self, connection, to_proxy):
-        """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
-        sock = _in_time(self.job, to_proxy) if to_proxy else self._reached(connection)
-        watched = sock.dup()  # TLS takes the descriptor of `sock` for its own
-        self.cleanup.callback(watched.close)
-        guard = threading.Timer(self.job.left(), cut, [watched])
-        guard.daemon = True
-        guard.start()
-        self.cleanup.callback(guard.cancel)
-        return sock
-
-    def _reached(self, connection):
-        """A socket to the first of the host's addresses that may be connected to and answers. Raises Failure."""
-        host, port = connection.host, connection.port
-        private = self.client.ours or f"{host}:{port}" in self.client.allow_hosts
-        for address in _addresses(host, port, private, self.job):
-            patience = min(connection.timeout, self.job.left())
-            try:
-                return create_connection((address, port), patience, socket_options=connection.socket_options)
-            except OSError as error:  # urllib3 would take a reset for one after the connection was made
-                kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-                failure = Failure(kind, type(error).__name__)
-        raise failure
-
-    def close(self):
-        self.cleanup.close()
-        super().close()
 
 
 def cut(sock: socket.socket) -> None:
@@ -350,19 +331,6 @@ def is_web_url(url) -> bool:
         return False
 
 
-def _addresses(host, port, private, job):
-    """The host's addresses that may be connected to: public ones, or any if `private`. Raises Failure."""
-    try:
-        infos = _in_time(job, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        kind = "timeout" if isinstance(error, TimeoutError) else "connection"
-        raise Failure(kind, "unknown host", note=type(error).__name__) from None
-    found = [info[4][0] for info in infos if private or is_public(info[4][0])]
-    if not found:
-        raise Failure("blocked", "it leads to a private address")
-    return found[:MAX_ADDRESSES]
-
-
 def _in_time(job, function):
     """function(), or TimeoutError at the job's deadline: nothing else ends the wait for a name server."""
     answer = Future()
@@ -394,19 +362,6 @@ def _read(raw, job, max_bytes):
         body += piece
     job.add(bytes=raw.tell())
     return bytes(body)
-
-
-def _said(body):
-    """What an error's body says, as UTF-8: the message in its JSON, as SerpApi, Jina, OpenAI's and FastAPI's interfaces
-    write it, or else its text."""
-    said = body.decode(errors="replace")
-    with suppress(ValueError, RecursionError, AttributeError):
-        answer = json.loads(said)
-        error = next((answer[k] for k in ("error", "readableMessage", "message", "detail") if answer.get(k)), "")
-        if isinstance(error, dict) and "message" in error:
-            error = f"{error['message']} ({error['param']})" if error.get("param") else error["message"]
-        said = error if isinstance(error, str) else json.dumps(error)
-    return plain_text(said).encode(errors="replace")
 
 
 def tokens_in(usage, name: str) -> int:

@@ -267,7 +267,8 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date():
 def test_pauses_between_attempts_double_and_end_at_the_deadline(monkeypatch):
     pauses = []
     monkeypatch.setattr(search_web.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
-    monkeypatch.setattr(search_web, "_addresses", lambda *_: (_ for _ in ()).throw(Failure("connection", "down")))
+    resolves_to(monkeypatch, "8.8.8.8")
+    monkeypatch.setattr(search_web, "create_connection", lambda *_, **__: (_ for _ in ()).throw(OSError("down")))
     message = str(failure("http://a.example/", retries=6, pause=1.0, seconds=500.0))
     assert "7 attempts" in message and len(pauses) == 6
     assert all(0.5 <= pause / 2**n <= 1.0 for n, pause in enumerate(pauses[:5])) and pauses[5] <= 30.0
