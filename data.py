@@ -18,12 +18,12 @@ import string
 import sys
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -152,15 +152,15 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
             read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
             found, before = [], len(bad)
-            for number, outcome in _in_order(pool, read, rows):
-                if isinstance(outcome, Question):
-                    found.append(outcome)
-                elif skip_bad_rows:
+            while batch := list(islice(rows, 64)):  # few at once: they hold images
+                for number, outcome in pool.map(read, batch):
+                    if isinstance(outcome, Question):
+                        found.append(outcome)
+                        continue
                     bad.append(f"row {number} of {file}: {outcome}")
-                else:
-                    raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
+                    need(skip_bad_rows, f"{bad[-1]} (--skip_bad_rows leaves such rows out)")
             if only is None:
-                why = bad[before] if len(bad) > before else "it has no rows"
+                why = "it has no rows" if len(bad) == before else bad[before]
                 need(found, f"{file}: no question is left of it; {why}")
                 _check_pictures(found, file, benchmark, progress)
             questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
@@ -172,26 +172,13 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
 
 def _check_pictures(found, file, benchmark, progress):
     """Say how many of a file's questions have no picture. Raises InputError if none has."""
-    blind = sum(not q.images for q in found)
-    if not blind or benchmark == TEXT:
-        return
-    column, left_out, hint = "images", "", f" (write {TEXT}=PATH where there are none)"
-    if BENCHMARKS.get(benchmark):
-        column, left_out, hint = BENCHMARKS[benchmark][2], ", and are left out", ""
-    need(blind < len(found), f"{file}: no question has a picture in {column!r}{hint}")
-    if progress:
-        print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
-
-
-def _in_order(pool, work, items):
-    """work(item) for each item, in order, with a bounded number of items in flight (they hold images)."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > 64:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
+    blind, column = sum(not q.images for q in found), (BENCHMARKS.get(benchmark) or COLUMNS)[2]
+    if blind and benchmark != TEXT:
+        hint = f"(in veRL layout, {TEXT}=PATH reads a file without any)"
+        need(blind < len(found), f"{file}: no question has a picture in {column!r} {hint}")
+        left_out = ", and are left out" if BENCHMARKS.get(benchmark) else ""
+        if progress:
+            print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
 
 
 TEXT = "text"  # before a path as if it were a benchmark: a file in veRL layout whose questions have no pictures
@@ -226,15 +213,14 @@ def _split(file):
     return (benchmark, path) if path and benchmark in (*BENCHMARKS, TEXT) else (None, str(file))
 
 
-def _columns(names, benchmark):
-    """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError if one that is
-    needed is missing."""
+def _columns(names, benchmark, where=""):
+    """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError."""
     needed, wanted = COLUMNS[:2], COLUMNS
     if BENCHMARKS.get(benchmark) and not set(needed) <= set(names):
         question, answers, image, id = BENCHMARKS[benchmark]
         needed, wanted = (question, answers[0], image), (question, *answers, image, id)
     for column in needed:
-        need(column in names, f"no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
+        need(column in names, f"{where}no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
     return wanted
 
 
@@ -242,36 +228,24 @@ def _rows(file, benchmark=None) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not os.path.isfile(file):
-        raise InputError(f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
-    if Path(file).suffix in (".jsonl", ".json"):
-        yield from _json_rows(file)
-        return
+    need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
+    is_json = Path(file).suffix in (".jsonl", ".json")
+    kind = "JSON file, a list of rows or one row a line" if is_json else "parquet file"
     try:
+        if is_json:
+            text = Path(file).read_text(encoding="utf-8-sig")
+            lines = filter(str.strip, text.split("\n"))
+            yield from json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, lines)
+            return
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            columns = [c for c in _columns(names, benchmark) if c in names]
+            columns = [c for c in _columns(names, benchmark, f"{file}: ") if c in names]
             for batch in table.iter_batches(batch_size=64, columns=columns):
                 yield from batch.to_pylist()
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
-
-
-def _json_rows(file):
-    """The objects of a JSONL file, or of a JSON file that is one list."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
-        for number, row in enumerate(rows):
-            need(isinstance(row, dict), f"row {number} of {file}: not a JSON object")
-            yield row
     except InputError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        expected = "expected a list of rows, or one row a line"
-        raise InputError(f"{file}: not a readable JSON file ({first_line(error)}); {expected}") from None
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a readable {kind} ({first_line(error)})") from None
 
 
 def _as_verl(row, benchmark):
@@ -324,17 +298,13 @@ def _read_row(numbered, label, folder, benchmark):
     """(number of the row, a Question, or a string that says what is wrong)"""
     number, row = numbered
     try:
+        need(isinstance(row, dict), "not a JSON object")
         if _columns(row, benchmark) is not COLUMNS:
             row = _as_verl(row, benchmark)
         data_id = row.get("data_id")
         system, text = _messages(row.get("prompt"))
-        need(isinstance(row.get("images"), list | None), "field images: expected a list")
-        images = tuple(_image_bytes(image, folder) for image in row.get("images") or ())
+        images, sizes = _pictures(row.get("images"), folder)
         split_at_images(text, len(images))
-        try:
-            sizes = tuple(decode_image(image).size for image in images)
-        except InputError as error:
-            raise InputError(f"field images: {error}") from None
         return number, Question(
             id=f"{label}:{number}",
             text=text,
@@ -353,14 +323,12 @@ def _read_row(numbered, label, folder, benchmark):
 def _messages(prompt):
     sound = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
     need(sound, "field prompt: expected a list of {role, content}")
-    system = [m.get("content") for m in prompt if m.get("role") == "system"]
-    user = [m.get("content") for m in prompt if m.get("role") == "user"]
-    sound = len(user) == 1 and len(system) <= 1 and len(user) + len(system) == len(prompt)
+    said = {str(m.get("role")): m.get("content") for m in prompt}
+    sound = len(said) == len(prompt) and {"user"} <= said.keys() <= {"user", "system"}
     need(sound, "field prompt: expected one user message and at most one system message")
-    for role, content in (("user", user), ("system", system)):
-        if content and not (isinstance(content[0], str) and content[0].strip()):
-            raise InputError(f"field prompt: the {role} message has no text")
-    return (system[0] if system else None), user[0]
+    for role, content in said.items():
+        need(isinstance(content, str) and content.strip(), f"field prompt: the {role} message has no text")
+    return said.get("system"), said["user"]
 
 
 def split_at_images(text: str, images: int) -> list[str]:
@@ -372,29 +340,34 @@ def split_at_images(text: str, images: int) -> list[str]:
     return parts
 
 
+def _pictures(images, folder):
+    """(encoded pictures, their (width, height))"""
+    try:
+        need(isinstance(images, list | None), "expected a list")
+        found = tuple(_image_bytes(image, folder) for image in images or ())
+        return found, tuple(decode_image(image).size for image in found)
+    except (OSError, ValueError) as error:  # ValueError: also a path that holds a NUL
+        raise InputError(f"field images: {str(error)[:200]}") from None
+
+
 def _image_bytes(image, folder):
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if isinstance(data, str):
         data, path = _base64(data), data
-    if data is None and path:
-        try:
-            data = _find(path, folder).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
-            name = repr(path)[:100]
-            raise InputError(f"field images: cannot read {name} ({getattr(error, 'strerror', error)})") from None
-    need(isinstance(data, bytes) and data, "field images: neither bytes nor a path")
+    if data is None and isinstance(path, str) and path:
+        data = _find(path, folder).read_bytes()
+    need(isinstance(data, bytes) and data, "neither bytes nor a path")
     return data
 
 
 def _base64(text):
     """The bytes of a base64 text or data URL; None for what is too short to be a picture, or is not base64: a path."""
     is_url = text.startswith("data:")
-    if not is_url and len(text) < 200:
-        return None
-    try:
-        return base64.b64decode("".join((text.partition(",")[2] if is_url else text).splitlines()), validate=True)
-    except ValueError:
-        return None
+    if is_url or len(text) >= 200:
+        with suppress(ValueError):
+            body = text.partition(",")[2] if is_url else text
+            return base64.b64decode("".join(body.splitlines()), validate=True)
+    return None
 
 
 def _find(path, folder):
@@ -416,11 +389,9 @@ def _answers(reward_model):
     need(isinstance(reward_model, dict), "field reward_model: expected {ground_truth, candidate_answers}")
     candidates = reward_model.get("candidate_answers")
     if isinstance(candidates, str):
-        try:
-            candidates = json.loads(candidates) if candidates.strip() else None
-        except (ValueError, RecursionError):
-            raise InputError("field reward_model.candidate_answers: a string that is not a JSON list") from None
-    need(isinstance(candidates, list | None), "field reward_model.candidate_answers: not a list")
+        with suppress(ValueError, RecursionError):  # then it stays a string
+            candidates = json.loads(candidates.strip() or "null")
+    need(isinstance(candidates, list | None), "field reward_model.candidate_answers: neither a list nor JSON of one")
     answers = [a for a in (reward_model.get("ground_truth"), *(candidates or ())) if a is not None]
     need(all(isinstance(a, str | int | float) for a in answers), "field reward_model: an answer is not text")
     answers = [a for a in answers if not isinstance(a, float) or math.isfinite(a)]  # NaN: pandas' missing value
@@ -441,15 +412,8 @@ def normalize_answer(text: str) -> str:
 
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
 PNG = b"\x89PNG\r\n\x1a\n"
-UPRIGHT = {  # EXIF's orientation -> what puts the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), 2)}  # by EXIF's orientation
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
 
 
@@ -466,8 +430,6 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
         return _decode(data, formats, max_pixels)
     except InputError:
         raise
-    except Image.DecompressionBombError:
-        raise InputError("too many pixels: a decompression bomb?") from None
     except Exception as error:  # on broken files, Pillow's readers raise about anything
         plain = _without_metadata(data)
         if plain != data:
@@ -477,15 +439,13 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
 
 def _decode(data, formats, max_pixels):
     image = Image.open(io.BytesIO(data), formats=formats)
-    if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
-        raise Image.DecompressionBombError
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise InputError(f"{image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
+    size = f"{image.width} x {image.height} pixels"
+    need(image.width * image.height <= (max_pixels or Image.MAX_IMAGE_PIXELS), f"{size}: a decompression bomb?")
+    need(max(image.size) <= MAX_ASPECT * min(image.size), f"{size}: narrower than 1:{MAX_ASPECT}")
     image.load()
-    turn = None
     with suppress(Exception):  # on broken metadata, Pillow's readers raise about anything
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    return _to_rgb(image if turn is None else image.transpose(turn))
+        image = image.transpose(UPRIGHT[image.getexif()[ExifTags.Base.Orientation]])
+    return _to_rgb(image)
 
 
 def _without_metadata(data):
@@ -506,8 +466,7 @@ def _without_metadata(data):
 
 def _to_rgb(image):
     if image.mode[0] in "IF":  # grey of up to 32 bits, or of floats: convert("RGB") would clip it
-        values = np.asarray(image, np.float32)
-        values = np.where(np.isfinite(values), values, 0)
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
         low, high = min(values.min(), 0), values.max()
         bits = max(8, math.ceil(math.log2(high - low + 1)))  # 12-bit cameras write files of 16 bits
         scale = 255 / (high - low or 1) if image.mode == "F" else 256 / 2**bits
