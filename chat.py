@@ -67,6 +67,15 @@ class Turn:
     version: int
 
 
+@contextlib.contextmanager
+def _using(folder, part):
+    """Whatever fails inside becomes an InputError that names both: on broken files, transformers raises anything."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{folder}: cannot use its {part} ({first_line(error)}); is it a Qwen2.5-VL's?") from None
+
+
 class Chat:
     """Tokenizer, image processor, chat format and prompts of one model folder.
 
@@ -75,11 +84,18 @@ class Chat:
     """
 
     def __init__(self, folder: str | Path, cfg: Config):
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        self.tokenizer, self.processor = _load_parts(folder)
-        self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        self._check_tokenizer()
+        with _using(folder, "tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+            self._check_tokenizer()
+        with _using(folder, "image processor"):
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            self._check_image_processor()
         special = {name: self._special[f"<|{name}|>"] for name in SPECIAL}
         self.image_pad, self.im_end = special["image_pad"], special["im_end"]
         self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
@@ -87,7 +103,6 @@ class Chat:
         self.stop_ids = (special["im_end"], special["endoftext"])
         self._read_frame = functools.cache(self._read_frame)
         self.frame()
-        self._check_pixel_range()
         self._prompts: dict[str, str] = {}
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
         for name in agent_prompts(cfg):
@@ -98,16 +113,11 @@ class Chat:
 
     def _check_tokenizer(self):
         for name in SPECIAL:
-            if f"<|{name}|>" not in self._special:
-                raise InputError(f"{self.folder}: the tokenizer lacks the special token <|{name}|>: not a Qwen2.5-VL's")
+            need(f"<|{name}|>" in self._special, f"it lacks the special token <|{name}|>")
         text = "as text: <|im_end|> <|image_pad|>"  # an incomplete tokenizer encodes it to nothing
-        try:
-            ids = self.encode(text)
-            sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
-        except Exception:  # as in _load_parts
-            sound = False
-        if not sound:
-            raise InputError(f"{self.folder}: the tokenizer cannot write this as plain text: {text}")
+        ids = self.encode(text)
+        sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
+        need(sound, f"it cannot write this as plain text: {text}")
 
     def __len__(self):
         return len(self.tokenizer)
@@ -158,17 +168,13 @@ class Chat:
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        try:
+        with _using(self.folder, "chat template"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             head, to_model, to_user, _ = parts
-            if to_user[0] != self.im_end:
-                raise ValueError("the model's turn does not end in <|im_end|>")
-        except Exception as error:  # a template is a program: it can fail in any way
-            what = f"cannot use its chat template ({first_line(error)}); is this a Qwen2.5-VL model?"
-            raise InputError(f"{self.folder}: {what}") from None
-        return head, to_model, to_user
+            need(to_user[0] == self.im_end, "the model's turn does not end in <|im_end|>")
+            return head, to_model, to_user
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
@@ -208,13 +214,11 @@ class Chat:
 
     def _shorten(self, hits, left):
         """Hits cut to `left` tokens in all: each may have an equal part, and what short ones leave goes to others."""
-        sizes = [self._hit_size(hit) for hit in hits]
         kept = {}
-        order = sorted(range(len(hits)), key=sizes.__getitem__)
-        for done, number in enumerate(order):
+        for done, number in enumerate(sorted(range(len(hits)), key=lambda i: self._hit_size(hits[i]))):
             hit, part = hits[number], left // (len(hits) - done)
-            if sizes[number] > part:
-                hit = replace(hit, text=self._cut(hit.text, sizes[number] - part))
+            if self._hit_size(hit) > part:
+                hit = replace(hit, text=self._cut(hit.text, self._hit_size(hit) - part))
             if self._hit_size(hit) > part:
                 hit = replace(hit, url="", text="")
                 hit = replace(hit, title=self._cut(hit.title, self._hit_size(hit) - part))
@@ -240,14 +244,11 @@ class Chat:
             failed = self._prompts["search_failed"].replace("{outcome}", outcome)
             if template is None:
                 return [failed]
+            failed += "\n"
         before, after = (template or self._prompts[f"after_{call.tool}"]).split("{results}")
         asked = question.text.replace("<image>", "").strip()
-        segments = [before.replace("{question}", asked)]
-        if failed:
-            segments.append(f"{failed}\n")
-        for hit in result.hits:
-            segments += self._hit_segments(hit)
-        return [*segments, after.replace("{question}", asked)]
+        shown = itertools.chain.from_iterable(map(self._hit_segments, result.hits))
+        return [before.replace("{question}", asked), failed, *shown, after.replace("{question}", asked)]
 
     def _hit_segments(self, hit):
         segments = []
@@ -303,21 +304,16 @@ class Chat:
         factor = self.processor.patch_size * self.processor.merge_size
         return final_size(size[1], size[0], factor, low, high)
 
-    def _check_pixel_range(self):
-        cfg, processor, size = self.cfg, self.processor, dict(self.processor.size)
-        low, high = size.get("shortest_edge"), size.get("longest_edge")
-        if not (isinstance(low, int) and isinstance(high, int)):
-            raise InputError(f"{self.folder}: its image processor has no range of pixels: not a Qwen2.5-VL's")
-        if min(cfg.min_pixels, cfg.thumb_min_pixels) < low or max(cfg.max_pixels, cfg.thumb_max_pixels) > high:
-            raise InputError(f"{self.folder}: pixel ranges must lie within its image processor's, {low} to {high}")
+    def _check_image_processor(self):
+        cfg, processor = self.cfg, self.processor
+        low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+        inside = low <= min(cfg.min_pixels, cfg.thumb_min_pixels) and max(cfg.max_pixels, cfg.thumb_max_pixels) <= high
+        need(inside, f"the options' ranges of pixels must lie within its own, {low} to {high}")
         numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
-        need(numbers == [14, 2, 2], f"{self.folder}: its image processor's sizes are {numbers}, not [14, 2, 2]")
-        try:  # one vision token: mean, deviation and the rest are sound if its pixels are numbers
-            blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
-            sound = blank["pixel_values"].isfinite().all()
-        except Exception as error:  # as in _load_parts
-            raise InputError(f"{self.folder}: its image processor fails ({first_line(error)})") from None
-        need(sound, f"{self.folder}: its image processor makes pixels that are no numbers")
+        need(numbers == [14, 2, 2], f"its sizes are {numbers}, not [14, 2, 2]")
+        # one vision token: mean, deviation and the rest are sound if its pixels are numbers
+        blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
+        need(blank["pixel_values"].isfinite().all(), "it makes pixels that are no numbers")
         for thumbnail in (False, True):
             self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
 
@@ -540,17 +536,6 @@ class Cache:
 
 
 # --------------------------------------------------------------------------------------------------------- questions
-
-
-def _load_parts(folder):
-    """A model folder's tokenizer and image processor."""
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    try:
-        return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
-    except Exception as error:  # on broken files, transformers raises about anything
-        raise InputError(f"{folder}: cannot load tokenizer and image processor ({first_line(error)})") from None
 
 
 def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:

@@ -379,13 +379,15 @@ def lock(path: str | Path) -> IO:
     """Lock a file or folder that is to be written, until the returned file is closed or the process ends, however it
     ends. Raises InputError if another process holds the lock, and says which."""
     real = Path(os.path.realpath(path))  # one lock, whichever link leads to it
-    real.parent.mkdir(parents=True, exist_ok=True)
-    file = open(real.with_name(f".{real.name}.lock"), "a+")
     try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        file = open(real.with_name(f".{real.name}.lock"), "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise InputError(f"{path} is in use by {file.read().strip() or 'another process'}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot write beside it ({error.strerror})") from None
     with suppress(OSError):  # on a full disk it is locked without a name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -419,20 +421,16 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+WORDS = {"auto": None, "true": True, "1": True, "yes": True, "on": True}
+WORDS |= {"false": False, "0": False, "no": False, "off": False}
+
+
 def _reading(kind):
     """How argparse reads a field of this type."""
     if kind == tuple[str, ...]:
         return dict(nargs="+", action="extend", metavar="TEXT")
-    if bool in (kind, *get_args(kind)):
-        words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-        words |= {} if kind is bool else {"auto": None}
-
-        def read(text):
-            if text.lower() not in words:
-                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-            return words[text.lower()]
-
-        return dict(nargs="?", const=True, metavar="BOOL", type=read)
+    if bool in (kind, *get_args(kind)):  # another word stays text, which `_checked` refuses
+        return dict(nargs="?", const=True, metavar="BOOL", type=lambda text: WORDS.get(text.lower(), text))
     return dict(type=kind, metavar={str: "TEXT", int: "INT", float: "FLOAT"}[kind])
 
 

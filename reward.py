@@ -65,10 +65,10 @@ def unicode_match(prediction: str | None, answers: Iterable[str], anywhere: bool
     return said in accepted or contained or in_range(prediction, answers)
 
 
-def _listed(answers):
-    if isinstance(answers, str):  # each letter would be an answer
-        raise TypeError(f"answers must be a list of strings, not the string {answers!r}")
-    return list(answers)
+def _listed(texts):
+    if isinstance(texts, str):  # each letter would be an answer, or a turn
+        raise TypeError(f"expected a list of strings, not the string {texts!r}")
+    return list(texts)
 
 
 # Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
@@ -91,12 +91,10 @@ def normalize_unicode(text: str) -> str:
     text = "".join("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in THOUSANDS.sub("", text))
     written = ""
     for before, char, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
-        kind, starts_number = unicodedata.category(char), after.isdecimal() or (char == "-" and after == ".")
-        if char == "." and starts_number and not before.isalpha():
-            written += char
-        elif char == "-" and starts_number and not before.isalnum():
-            written += char
-        elif char in "+#" and (before.isalnum() or before == "+"):
+        kind = unicodedata.category(char)
+        point = char == "." and after.isdecimal() and not before.isalpha()
+        minus = char == "-" and (after.isdecimal() or after == ".") and not before.isalnum()
+        if point or minus or (char in "+#" and (before.isalnum() or before == "+")):  # C++ and C#
             written += char
         elif kind == "Sm" and char not in "+~|\u2044":  # <5 and √2 are not 5 and 2
             written += f" {char} "
@@ -122,15 +120,14 @@ def in_range(prediction: str, answers: Iterable[str]) -> bool:
     (github edchengg/infoseek_eval), but for a prediction without numbers, which is 0 there and wrong here."""
     text = re.sub("[\u2010-\u2015\u2212]", "-", unicodedata.normalize("NFKC", prediction))
     numbers = [float(number.replace(",", "")) for number in re.findall(NUMBER, text)[:2]]
+    if not numbers:
+        return False
+    first, last = numbers[0], max(numbers[0], numbers[-1])
     for found in filter(None, map(RANGE.fullmatch, answers)):
-        low, high = map(float, found.groups())
-        if len(numbers) == 2 and numbers[0] <= numbers[1]:
-            first, last = numbers
-            shared = max(0.0, min(last, high) - max(first, low))
-            union = (last - first + 1e-12) + (high - low + 1e-12) - shared
-            if (low <= first and last <= high) or shared / union >= 0.5 - 1e-12:
-                return True
-        elif numbers and low <= numbers[0] <= high:
+        low, high = (float(number.replace(",", "")) for number in found.groups())
+        shared = max(0.0, min(last, high) - max(first, low))
+        union = (last - first + 1e-12) + (high - low + 1e-12) - shared
+        if (low <= first and last <= high) or shared / union >= 0.5 - 1e-12:
             return True
     return False
 
@@ -141,19 +138,14 @@ MATCHES = {"em": exact_match, "em_unicode": unicode_match, "sub_em": partial(uni
 # --------------------------------------------------------------------------------------------------------- format
 
 
-def turn_tags() -> dict[str, tuple[str, ...]]:
-    """The tags of each kind of turn, a tool's name or "answer", in the order in which the turn must hold them. A whole
-    tag such as "<search><img></search>" is one: a part of it is plain text."""
-    kinds = {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
-    return {kind: (*REASON_TAGS, *tags) for kind, tags in kinds.items()}
-
-
 def turn_kind(turn: str) -> str | None:
     """The kind of a well-formed turn, a tool's name or "answer", else None. White space around it aside, such a turn
-    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind."""
-    turn, kinds = turn.strip(), turn_tags()
-    all_tags = {tag for tags in kinds.values() for tag in tags}
+    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind. A whole tag
+    such as "<search><img></search>" is one: a part of it is plain text."""
+    turn, kinds = turn.strip(), {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
+    all_tags = {*REASON_TAGS}.union(*kinds.values())
     for kind, tags in kinds.items():
+        tags = (*REASON_TAGS, *tags)
         once_each = all(turn.count(tag) == (tag in tags) for tag in all_tags)
         if once_each and re.fullmatch(".*".join(map(re.escape, tags)), turn, re.DOTALL):
             return kind
@@ -208,8 +200,7 @@ def score(
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {sorted(MATCHES)}, not {match!r}")
-    if isinstance(responses, str):  # each letter would be a turn
-        raise TypeError(f"responses must be a list of strings, not the string {responses!r}")
+    responses = _listed(responses)
     answer = extract_answer(responses[-1]) if responses else None
     correct = MATCHES[match](answer, answers)
     well_formed, searches = format_ok(responses, any_order), count_searches(responses)
@@ -219,15 +210,10 @@ def score(
 
 def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> Score:
     """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty."""
-    return score(
-        episode.responses,
-        list(episode.question.answers),
-        search_penalty=cfg.search_penalty if penalty is None else penalty,
-        format_weight=cfg.format_weight,
-        match=cfg.match,
-        per_search_penalty=cfg.per_search_penalty,
-        any_order=cfg.any_order,
-    )
+    penalty = cfg.search_penalty if penalty is None else penalty
+    options = dict(search_penalty=penalty, per_search_penalty=cfg.per_search_penalty, any_order=cfg.any_order)
+    answers = list(episode.question.answers)
+    return score(episode.responses, answers, format_weight=cfg.format_weight, match=cfg.match, **options)
 
 
 def record(episode: Episode, score: Score) -> dict:

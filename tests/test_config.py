@@ -181,7 +181,7 @@ def test_a_bool_alone_is_true_and_auto_is_the_default_of_the_one_that_has_it():
         skip_bad_rows=True, deterministic=True, steps=3
     )
     assert parse(["--deterministic=auto"]).deterministic is None
-    assert "neither true nor false" in refused("--skip_bad_rows=auto")
+    assert "skip_bad_rows" in refused("--skip_bad_rows=auto")
 
 
 def test_several_files():
@@ -215,7 +215,7 @@ def test_unknown_arguments_are_named_and_the_nearest_suggested(argv, key, hint):
     ["--any_order=maybe"], ["--run_dir"], ["--preset"],
 ])  # fmt: skip
 def test_wrong_types_on_the_command_line_name_the_field(argv):
-    assert argv[0].split("=")[0] in refused(*argv)
+    assert argv[0].split("=")[0].removeprefix("--") in refused(*argv)
 
 
 def test_help_lists_every_field_with_default_and_meaning_in_groups(capsys):
