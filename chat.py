@@ -26,7 +26,7 @@ from PIL import Image
 import data
 import tools
 from config import Config, InputError, need
-from data import Call, Question, Result, Stop, decode_image, first_line, picture_key, read_prompt, split_at_images
+from data import Call, Question, Result, Stop, decode_image, picture_key, read_prompt, refusing, split_at_images
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
@@ -67,15 +67,6 @@ class Turn:
     version: int
 
 
-@contextlib.contextmanager
-def _using(folder, part):
-    """Whatever fails inside becomes an InputError that names both: on broken files, transformers raises anything."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(f"{folder}: cannot use its {part} ({first_line(error)}); is it a Qwen2.5-VL's?") from None
-
-
 class Chat:
     """Tokenizer, image processor, chat format and prompts of one model folder.
 
@@ -89,11 +80,11 @@ class Chat:
 
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        with _using(folder, "tokenizer"):
+        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
             self._check_tokenizer()
-        with _using(folder, "image processor"):
+        with refusing(f"{folder}: not a Qwen2.5-VL's image processor"):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             self._check_image_processor()
         special = {name: self._special[f"<|{name}|>"] for name in SPECIAL}
@@ -168,7 +159,7 @@ class Chat:
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        with _using(self.folder, "chat template"):
+        with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
@@ -508,8 +499,7 @@ def final_size(height: int, width: int, factor: int, low: int, high: int) -> tup
         columns = min(max(round(rows * width / height), -(-low // (factor**2 * rows))), most // rows)
         if fits(rows * factor, columns * factor):
             sizes.append((rows * factor, columns * factor))
-    if not sizes:
-        raise InputError(f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
+    need(sizes, f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
     return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 

@@ -226,8 +226,7 @@ def need(ok, message: str) -> None:
 
 
 def _checked(name, value, kind, allowed):
-    """The value as its field's type: an int as a float, a list as a tuple. Raises InputError for another type or value
-    than the field takes."""
+    """The value as its field's type, an int as a float, a list as a tuple. Raises InputError if it is not allowed."""
     if type(value) is int:
         need(abs(value) < 2**63, f"{name} must be below 2**63")
         value = float(value) if kind is float else value
@@ -282,8 +281,8 @@ def _check_combinations(c):
 def check_url(name: str, url: str, required: bool = False) -> None:
     """Raise InputError unless it is a plain http(s) URL, or empty and not required."""
     sound = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)
-    expected = "http(s)://host[:port][/path], without user, password or query"
-    need(sound or not (url or required), f"{name}: expected {expected}")  # not shown: it may hold a password
+    # the value is not shown: it may hold a password
+    need(sound or not (url or required), f"{name}: expected http(s)://host[:port][/path], no user, password or query")
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -421,16 +420,14 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-WORDS = {"auto": None, "true": True, "1": True, "yes": True, "on": True}
-WORDS |= {"false": False, "0": False, "no": False, "off": False}
-
-
 def _reading(kind):
     """How argparse reads a field of this type."""
     if kind == tuple[str, ...]:
         return dict(nargs="+", action="extend", metavar="TEXT")
-    if bool in (kind, *get_args(kind)):  # another word stays text, which `_checked` refuses
-        return dict(nargs="?", const=True, metavar="BOOL", type=lambda text: WORDS.get(text.lower(), text))
+    if bool in (kind, *get_args(kind)):
+        words = {"auto": None} | dict.fromkeys(("true", "1", "yes", "on"), True)
+        words |= dict.fromkeys(("false", "0", "no", "off"), False)  # other words stay text, which `_checked` refuses
+        return dict(nargs="?", const=True, metavar="BOOL", type=lambda text: words.get(text.lower(), text))
     return dict(type=kind, metavar={str: "TEXT", int: "INT", float: "FLOAT"}[kind])
 
 

@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -162,6 +162,7 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
             if only is None:
                 why = "it has no rows" if len(bad) == before else bad[before]
                 need(found, f"{file}: no question is left of it; {why}")
+            if only is None and benchmark != TEXT:
                 _check_pictures(found, file, benchmark, progress)
             questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
     pa.default_memory_pool().release_unused()  # it keeps as much as the largest file took
@@ -173,12 +174,11 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
 def _check_pictures(found, file, benchmark, progress):
     """Say how many of a file's questions have no picture. Raises InputError if none has."""
     blind, column = sum(not q.images for q in found), (BENCHMARKS.get(benchmark) or COLUMNS)[2]
-    if blind and benchmark != TEXT:
-        hint = f"(in veRL layout, {TEXT}=PATH reads a file without any)"
-        need(blind < len(found), f"{file}: no question has a picture in {column!r} {hint}")
+    hint = f"(in veRL layout, {TEXT}=PATH reads a file without any)"
+    need(blind < len(found), f"{file}: no question has a picture in {column!r} {hint}")
+    if blind and progress:
         left_out = ", and are left out" if BENCHMARKS.get(benchmark) else ""
-        if progress:
-            print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
+        print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
 
 
 TEXT = "text"  # before a path as if it were a benchmark: a file in veRL layout whose questions have no pictures
@@ -213,39 +213,32 @@ def _split(file):
     return (benchmark, path) if path and benchmark in (*BENCHMARKS, TEXT) else (None, str(file))
 
 
-def _columns(names, benchmark, where=""):
+def _columns(names, benchmark):
     """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError."""
     needed, wanted = COLUMNS[:2], COLUMNS
     if BENCHMARKS.get(benchmark) and not set(needed) <= set(names):
         question, answers, image, id = BENCHMARKS[benchmark]
         needed, wanted = (question, answers[0], image), (question, *answers, image, id)
     for column in needed:
-        need(column in names, f"{where}no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
+        need(column in names, f"no column {column!r}, only {', '.join(names)[:200] or 'an empty table'}")
     return wanted
 
 
-def _rows(file, benchmark=None) -> Iterator[dict]:
-    import pyarrow as pa
+def _rows(file, benchmark) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
-    is_json = Path(file).suffix in (".jsonl", ".json")
-    kind = "JSON file, a list of rows or one row a line" if is_json else "parquet file"
-    try:
-        if is_json:
+    if Path(file).suffix in (".jsonl", ".json"):
+        with refusing(f"{file}: not a readable JSON file, a list of rows or one row a line"):
             text = Path(file).read_text(encoding="utf-8-sig")
             lines = filter(str.strip, text.split("\n"))
             yield from json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, lines)
-            return
-        with pq.ParquetFile(file) as table:
+    else:
+        with refusing(f"{file}: not a readable parquet file of questions"), pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            columns = [c for c in _columns(names, benchmark, f"{file}: ") if c in names]
+            columns = [c for c in _columns(names, benchmark) if c in names]
             for batch in table.iter_batches(batch_size=64, columns=columns):
                 yield from batch.to_pylist()
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a readable {kind} ({first_line(error)})") from None
 
 
 def _as_verl(row, benchmark):
@@ -288,6 +281,15 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         pq.write_table(table, temporary, row_group_size=256)
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Any error inside becomes an InputError, of what is refused and why: on broken files, libraries raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or first_line(error)})") from None
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, for a message of one line: its first, and the second where the first ends in a colon."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -301,10 +303,12 @@ def _read_row(numbered, label, folder, benchmark):
         need(isinstance(row, dict), "not a JSON object")
         if _columns(row, benchmark) is not COLUMNS:
             row = _as_verl(row, benchmark)
-        data_id = row.get("data_id")
+        data_id, urls = row.get("data_id"), row.get("image_urls")
         system, text = _messages(row.get("prompt"))
         images, sizes = _pictures(row.get("images"), folder)
         split_at_images(text, len(images))
+        url = next(iter(urls), None) if isinstance(urls, list) else urls
+        need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
         return number, Question(
             id=f"{label}:{number}",
             text=text,
@@ -312,7 +316,7 @@ def _read_row(numbered, label, folder, benchmark):
             answers=_answers(row.get("reward_model")),
             data_source=benchmark if benchmark in BENCHMARKS else str(row.get("data_source") or "unknown"),
             data_id=None if data_id is None else str(data_id),
-            image_url=_url(row.get("image_urls")),
+            image_url=url,
             system=system,
             sizes=sizes,
         )
@@ -378,13 +382,6 @@ def _find(path, folder):
     return next((place for place in places if place.is_file()), folder / path)
 
 
-def _url(urls):
-    """The first of a list of URLs, or the only one; None if there is none."""
-    url = next(iter(urls), None) if isinstance(urls, list) else urls
-    need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
-    return url
-
-
 def _answers(reward_model):
     need(isinstance(reward_model, dict), "field reward_model: expected {ground_truth, candidate_answers}")
     candidates = reward_model.get("candidate_answers")
@@ -445,7 +442,16 @@ def _decode(data, formats, max_pixels):
     image.load()
     with suppress(Exception):  # on broken metadata, Pillow's readers raise about anything
         image = image.transpose(UPRIGHT[image.getexif()[ExifTags.Base.Orientation]])
-    return _to_rgb(image)
+    if image.mode[0] in "IF":  # grey of up to 32 bits, or of floats: convert("RGB") would clip it
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+        low, high = min(values.min(), 0), values.max()
+        bits = max(8, math.ceil(math.log2(high - low + 1)))  # 12-bit cameras write files of 16 bits
+        scale = 255 / (high - low or 1) if image.mode == "F" else 256 / 2**bits
+        image = Image.fromarray(((values - low) * scale).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _without_metadata(data):
@@ -464,19 +470,6 @@ def _without_metadata(data):
     return b"".join(kept)
 
 
-def _to_rgb(image):
-    if image.mode[0] in "IF":  # grey of up to 32 bits, or of floats: convert("RGB") would clip it
-        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-        low, high = min(values.min(), 0), values.max()
-        bits = max(8, math.ceil(math.log2(high - low + 1)))  # 12-bit cameras write files of 16 bits
-        scale = 255 / (high - low or 1) if image.mode == "F" else 256 / 2**bits
-        image = Image.fromarray(((values - low) * scale).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 PIECES, PIECE = 2**10, 2**20  # `file_id` reads at most so many pieces, of so many bytes each: about a second
 
 
@@ -485,23 +478,20 @@ def file_id(path: str | Path) -> str:
     1,024 evenly spaced pieces of 1 MiB. For a folder: of its files by name, without hidden ones and JSON lines. Raises
     InputError."""
     path = Path(path)
-    try:
+    with refusing(f"{path}: cannot read it"):
         if path.is_dir():
             files = [p for p in sorted(path.glob("[!.]*")) if p.is_file() and ".jsonl" not in p.name]
             parts = [f"{p.name} {file_id(p)}" for p in files]
             return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device may have no end
-            raise OSError("not a file")
+        need(path.is_file(), "not a file")  # a pipe or a device may have no end
         count = min(PIECES, -(-size // PIECE))
         digest = hashlib.sha256(str(size).encode())
         with open(path, "rb") as file:
             for i in range(count):
                 file.seek(i * (size - PIECE) // (count - 1) if count == PIECES else i * PIECE)
                 digest.update(file.read(PIECE))
-    except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
-        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', None) or error})") from None
-    return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16]
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -550,7 +540,5 @@ def prompt_path(path: str | Path) -> Path:
 
 def read_prompt(path: str | Path) -> str:
     """The text of a prompt file. Raises InputError."""
-    try:
+    with refusing(f"{path}: cannot read this prompt"):
         return prompt_path(path).read_text(encoding="utf-8").strip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None

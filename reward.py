@@ -72,9 +72,7 @@ def _listed(texts):
 
 
 # Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
-UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218b])")  # 5² is not 52; m² is m2
 THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of India: 1,00,000
 NOTHING = "'\"`\u02b9\u02bb\u02bc\u02bd\u2032\u2033."  # with quotes and invisible characters: O’Brien is OBrien
@@ -102,7 +100,7 @@ def normalize_unicode(text: str) -> str:
             written += " " if before.isdecimal() and after.isdecimal() else ""
         elif kind[0] in "LMN":
             char = str(unicodedata.decimal(char, char))
-            written += f" {char} " if UNSPACED.match(char) else char
+            written += f" {char} " if re.match(UNSPACED, char) else char
         else:
             written += " "
     words = written.split()
