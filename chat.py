@@ -87,11 +87,9 @@ class Chat:
         with refusing(f"{folder}: not a Qwen2.5-VL's image processor"):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             self._check_image_processor()
-        special = {name: self._special[f"<|{name}|>"] for name in SPECIAL}
-        self.image_pad, self.im_end = special["image_pad"], special["im_end"]
-        self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
-        self.vision_ids = frozenset(special[name] for name in SPECIAL[2:])
-        self.stop_ids = (special["im_end"], special["endoftext"])
+        ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
+        end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
+        self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
         self._read_frame = functools.cache(self._read_frame)
         self.frame()
         self._prompts: dict[str, str] = {}
@@ -148,9 +146,8 @@ class Chat:
         return text
 
     def frame(self, system: str | None = None) -> tuple[list, list, list]:
-        """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
-        text, from there to the model's turn, and from the model's turn, its end token included, to the next user text.
-        """
+        """The chat template's own parts as segments (ids of special tokens, texts): before the first user text, from
+        there to the model's turn, and from the model's turn, its end token included, to the next user text."""
         head, to_model, to_user = self._read_frame(system is not None)
         return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
 
@@ -184,11 +181,9 @@ class Chat:
     def result_turn(
         self, call: Call, result: Result, question: Question, last: int, most: int, template: str | None = None
     ) -> tuple[list[int], list[Picture], bool]:
-        """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model; `last` is the token
-        before it. A turn of more than `most` tokens has its results cut.
-
-        The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
-        """
+        """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model, its results cut if it
+        has more than `most` tokens. The template's newline after <|im_end|> belongs to it, and so does <|im_end|> if
+        `last`, the token before, is another: then the model did not say it."""
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
@@ -393,8 +388,7 @@ class Episode:
 
     def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
         """Append what a tool returned as a user turn, ids and images together, cut to `room_for_result`. False if there
-        is no room even so: then the conversation stays as it was, and only `calls` has grown, because the call was
-        made. template: instead of the tool's prompt file."""
+        is no room even so: then only `calls` has grown. template: instead of the tool's prompt file."""
         most = self.room_for_result()
         ids, images, cut = self.chat.result_turn(call, result, self.question, self.tokens[-1], most, template)
         self.calls.append((call, result))
@@ -448,13 +442,10 @@ class Episode:
     def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
         """The conversation that `serialize` made; questions by their ids."""
         question = questions[sent["question_id"]]
-        episode = cls(question, chat, sent["sample"], turns=sent["turns"], stop=sent["stop"])
-        for name in ("tokens", "sampled", "logprobs"):
-            setattr(episode, name, sent[name].tolist())
-        for image, thumbnail in sent["images"]:
-            encoded = question.images[image] if isinstance(image, int) else image
-            episode.images.append(chat.picture(encoded, thumbnail))
-        return episode
+        rest = {name: sent[name].tolist() for name in ("tokens", "sampled", "logprobs")}
+        images = [(question.images[i] if isinstance(i, int) else i, thumbnail) for i, thumbnail in sent["images"]]
+        rest |= dict(images=list(itertools.starmap(chat.picture, images)), turns=sent["turns"], stop=sent["stop"])
+        return cls(question, chat, sent["sample"], **rest)
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
@@ -523,9 +514,6 @@ class Cache:
                 self.total -= self.size(self.values.popitem(last=False)[1])
         self.values.move_to_end(key)
         return self.values[key]
-
-
-# --------------------------------------------------------------------------------------------------------- questions
 
 
 def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:

@@ -244,8 +244,8 @@ def _checked(name, value, kind, allowed):
 
 def _check_combinations(c):
     need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
-    for name in ("dist_timeout", "search_deadline", "rollout_deadline"):
-        need(getattr(c, name) <= 10**6, f"{name}={getattr(c, name)}: must be at most a million")
+    waits = max(c.dist_timeout, c.search_deadline, c.rollout_deadline)
+    need(waits <= 10**6, f"dist_timeout, search_deadline, rollout_deadline: {waits} is more than a million")
     for name in ("tool_limits", "tool_results"):  # which tools there are is known to `tools`
         for pair in getattr(c, name):
             need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")

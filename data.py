@@ -408,7 +408,6 @@ def normalize_answer(text: str) -> str:
 
 
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
-PNG = b"\x89PNG\r\n\x1a\n"
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), 2)}  # by EXIF's orientation
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
@@ -420,15 +419,14 @@ def picture_key(data: bytes) -> str:
 
 
 def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Encoded bytes to an upright RGB picture (of an animation the first), transparency on white. Raises InputError for
-    what is not a whole, reasonably sized picture. formats: Pillow's names of those allowed (default: all it reads);
-    max_pixels: default Pillow's limit."""
+    """Encoded bytes to an upright RGB picture (of an animation the first), transparency on white. Raises InputError if
+    it is not whole or of an odd size. formats: Pillow's names of those allowed; max_pixels: by default Pillow's."""
     try:
         return _decode(data, formats, max_pixels)
     except InputError:
         raise
     except Exception as error:  # on broken files, Pillow's readers raise about anything
-        plain = _without_metadata(data)
+        plain = _without_metadata(data) if data.startswith(b"\x89PNG\r\n\x1a\n") else data
         if plain != data:
             return decode_image(plain, formats, max_pixels)
         raise InputError(f"not a whole picture ({type(error).__name__})") from None
@@ -456,10 +454,8 @@ def _decode(data, formats, max_pixels):
 
 def _without_metadata(data):
     """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
-    checksum or form. Other files as they are."""
-    if not data.startswith(PNG):
-        return data
-    kept, start = [PNG], len(PNG)
+    checksum or form."""
+    kept, start = [data[:8]], 8
     while start < len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         chunk = data[start : start + length + 12]
@@ -474,9 +470,8 @@ PIECES, PIECE = 2**10, 2**20  # `file_id` reads at most so many pieces, of so ma
 
 
 def file_id(path: str | Path) -> str:
-    """Sixteen hex digits that identify a file's content: a hash of its size and of its bytes, those above 1 GiB in
-    1,024 evenly spaced pieces of 1 MiB. For a folder: of its files by name, without hidden ones and JSON lines. Raises
-    InputError."""
+    """Sixteen hex digits that identify a file's content: a hash of its size and bytes, above 1 GiB of 1,024 even pieces
+    of 1 MiB. For a folder: of its files by name, without hidden ones and JSON lines. Raises InputError."""
     path = Path(path)
     with refusing(f"{path}: cannot read it"):
         if path.is_dir():
@@ -497,16 +492,12 @@ def file_id(path: str | Path) -> str:
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
     written, and is left out. Raises InputError."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if line.endswith("\n"):
-                    yield json.loads(line, parse_constant=lambda _: None)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+    with refusing(f"{path}: cannot read it"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                with refusing(f"line {number} is not JSON"):
+                    record = json.loads(line.decode(), parse_constant=lambda _: None)
+                yield record
 
 
 def to_json(value) -> str:

@@ -61,9 +61,7 @@ TOOLS = {
 
 def find_actions(text: str) -> list[tuple[str, str]]:
     """(tool or "answer", what is between its tags) of each complete action in a turn, in the order in which they end.
-
-    An action runs from an opening tag, the last one if there are several, to the first closing tag after it, over lines
-    too: the innermost pair counts.
+    An action runs from the last opening tag to the first closing tag after it, over lines too.
     """
     found = []
     for name, tags in ({name: tool.tags for name, tool in TOOLS.items()} | {ANSWER: ANSWER_TAGS}).items():
