@@ -80,11 +80,11 @@ class Chat:
 
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer"):
+        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer", Exception):  # transformers raises about anything
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
             self._check_tokenizer()
-        with refusing(f"{folder}: not a Qwen2.5-VL's image processor"):
+        with refusing(f"{folder}: not a Qwen2.5-VL's image processor", Exception):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             self._check_image_processor()
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
@@ -156,7 +156,7 @@ class Chat:
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template"):
+        with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]

@@ -225,6 +225,7 @@ def _columns(names, benchmark):
 
 
 def _rows(file, benchmark) -> Iterator[dict]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
@@ -234,11 +235,12 @@ def _rows(file, benchmark) -> Iterator[dict]:
             lines = filter(str.strip, text.split("\n"))
             yield from json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, lines)
     else:
-        with refusing(f"{file}: not a readable parquet file of questions"), pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = [c for c in _columns(names, benchmark) if c in names]
-            for batch in table.iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
+        with refusing(f"{file}: not a readable parquet file of questions", pa.ArrowException):
+            with pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                columns = [c for c in _columns(names, benchmark) if c in names]
+                for batch in table.iter_batches(batch_size=64, columns=columns):
+                    yield from batch.to_pylist()
 
 
 def _as_verl(row, benchmark):
@@ -282,11 +284,11 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Any error inside becomes an InputError, of what is refused and why: on broken files, libraries raise anything."""
+def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Errors of a file and its form, and more kinds of them, become an InputError: what is refused, and why."""
     try:
         yield
-    except Exception as error:
+    except (OSError, ValueError, RecursionError, *more) as error:
         raise InputError(f"{what} ({getattr(error, 'strerror', None) or first_line(error)})") from None
 
 
@@ -297,7 +299,7 @@ def first_line(error: Exception) -> str:
 
 
 def _read_row(numbered, label, folder, benchmark):
-    """(number of the row, a Question, or a string that says what is wrong)"""
+    """(number of the row, a Question or what is wrong with the row)"""
     number, row = numbered
     try:
         need(isinstance(row, dict), "not a JSON object")
@@ -309,17 +311,10 @@ def _read_row(numbered, label, folder, benchmark):
         split_at_images(text, len(images))
         url = next(iter(urls), None) if isinstance(urls, list) else urls
         need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
-        return number, Question(
-            id=f"{label}:{number}",
-            text=text,
-            images=images,
-            answers=_answers(row.get("reward_model")),
-            data_source=benchmark if benchmark in BENCHMARKS else str(row.get("data_source") or "unknown"),
-            data_id=None if data_id is None else str(data_id),
-            image_url=url,
-            system=system,
-            sizes=sizes,
-        )
+        answers, source = _answers(row.get("reward_model")), str(row.get("data_source") or "unknown")
+        source = benchmark if benchmark in BENCHMARKS else source
+        data_id = None if data_id is None else str(data_id)
+        return number, Question(f"{label}:{number}", text, images, answers, source, data_id, url, system, sizes)
     except InputError as error:
         return number, str(error)
 
