@@ -90,7 +90,7 @@ class Chat:
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
         end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
         self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
-        self._read_frame = functools.cache(self._read_frame)
+        self.frame = functools.lru_cache(256)(self.frame)
         self.frame()
         self._prompts: dict[str, str] = {}
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
@@ -148,11 +148,7 @@ class Chat:
     def frame(self, system: str | None = None) -> tuple[list, list, list]:
         """The chat template's own parts as segments (ids of special tokens, texts): before the first user text, from
         there to the model's turn, and from the model's turn, its end token included, to the next user text."""
-        head, to_model, to_user = self._read_frame(system is not None)
-        return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
-
-    def _read_frame(self, has_system):
-        roles = ("system", "user", "model", "again") if has_system else ("user", "model", "again")
+        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
@@ -162,7 +158,8 @@ class Chat:
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             head, to_model, to_user, _ = parts
             need(to_user[0] == self.im_end, "the model's turn does not end in <|im_end|>")
-            return head, to_model, to_user
+        head = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head]
+        return head, to_model, to_user
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""

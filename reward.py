@@ -154,13 +154,11 @@ def format_ok(responses: Sequence[str], any_order: bool = False) -> bool:
     """True if all turns are well-formed, the last is an answer and the others call tools: each tool once at most, and
     only after those that the table allows (`Tool.after`); with any_order, in any number and order."""
     kinds = [turn_kind(turn) for turn in responses]
-    if kinds[-1:] != [ANSWER]:
-        return False
     called = kinds[:-1]
-    if any_order:
-        return all(kind in TOOLS for kind in called)
-    in_turn = all(kind in TOOLS and previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
-    return in_turn and len(set(called)) == len(called)
+    if kinds[-1:] != [ANSWER] or not TOOLS.keys() >= {*called}:
+        return False
+    in_turn = all(previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
+    return any_order or (in_turn and len(set(called)) == len(called))
 
 
 def count_searches(responses: Sequence[str]) -> int:
@@ -208,10 +206,15 @@ def score(
 
 def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> Score:
     """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty."""
-    penalty = cfg.search_penalty if penalty is None else penalty
-    options = dict(search_penalty=penalty, per_search_penalty=cfg.per_search_penalty, any_order=cfg.any_order)
-    answers = list(episode.question.answers)
-    return score(episode.responses, answers, format_weight=cfg.format_weight, match=cfg.match, **options)
+    return score(
+        episode.responses,
+        list(episode.question.answers),
+        search_penalty=cfg.search_penalty if penalty is None else penalty,
+        format_weight=cfg.format_weight,
+        match=cfg.match,
+        per_search_penalty=cfg.per_search_penalty,
+        any_order=cfg.any_order,
+    )
 
 
 def record(episode: Episode, score: Score) -> dict:
