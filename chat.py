@@ -26,7 +26,7 @@ from PIL import Image
 import data
 import tools
 from config import Config, InputError, need
-from data import Call, Question, Result, Stop, decode_image, first_line, picture_key, read_prompt, split_at_images
+from data import Call, Question, Result, Stop, decode_image, picture_key, read_prompt, refusing, split_at_images
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
@@ -75,19 +75,23 @@ class Chat:
     """
 
     def __init__(self, folder: str | Path, cfg: Config):
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        self.tokenizer, self.processor = _load_parts(folder)
-        self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        self._check_tokenizer()
-        special = {name: self._special[f"<|{name}|>"] for name in SPECIAL}
-        self.image_pad, self.im_end = special["image_pad"], special["im_end"]
-        self.vision_start, self.vision_end = special["vision_start"], special["vision_end"]
-        self.vision_ids = frozenset(special[name] for name in SPECIAL[2:])
-        self.stop_ids = (special["im_end"], special["endoftext"])
-        self._read_frame = functools.cache(self._read_frame)
+        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer", Exception):  # transformers raises about anything
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+            self._check_tokenizer()
+        with refusing(f"{folder}: not a Qwen2.5-VL's image processor", Exception):
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            self._check_image_processor()
+        ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
+        end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
+        self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
+        self.frame = functools.lru_cache(256)(self.frame)
         self.frame()
-        self._check_pixel_range()
         self._prompts: dict[str, str] = {}
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
         for name in agent_prompts(cfg):
@@ -98,16 +102,11 @@ class Chat:
 
     def _check_tokenizer(self):
         for name in SPECIAL:
-            if f"<|{name}|>" not in self._special:
-                raise InputError(f"{self.folder}: the tokenizer lacks the special token <|{name}|>: not a Qwen2.5-VL's")
+            need(f"<|{name}|>" in self._special, f"it lacks the special token <|{name}|>")
         text = "as text: <|im_end|> <|image_pad|>"  # an incomplete tokenizer encodes it to nothing
-        try:
-            ids = self.encode(text)
-            sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
-        except Exception:  # as in _load_parts
-            sound = False
-        if not sound:
-            raise InputError(f"{self.folder}: the tokenizer cannot write this as plain text: {text}")
+        ids = self.encode(text)
+        sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
+        need(sound, f"it cannot write this as plain text: {text}")
 
     def __len__(self):
         return len(self.tokenizer)
@@ -147,27 +146,19 @@ class Chat:
         return text
 
     def frame(self, system: str | None = None) -> tuple[list, list, list]:
-        """The chat template's own parts as segments (a special token's id, or text): what comes before the first user
-        text, from there to the model's turn, and from the model's turn, its end token included, to the next user text.
-        """
-        head, to_model, to_user = self._read_frame(system is not None)
-        return [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head], to_model, to_user
-
-    def _read_frame(self, has_system):
-        roles = ("system", "user", "model", "again") if has_system else ("user", "model", "again")
+        """The chat template's own parts as segments (ids of special tokens, texts): before the first user text, from
+        there to the model's turn, and from the model's turn, its end token included, to the next user text."""
+        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
         names = {"model": "assistant", "again": "user"}
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        try:
+        with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             head, to_model, to_user, _ = parts
-            if to_user[0] != self.im_end:
-                raise ValueError("the model's turn does not end in <|im_end|>")
-        except Exception as error:  # a template is a program: it can fail in any way
-            what = f"cannot use its chat template ({first_line(error)}); is this a Qwen2.5-VL model?"
-            raise InputError(f"{self.folder}: {what}") from None
+            need(to_user[0] == self.im_end, "the model's turn does not end in <|im_end|>")
+        head = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head]
         return head, to_model, to_user
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
@@ -187,11 +178,9 @@ class Chat:
     def result_turn(
         self, call: Call, result: Result, question: Question, last: int, most: int, template: str | None = None
     ) -> tuple[list[int], list[Picture], bool]:
-        """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model; `last` is the token
-        before it. A turn of more than `most` tokens has its results cut.
-
-        The template's newline after <|im_end|> belongs to this turn; so does <|im_end|> if the model did not say it.
-        """
+        """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model, its results cut if it
+        has more than `most` tokens. The template's newline after <|im_end|> belongs to it, and so does <|im_end|> if
+        `last`, the token before, is another: then the model did not say it."""
         _, to_model, to_user = self.frame(question.system)
         if last == self.im_end:
             to_user = to_user[1:]
@@ -208,13 +197,11 @@ class Chat:
 
     def _shorten(self, hits, left):
         """Hits cut to `left` tokens in all: each may have an equal part, and what short ones leave goes to others."""
-        sizes = [self._hit_size(hit) for hit in hits]
         kept = {}
-        order = sorted(range(len(hits)), key=sizes.__getitem__)
-        for done, number in enumerate(order):
+        for done, number in enumerate(sorted(range(len(hits)), key=lambda i: self._hit_size(hits[i]))):
             hit, part = hits[number], left // (len(hits) - done)
-            if sizes[number] > part:
-                hit = replace(hit, text=self._cut(hit.text, sizes[number] - part))
+            if self._hit_size(hit) > part:
+                hit = replace(hit, text=self._cut(hit.text, self._hit_size(hit) - part))
             if self._hit_size(hit) > part:
                 hit = replace(hit, url="", text="")
                 hit = replace(hit, title=self._cut(hit.title, self._hit_size(hit) - part))
@@ -240,14 +227,11 @@ class Chat:
             failed = self._prompts["search_failed"].replace("{outcome}", outcome)
             if template is None:
                 return [failed]
+            failed += "\n"
         before, after = (template or self._prompts[f"after_{call.tool}"]).split("{results}")
         asked = question.text.replace("<image>", "").strip()
-        segments = [before.replace("{question}", asked)]
-        if failed:
-            segments.append(f"{failed}\n")
-        for hit in result.hits:
-            segments += self._hit_segments(hit)
-        return [*segments, after.replace("{question}", asked)]
+        shown = itertools.chain.from_iterable(map(self._hit_segments, result.hits))
+        return [before.replace("{question}", asked), failed, *shown, after.replace("{question}", asked)]
 
     def _hit_segments(self, hit):
         segments = []
@@ -303,21 +287,16 @@ class Chat:
         factor = self.processor.patch_size * self.processor.merge_size
         return final_size(size[1], size[0], factor, low, high)
 
-    def _check_pixel_range(self):
-        cfg, processor, size = self.cfg, self.processor, dict(self.processor.size)
-        low, high = size.get("shortest_edge"), size.get("longest_edge")
-        if not (isinstance(low, int) and isinstance(high, int)):
-            raise InputError(f"{self.folder}: its image processor has no range of pixels: not a Qwen2.5-VL's")
-        if min(cfg.min_pixels, cfg.thumb_min_pixels) < low or max(cfg.max_pixels, cfg.thumb_max_pixels) > high:
-            raise InputError(f"{self.folder}: pixel ranges must lie within its image processor's, {low} to {high}")
+    def _check_image_processor(self):
+        cfg, processor = self.cfg, self.processor
+        low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+        inside = low <= min(cfg.min_pixels, cfg.thumb_min_pixels) and max(cfg.max_pixels, cfg.thumb_max_pixels) <= high
+        need(inside, f"the options' ranges of pixels must lie within its own, {low} to {high}")
         numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
-        need(numbers == [14, 2, 2], f"{self.folder}: its image processor's sizes are {numbers}, not [14, 2, 2]")
-        try:  # one vision token: mean, deviation and the rest are sound if its pixels are numbers
-            blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
-            sound = blank["pixel_values"].isfinite().all()
-        except Exception as error:  # as in _load_parts
-            raise InputError(f"{self.folder}: its image processor fails ({first_line(error)})") from None
-        need(sound, f"{self.folder}: its image processor makes pixels that are no numbers")
+        need(numbers == [14, 2, 2], f"its sizes are {numbers}, not [14, 2, 2]")
+        # one vision token: mean, deviation and the rest are sound if its pixels are numbers
+        blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
+        need(blank["pixel_values"].isfinite().all(), "it makes pixels that are no numbers")
         for thumbnail in (False, True):
             self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
 
@@ -406,8 +385,7 @@ class Episode:
 
     def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
         """Append what a tool returned as a user turn, ids and images together, cut to `room_for_result`. False if there
-        is no room even so: then the conversation stays as it was, and only `calls` has grown, because the call was
-        made. template: instead of the tool's prompt file."""
+        is no room even so: then only `calls` has grown. template: instead of the tool's prompt file."""
         most = self.room_for_result()
         ids, images, cut = self.chat.result_turn(call, result, self.question, self.tokens[-1], most, template)
         self.calls.append((call, result))
@@ -461,13 +439,10 @@ class Episode:
     def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
         """The conversation that `serialize` made; questions by their ids."""
         question = questions[sent["question_id"]]
-        episode = cls(question, chat, sent["sample"], turns=sent["turns"], stop=sent["stop"])
-        for name in ("tokens", "sampled", "logprobs"):
-            setattr(episode, name, sent[name].tolist())
-        for image, thumbnail in sent["images"]:
-            encoded = question.images[image] if isinstance(image, int) else image
-            episode.images.append(chat.picture(encoded, thumbnail))
-        return episode
+        rest = {name: sent[name].tolist() for name in ("tokens", "sampled", "logprobs")}
+        images = [(question.images[i] if isinstance(i, int) else i, thumbnail) for i, thumbnail in sent["images"]]
+        rest |= dict(images=list(itertools.starmap(chat.picture, images)), turns=sent["turns"], stop=sent["stop"])
+        return cls(question, chat, sent["sample"], **rest)
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
@@ -512,8 +487,7 @@ def final_size(height: int, width: int, factor: int, low: int, high: int) -> tup
         columns = min(max(round(rows * width / height), -(-low // (factor**2 * rows))), most // rows)
         if fits(rows * factor, columns * factor):
             sizes.append((rows * factor, columns * factor))
-    if not sizes:
-        raise InputError(f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
+    need(sizes, f"no picture of {low} to {high} pixels has sides that are multiples of {factor}")
     return min(sizes, key=lambda s: abs(math.log(s[1] * height / (s[0] * width))))
 
 
@@ -537,20 +511,6 @@ class Cache:
                 self.total -= self.size(self.values.popitem(last=False)[1])
         self.values.move_to_end(key)
         return self.values[key]
-
-
-# --------------------------------------------------------------------------------------------------------- questions
-
-
-def _load_parts(folder):
-    """A model folder's tokenizer and image processor."""
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    try:
-        return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
-    except Exception as error:  # on broken files, transformers raises about anything
-        raise InputError(f"{folder}: cannot load tokenizer and image processor ({first_line(error)})") from None
 
 
 def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:

@@ -35,17 +35,14 @@ TRAINED_AS = "trained_as.json"  # in an exported folder: the options that belong
 SEARCHES = ("offline", "live", "record", "replay")
 LET_RANK_0_SPEAK = 5  # seconds
 LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
-LEFT_OUT = (
-    "truncated",
-    "failed_tools",
-    "zero_variance",
-)  # cut by a limit of tokens; a tool failed; group's rewards equal
+LEFT_OUT = ("truncated", "failed_tools", "zero_variance")  # at a limit of tokens; a tool failed; group's rewards equal
 OFFLOADS = ("none", "reference", "all")
 RANGES = {
     "above 0": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
+    "0 or at least 1": lambda value: value == 0 or value >= 1,
 }
 
 
@@ -66,9 +63,28 @@ class Options:
     def __post_init__(self):
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = _converted(getattr(self, f.name), hints[f.name], f.name)
+            value = _checked(f.name, getattr(self, f.name), hints[f.name], f.metadata["allowed"])
             object.__setattr__(self, f.name, value)
-            _check_allowed(f.name, value, f.metadata["allowed"])
+
+
+# The authors' script: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
+_QWEN = (
+    dict(model="Qwen/Qwen2.5-VL-7B-Instruct", engine="vllm", run_dir="runs/qwen2.5-vl-7b", prompts="prompts")
+    | dict(min_pixels=512 * 512, max_pixels=672 * 672 * 2, thumb_min_pixels=112 * 112, thumb_max_pixels=224 * 224)
+    | dict(max_prompt_tokens=4096, max_tokens_per_turn=2048, max_tokens=8192, max_tokens_per_batch=16384)
+    | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
+    | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
+    | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
+    | dict(gradient_checkpointing=True, offload="reference", threads=0, max_mismatch=0.1, importance_cap=2.0)
+)
+# the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
+_PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
+PRESETS = {
+    "toy": {},
+    "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
+    "qwen2.5-vl-7b": _QWEN,
+    "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Config(Options):
     """The options of a run. Defaults are the preset `toy`, which is what `torchrun train.py` runs."""
 
     # -- run
-    preset: str = option("toy", "named set of values, applied before the rest of the command line")
+    preset: str = option("toy", "named values, applied before the rest of the command line", tuple(PRESETS))
     run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
     steps: int = option(100, "optimisation steps", "at least 0", marks="resume")
@@ -116,12 +132,10 @@ class Config(Options):
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
     tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
     tool_results: tuple[str, ...] = option(
-        ("image_search=3", "text_search=3"), "results shown of a call, TOOL=N (else the tools' own)", marks="model"
+        ("image_search=3", "text_search=3"), "results of a call, TOOL=N", marks="model"
     )
     max_tokens_per_turn: int = option(32, "tokens the model may generate in a turn", "above 0", marks="model")
-    max_result_tokens: int = option(
-        0, "tokens of a tool's result (0: as many as leave room)", "at least 0", marks="model"
-    )
+    max_result_tokens: int = option(0, "tokens of a result (0: as many as leave room)", "at least 0", marks="model")
     max_tokens: int = option(250, "tokens of a conversation, results and images included", "above 0", marks="model")
     temperature: float = option(1.0, "sampling temperature in training, also that of the log-probs", "above 0")
     concurrency: int = option(256, "conversations in a rank's engine at once", "above 0", marks="resume neutral")
@@ -166,8 +180,8 @@ class Config(Options):
     entropy_coef: float = option(0.03, "weight of the entropy bonus", "at least 0")
     updates_per_step: int = option(1, "mini-batches that a step's questions are split into, an update each", "above 0")
     epochs_per_step: int = option(1, "passes over a step's conversations", "above 0")
-    importance_cap: float = option(0.0, "weigh tokens by trainer / sampler probability up to this, e.g. 2 (0: off)")
-    trust_bound: float = option(0.0, "mask conversations whose mean ratio is beyond 1/x to x, e.g. 1.01 (0: off)")
+    importance_cap: float = option(0.0, "weigh tokens by trainer / sampler, up to this (0: off)", "0 or at least 1")
+    trust_bound: float = option(0.0, "mask conversations of a mean ratio beyond 1/x to x (0: off)", "0 or at least 1")
     max_mismatch: float = option(0.5, "stop if sampler and trainer differ by more at first, mean nats", "above 0")
 
     # -- optimiser
@@ -189,7 +203,6 @@ class Config(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        need(self.preset in PRESETS, f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
         _check_combinations(self)
 
     @property
@@ -203,51 +216,7 @@ class Config(Options):
         return self.search in ("live", "record") and not self.search_url
 
 
-# The authors' script: 32 questions x 4 conversations on 8 GPUs (MMSearch-R1, arXiv 2506.20670, and its code).
-_QWEN = (
-    dict(model="Qwen/Qwen2.5-VL-7B-Instruct", engine="vllm", run_dir="runs/qwen2.5-vl-7b", prompts="prompts")
-    | dict(min_pixels=512 * 512, max_pixels=672 * 672 * 2, thumb_min_pixels=112 * 112, thumb_max_pixels=224 * 224)
-    | dict(max_prompt_tokens=4096, max_tokens_per_turn=2048, max_tokens=8192, max_tokens_per_batch=16384)
-    | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
-    | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
-    | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
-    | dict(gradient_checkpointing=True, offload="reference", threads=0, max_mismatch=0.1, importance_cap=2.0)
-)
-# the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
-_PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
-PRESETS = {
-    "toy": {},
-    "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
-    "qwen2.5-vl-7b": _QWEN,
-    "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
-}
-
-
 # ------------------------------------------------------------------------------------------------------- checks
-
-
-def _converted(value, kind, name):
-    """The value as its field's type: an int as a float, a list as a tuple. Raises InputError for another type."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        need(abs(value) < 2**63, f"{name} must be below 2**63")
-        value = float(value) if kind is float else value
-    if kind == tuple[str, ...]:
-        value = tuple(value) if isinstance(value, list) else value
-        fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    else:
-        kinds = get_args(kind) or (kind,)
-        fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-    need(fits, f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
-    need(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: expected a finite number")
-    return value
-
-
-def _check_allowed(name, value, allowed):
-    values = value if isinstance(value, tuple) else (value,)
-    if isinstance(allowed, tuple) and not {*values} <= {*allowed}:
-        raise InputError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
-    if isinstance(allowed, str) and allowed and not RANGES[allowed](value):
-        raise InputError(f"{name}={value}: must be {allowed}")
 
 
 def need(ok, message: str) -> None:
@@ -256,18 +225,38 @@ def need(ok, message: str) -> None:
         raise InputError(message)
 
 
-def _check_combinations(cfg):
-    c, fast = cfg, cfg.attention in ("flash", "varlen")
+def _checked(name, value, kind, allowed):
+    """The value as its field's type, an int as a float, a list as a tuple. Raises InputError if it is not allowed."""
+    if type(value) is int:
+        need(abs(value) < 2**63, f"{name} must be below 2**63")
+        value = float(value) if kind is float else value
+    value = tuple(value) if isinstance(value, list) else value
+    values, kinds = value if isinstance(value, tuple) else (value,), get_args(kind) or (kind,)
+    fits = isinstance(value, tuple) == (kind == tuple[str, ...]) and all(type(v) in kinds for v in values)
+    need(fits, f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
+    need(type(value) is not float or math.isfinite(value), f"{name}={value}: expected a finite number")
+    if isinstance(allowed, tuple):
+        need({*values} <= {*allowed}, f"{name}={value!r}: choose one of {', '.join(allowed)}")
+    elif allowed:
+        need(RANGES[allowed](value), f"{name}={value}: must be {allowed}")
+    return value
+
+
+def _check_combinations(c):
     need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
-    for name in ("dist_timeout", "search_deadline", "rollout_deadline"):
-        need(getattr(c, name) <= 10**6, f"{name}={getattr(c, name)}: must be at most a million")
-    for name in ("importance_cap", "trust_bound"):
-        value = getattr(c, name)
-        need(value == 0 or value >= 1, f"{name}={value}: must be 0 (off) or at least 1")
+    waits = max(c.dist_timeout, c.search_deadline, c.rollout_deadline)
+    need(waits <= 10**6, f"dist_timeout, search_deadline, rollout_deadline: {waits} is more than a million")
     for name in ("tool_limits", "tool_results"):  # which tools there are is known to `tools`
         for pair in getattr(c, name):
             need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")
-    _check_lengths(c)
+    for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
+        largest = getattr(c, high) // 784 * 784  # sides are multiples of 28 pixels, and 28 x 28 are one vision token
+        need(getattr(c, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
+    least, most, batch = c.min_pixels // 784, c.max_tokens, c.max_tokens_per_batch
+    need(least < most, f"a picture of min_pixels={c.min_pixels} takes {least} tokens, max_tokens is less")
+    need(c.max_tokens_per_turn < most, "max_tokens_per_turn must be below max_tokens")
+    need(c.max_prompt_tokens < most, "max_prompt_tokens must be below max_tokens: no room for a reply")
+    need(batch >= most, f"max_tokens_per_batch={batch} cannot hold a conversation of max_tokens={most}")
     whole = c.prompts_per_step % c.updates_per_step == 0
     need(whole, f"updates_per_step={c.updates_per_step} does not divide prompts_per_step={c.prompts_per_step}")
     vllm, parallel = c.engine == "vllm", c.tensor_parallel
@@ -278,6 +267,7 @@ def _check_combinations(cfg):
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
+    fast = c.attention in ("flash", "varlen")
     need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")
     need(not fast or c.dtype != "fp32", f"attention={c.attention} computes in bf16, and dtype is fp32")
     cached = c.search_url or c.search_cache or c.search not in ("record", "replay")
@@ -288,23 +278,11 @@ def _check_combinations(cfg):
         check_url("image_host", c.image_host)
 
 
-def _check_lengths(c):
-    """Pixels and tokens: a picture's sides are multiples of 28 pixels, and 28 x 28 of them are one vision token."""
-    for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
-        largest = getattr(c, high) // 784 * 784
-        need(getattr(c, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
-    least, most, batch = c.min_pixels // 784, c.max_tokens, c.max_tokens_per_batch
-    need(least < most, f"a picture of min_pixels={c.min_pixels} takes {least} tokens, max_tokens is less")
-    need(c.max_tokens_per_turn < most, "max_tokens_per_turn must be below max_tokens")
-    need(c.max_prompt_tokens < most, "max_prompt_tokens must be below max_tokens: no room for a reply")
-    need(batch >= most, f"max_tokens_per_batch={batch} cannot hold a conversation of max_tokens={most}")
-
-
 def check_url(name: str, url: str, required: bool = False) -> None:
     """Raise InputError unless it is a plain http(s) URL, or empty and not required."""
     sound = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url)
-    expected = "http(s)://host[:port][/path], without user, password or query"
-    need(sound or not (url or required), f"{name}: expected {expected}")  # not shown: it may hold a password
+    # the value is not shown: it may hold a password
+    need(sound or not (url or required), f"{name}: expected http(s)://host[:port][/path], no user, password or query")
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -320,21 +298,19 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     kinds = kinds or (Config,)
     program = Path(sys.argv[0])
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    layout = partial(argparse.HelpFormatter, max_help_position=34, width=120)
     usage = f"{name} [--key value | --key=value] ..."
-    help_format = partial(argparse.HelpFormatter, max_help_position=34, width=120)
-    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=help_format, usage=usage)
-    names = []
+    parser = _Parser(usage=usage, allow_abbrev=False, formatter_class=layout, argument_default=argparse.SUPPRESS)
     for kind in kinds:
         hints = get_type_hints(kind)
         group = parser.add_argument_group(kind.__doc__.split(".")[0])
         for f in dataclasses.fields(kind):
-            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=_help(f), **_reading(hints[f.name]))
-            names.append(f.name)
+            group.add_argument(f"--{f.name}", help=_help(f), **_reading(hints[f.name]))
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), names, n=1)
-        hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-        raise InputError(f"unknown argument {unknown[0].split('=')[0]!r}{hint}")
+        word, names = unknown[0].split("=")[0], [f.name for kind in kinds for f in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+        raise InputError(f"unknown argument {word!r}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
     given = vars(known)
     defaults = PRESETS.get(given.get("preset"), {})
     if as_trained:
@@ -367,10 +343,7 @@ def save(path: str | Path, *options: Options) -> None:
 
 def as_dict(*options: Options) -> dict:
     """The fields of all of them as JSON values (tuples are lists)."""
-    merged = {}
-    for o in options:
-        merged |= dataclasses.asdict(o)
-    return json.loads(json.dumps(merged))
+    return json.loads(json.dumps({name: value for o in options for name, value in dataclasses.asdict(o).items()}))
 
 
 def from_dict(kind: type[Options], values: dict) -> Options:
@@ -404,17 +377,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def lock(path: str | Path) -> IO:
     """Lock a file or folder that is to be written, until the returned file is closed or the process ends, however it
     ends. Raises InputError if another process holds the lock, and says which."""
+    real = Path(os.path.realpath(path))  # one lock, whichever link leads to it
     try:
-        real = Path(os.path.realpath(path))  # one lock, whichever link leads to it
         real.parent.mkdir(parents=True, exist_ok=True)
         file = open(real.with_name(f".{real.name}.lock"), "a+")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write beside it ({error.strerror or error})") from None
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise InputError(f"{path} is in use by {file.read().strip() or 'another process'}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot write beside it ({error.strerror})") from None
     with suppress(OSError):  # on a full disk it is locked without a name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -453,24 +425,16 @@ def _reading(kind):
     if kind == tuple[str, ...]:
         return dict(nargs="+", action="extend", metavar="TEXT")
     if bool in (kind, *get_args(kind)):
-        words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-        if kind is not bool:
-            words["auto"] = None
-
-        def read(text):
-            if text.lower() not in words:
-                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-            return words[text.lower()]
-
-        return dict(nargs="?", const=True, metavar="BOOL", type=read)
+        words = {"auto": None} | dict.fromkeys(("true", "1", "yes", "on"), True)
+        words |= dict.fromkeys(("false", "0", "no", "off"), False)  # other words stay text, which `_checked` refuses
+        return dict(nargs="?", const=True, metavar="BOOL", type=lambda text: words.get(text.lower(), text))
     return dict(type=kind, metavar={str: "TEXT", int: "INT", float: "FLOAT"}[kind])
 
 
 def _help(f):
     """The line of --help: meaning, choices and default."""
     allowed = f.metadata["allowed"]
-    choices = PRESETS if f.name == "preset" else allowed if isinstance(allowed, tuple) else ()
-    listed = f" ({', '.join(c or 'none' for c in choices)})" if choices else ""
+    listed = f" ({', '.join(c or 'none' for c in allowed)})" if isinstance(allowed, tuple) else ""
     default = {None: "auto", "": "-", (): "-"}.get(f.default, f.default)
     default = " ".join(default) if isinstance(default, tuple) else default
     return f"{f.metadata['help']}{listed} [{default}]".replace("%", "%%")

@@ -18,12 +18,12 @@ import string
 import sys
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -152,16 +152,17 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
             read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
             found, before = [], len(bad)
-            for number, outcome in _in_order(pool, read, rows):
-                if isinstance(outcome, Question):
-                    found.append(outcome)
-                elif skip_bad_rows:
+            while batch := list(islice(rows, 64)):  # few at once: they hold images
+                for number, outcome in pool.map(read, batch):
+                    if isinstance(outcome, Question):
+                        found.append(outcome)
+                        continue
                     bad.append(f"row {number} of {file}: {outcome}")
-                else:
-                    raise InputError(f"row {number} of {file}: {outcome} (--skip_bad_rows leaves such rows out)")
+                    need(skip_bad_rows, f"{bad[-1]} (--skip_bad_rows leaves such rows out)")
             if only is None:
-                why = bad[before] if len(bad) > before else "it has no rows"
+                why = "it has no rows" if len(bad) == before else bad[before]
                 need(found, f"{file}: no question is left of it; {why}")
+            if only is None and benchmark != TEXT:
                 _check_pictures(found, file, benchmark, progress)
             questions += [q for q in found if q.images or not BENCHMARKS.get(benchmark)]
     pa.default_memory_pool().release_unused()  # it keeps as much as the largest file took
@@ -172,26 +173,12 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
 
 def _check_pictures(found, file, benchmark, progress):
     """Say how many of a file's questions have no picture. Raises InputError if none has."""
-    blind = sum(not q.images for q in found)
-    if not blind or benchmark == TEXT:
-        return
-    column, left_out, hint = "images", "", f" (write {TEXT}=PATH where there are none)"
-    if BENCHMARKS.get(benchmark):
-        column, left_out, hint = BENCHMARKS[benchmark][2], ", and are left out", ""
-    need(blind < len(found), f"{file}: no question has a picture in {column!r}{hint}")
-    if progress:
+    blind, column = sum(not q.images for q in found), (BENCHMARKS.get(benchmark) or COLUMNS)[2]
+    hint = f"(in veRL layout, {TEXT}=PATH reads a file without any)"
+    need(blind < len(found), f"{file}: no question has a picture in {column!r} {hint}")
+    if blind and progress:
+        left_out = ", and are left out" if BENCHMARKS.get(benchmark) else ""
         print(f"{file}: {blind} of {len(found)} questions have no picture{left_out}", file=sys.stderr)
-
-
-def _in_order(pool, work, items):
-    """work(item) for each item, in order, with a bounded number of items in flight (they hold images)."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > 64:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 TEXT = "text"  # before a path as if it were a benchmark: a file in veRL layout whose questions have no pictures
@@ -227,8 +214,7 @@ def _split(file):
 
 
 def _columns(names, benchmark):
-    """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError if one that is
-    needed is missing."""
+    """The columns that are read of a file or row with these: a benchmark's, or veRL's. Raises InputError."""
     needed, wanted = COLUMNS[:2], COLUMNS
     if BENCHMARKS.get(benchmark) and not set(needed) <= set(names):
         question, answers, image, id = BENCHMARKS[benchmark]
@@ -238,40 +224,23 @@ def _columns(names, benchmark):
     return wanted
 
 
-def _rows(file, benchmark=None) -> Iterator[dict]:
+def _rows(file, benchmark) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not os.path.isfile(file):
-        raise InputError(f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
+    need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
     if Path(file).suffix in (".jsonl", ".json"):
-        yield from _json_rows(file)
-        return
-    try:
-        with pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = [c for c in _columns(names, benchmark) if c in names]
-            for batch in table.iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
-
-
-def _json_rows(file):
-    """The objects of a JSONL file, or of a JSON file that is one list."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
-        for number, row in enumerate(rows):
-            need(isinstance(row, dict), f"row {number} of {file}: not a JSON object")
-            yield row
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        expected = "expected a list of rows, or one row a line"
-        raise InputError(f"{file}: not a readable JSON file ({first_line(error)}); {expected}") from None
+        with refusing(f"{file}: not a readable JSON file, a list of rows or one row a line"):
+            text = Path(file).read_text(encoding="utf-8-sig")
+            lines = filter(str.strip, text.split("\n"))
+            yield from json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, lines)
+    else:
+        with refusing(f"{file}: not a readable parquet file of questions", pa.ArrowException):
+            with pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                columns = [c for c in _columns(names, benchmark) if c in names]
+                for batch in table.iter_batches(batch_size=64, columns=columns):
+                    yield from batch.to_pylist()
 
 
 def _as_verl(row, benchmark):
@@ -314,6 +283,15 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         pq.write_table(table, temporary, row_group_size=256)
 
 
+@contextmanager
+def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Errors of a file and its form, and more kinds of them, become an InputError: what is refused, and why."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, *more) as error:
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or first_line(error)})") from None
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, for a message of one line: its first, and the second where the first ends in a colon."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -321,31 +299,22 @@ def first_line(error: Exception) -> str:
 
 
 def _read_row(numbered, label, folder, benchmark):
-    """(number of the row, a Question, or a string that says what is wrong)"""
+    """(number of the row, a Question or what is wrong with the row)"""
     number, row = numbered
     try:
+        need(isinstance(row, dict), "not a JSON object")
         if _columns(row, benchmark) is not COLUMNS:
             row = _as_verl(row, benchmark)
-        data_id = row.get("data_id")
+        data_id, urls = row.get("data_id"), row.get("image_urls")
         system, text = _messages(row.get("prompt"))
-        need(isinstance(row.get("images"), list | None), "field images: expected a list")
-        images = tuple(_image_bytes(image, folder) for image in row.get("images") or ())
+        images, sizes = _pictures(row.get("images"), folder)
         split_at_images(text, len(images))
-        try:
-            sizes = tuple(decode_image(image).size for image in images)
-        except InputError as error:
-            raise InputError(f"field images: {error}") from None
-        return number, Question(
-            id=f"{label}:{number}",
-            text=text,
-            images=images,
-            answers=_answers(row.get("reward_model")),
-            data_source=benchmark if benchmark in BENCHMARKS else str(row.get("data_source") or "unknown"),
-            data_id=None if data_id is None else str(data_id),
-            image_url=_url(row.get("image_urls")),
-            system=system,
-            sizes=sizes,
-        )
+        url = next(iter(urls), None) if isinstance(urls, list) else urls
+        need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
+        answers, source = _answers(row.get("reward_model")), str(row.get("data_source") or "unknown")
+        source = benchmark if benchmark in BENCHMARKS else source
+        data_id = None if data_id is None else str(data_id)
+        return number, Question(f"{label}:{number}", text, images, answers, source, data_id, url, system, sizes)
     except InputError as error:
         return number, str(error)
 
@@ -353,14 +322,12 @@ def _read_row(numbered, label, folder, benchmark):
 def _messages(prompt):
     sound = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
     need(sound, "field prompt: expected a list of {role, content}")
-    system = [m.get("content") for m in prompt if m.get("role") == "system"]
-    user = [m.get("content") for m in prompt if m.get("role") == "user"]
-    sound = len(user) == 1 and len(system) <= 1 and len(user) + len(system) == len(prompt)
+    said = {str(m.get("role")): m.get("content") for m in prompt}
+    sound = len(said) == len(prompt) and {"user"} <= said.keys() <= {"user", "system"}
     need(sound, "field prompt: expected one user message and at most one system message")
-    for role, content in (("user", user), ("system", system)):
-        if content and not (isinstance(content[0], str) and content[0].strip()):
-            raise InputError(f"field prompt: the {role} message has no text")
-    return (system[0] if system else None), user[0]
+    for role, content in said.items():
+        need(isinstance(content, str) and content.strip(), f"field prompt: the {role} message has no text")
+    return said.get("system"), said["user"]
 
 
 def split_at_images(text: str, images: int) -> list[str]:
@@ -372,29 +339,34 @@ def split_at_images(text: str, images: int) -> list[str]:
     return parts
 
 
+def _pictures(images, folder):
+    """(encoded pictures, their (width, height))"""
+    try:
+        need(isinstance(images, list | None), "expected a list")
+        found = tuple(_image_bytes(image, folder) for image in images or ())
+        return found, tuple(decode_image(image).size for image in found)
+    except (OSError, ValueError) as error:  # ValueError: also a path that holds a NUL
+        raise InputError(f"field images: {str(error)[:200]}") from None
+
+
 def _image_bytes(image, folder):
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if isinstance(data, str):
         data, path = _base64(data), data
-    if data is None and path:
-        try:
-            data = _find(path, folder).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
-            name = repr(path)[:100]
-            raise InputError(f"field images: cannot read {name} ({getattr(error, 'strerror', error)})") from None
-    need(isinstance(data, bytes) and data, "field images: neither bytes nor a path")
+    if data is None and isinstance(path, str) and path:
+        data = _find(path, folder).read_bytes()
+    need(isinstance(data, bytes) and data, "neither bytes nor a path")
     return data
 
 
 def _base64(text):
     """The bytes of a base64 text or data URL; None for what is too short to be a picture, or is not base64: a path."""
     is_url = text.startswith("data:")
-    if not is_url and len(text) < 200:
-        return None
-    try:
-        return base64.b64decode("".join((text.partition(",")[2] if is_url else text).splitlines()), validate=True)
-    except ValueError:
-        return None
+    if is_url or len(text) >= 200:
+        with suppress(ValueError):
+            body = text.partition(",")[2] if is_url else text
+            return base64.b64decode("".join(body.splitlines()), validate=True)
+    return None
 
 
 def _find(path, folder):
@@ -405,22 +377,13 @@ def _find(path, folder):
     return next((place for place in places if place.is_file()), folder / path)
 
 
-def _url(urls):
-    """The first of a list of URLs, or the only one; None if there is none."""
-    url = next(iter(urls), None) if isinstance(urls, list) else urls
-    need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
-    return url
-
-
 def _answers(reward_model):
     need(isinstance(reward_model, dict), "field reward_model: expected {ground_truth, candidate_answers}")
     candidates = reward_model.get("candidate_answers")
     if isinstance(candidates, str):
-        try:
-            candidates = json.loads(candidates) if candidates.strip() else None
-        except (ValueError, RecursionError):
-            raise InputError("field reward_model.candidate_answers: a string that is not a JSON list") from None
-    need(isinstance(candidates, list | None), "field reward_model.candidate_answers: not a list")
+        with suppress(ValueError, RecursionError):  # then it stays a string
+            candidates = json.loads(candidates.strip() or "null")
+    need(isinstance(candidates, list | None), "field reward_model.candidate_answers: neither a list nor JSON of one")
     answers = [a for a in (reward_model.get("ground_truth"), *(candidates or ())) if a is not None]
     need(all(isinstance(a, str | int | float) for a in answers), "field reward_model: an answer is not text")
     answers = [a for a in answers if not isinstance(a, float) or math.isfinite(a)]  # NaN: pandas' missing value
@@ -440,16 +403,8 @@ def normalize_answer(text: str) -> str:
 
 
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
-PNG = b"\x89PNG\r\n\x1a\n"
-UPRIGHT = {  # EXIF's orientation -> what puts the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), 2)}  # by EXIF's orientation
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of bombs, which decode_image refuses
 
 
@@ -459,17 +414,14 @@ def picture_key(data: bytes) -> str:
 
 
 def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Encoded bytes to an upright RGB picture (of an animation the first), transparency on white. Raises InputError for
-    what is not a whole, reasonably sized picture. formats: Pillow's names of those allowed (default: all it reads);
-    max_pixels: default Pillow's limit."""
+    """Encoded bytes to an upright RGB picture (of an animation the first), transparency on white. Raises InputError if
+    it is not whole or of an odd size. formats: Pillow's names of those allowed; max_pixels: by default Pillow's."""
     try:
         return _decode(data, formats, max_pixels)
     except InputError:
         raise
-    except Image.DecompressionBombError:
-        raise InputError("too many pixels: a decompression bomb?") from None
     except Exception as error:  # on broken files, Pillow's readers raise about anything
-        plain = _without_metadata(data)
+        plain = _without_metadata(data) if data.startswith(b"\x89PNG\r\n\x1a\n") else data
         if plain != data:
             return decode_image(plain, formats, max_pixels)
         raise InputError(f"not a whole picture ({type(error).__name__})") from None
@@ -477,37 +429,14 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
 
 def _decode(data, formats, max_pixels):
     image = Image.open(io.BytesIO(data), formats=formats)
-    if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS):
-        raise Image.DecompressionBombError
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise InputError(f"{image.width} x {image.height} pixels: narrower than 1:{MAX_ASPECT}")
+    size = f"{image.width} x {image.height} pixels"
+    need(image.width * image.height <= (max_pixels or Image.MAX_IMAGE_PIXELS), f"{size}: a decompression bomb?")
+    need(max(image.size) <= MAX_ASPECT * min(image.size), f"{size}: narrower than 1:{MAX_ASPECT}")
     image.load()
-    turn = None
     with suppress(Exception):  # on broken metadata, Pillow's readers raise about anything
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    return _to_rgb(image if turn is None else image.transpose(turn))
-
-
-def _without_metadata(data):
-    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
-    checksum or form. Other files as they are."""
-    if not data.startswith(PNG):
-        return data
-    kept, start = [PNG], len(PNG)
-    while start < len(data):
-        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
-        chunk = data[start : start + length + 12]
-        sound = int.from_bytes(chunk[-4:], "big") == zlib.crc32(chunk[4:-4])
-        if kind[:1].isupper() or (sound and kind in (b"tRNS", b"eXIf")):  # capital letters: its size, palette, pixels
-            kept.append(chunk)
-        start += length + 12
-    return b"".join(kept)
-
-
-def _to_rgb(image):
+        image = image.transpose(UPRIGHT[image.getexif()[ExifTags.Base.Orientation]])
     if image.mode[0] in "IF":  # grey of up to 32 bits, or of floats: convert("RGB") would clip it
-        values = np.asarray(image, np.float32)
-        values = np.where(np.isfinite(values), values, 0)
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
         low, high = min(values.min(), 0), values.max()
         bits = max(8, math.ceil(math.log2(high - low + 1)))  # 12-bit cameras write files of 16 bits
         scale = 255 / (high - low or 1) if image.mode == "F" else 256 / 2**bits
@@ -518,46 +447,52 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
+def _without_metadata(data):
+    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
+    checksum or form."""
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        chunk = data[start : start + length + 12]
+        sound = int.from_bytes(chunk[-4:], "big") == zlib.crc32(chunk[4:-4])
+        if kind[:1].isupper() or (sound and kind in (b"tRNS", b"eXIf")):  # capital letters: its size, palette, pixels
+            kept.append(chunk)
+        start += length + 12
+    return b"".join(kept)
+
+
 PIECES, PIECE = 2**10, 2**20  # `file_id` reads at most so many pieces, of so many bytes each: about a second
 
 
 def file_id(path: str | Path) -> str:
-    """Sixteen hex digits that identify a file's content: a hash of its size and of its bytes, those above 1 GiB in
-    1,024 evenly spaced pieces of 1 MiB. For a folder: of its files by name, without hidden ones and JSON lines. Raises
-    InputError."""
+    """Sixteen hex digits that identify a file's content: a hash of its size and bytes, above 1 GiB of 1,024 even pieces
+    of 1 MiB. For a folder: of its files by name, without hidden ones and JSON lines. Raises InputError."""
     path = Path(path)
-    try:
+    with refusing(f"{path}: cannot read it"):
         if path.is_dir():
             files = [p for p in sorted(path.glob("[!.]*")) if p.is_file() and ".jsonl" not in p.name]
             parts = [f"{p.name} {file_id(p)}" for p in files]
             return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device may have no end
-            raise OSError("not a file")
+        need(path.is_file(), "not a file")  # a pipe or a device may have no end
         count = min(PIECES, -(-size // PIECE))
         digest = hashlib.sha256(str(size).encode())
         with open(path, "rb") as file:
             for i in range(count):
                 file.seek(i * (size - PIECE) // (count - 1) if count == PIECES else i * PIECE)
                 digest.update(file.read(PIECE))
-    except (OSError, ValueError) as error:  # ValueError: a path that holds a NUL
-        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', None) or error})") from None
-    return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16]
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
     written, and is left out. Raises InputError."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if line.endswith("\n"):
-                    yield json.loads(line, parse_constant=lambda _: None)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+    with refusing(f"{path}: cannot read it"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                with refusing(f"line {number} is not JSON"):
+                    record = json.loads(line.decode(), parse_constant=lambda _: None)
+                yield record
 
 
 def to_json(value) -> str:
@@ -591,7 +526,5 @@ def prompt_path(path: str | Path) -> Path:
 
 def read_prompt(path: str | Path) -> str:
     """The text of a prompt file. Raises InputError."""
-    try:
+    with refusing(f"{path}: cannot read this prompt"):
         return prompt_path(path).read_text(encoding="utf-8").strip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this prompt ({getattr(error, 'strerror', error)})") from None

@@ -65,16 +65,14 @@ def unicode_match(prediction: str | None, answers: Iterable[str], anywhere: bool
     return said in accepted or contained or in_range(prediction, answers)
 
 
-def _listed(answers):
-    if isinstance(answers, str):  # each letter would be an answer
-        raise TypeError(f"answers must be a list of strings, not the string {answers!r}")
-    return list(answers)
+def _listed(texts):
+    if isinstance(texts, str):  # each letter would be an answer, or a turn
+        raise TypeError(f"expected a list of strings, not the string {texts!r}")
+    return list(texts)
 
 
 # Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
-UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218b])")  # 5² is not 52; m² is m2
 THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of India: 1,00,000
 NOTHING = "'\"`\u02b9\u02bb\u02bc\u02bd\u2032\u2033."  # with quotes and invisible characters: O’Brien is OBrien
@@ -91,12 +89,10 @@ def normalize_unicode(text: str) -> str:
     text = "".join("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in THOUSANDS.sub("", text))
     written = ""
     for before, char, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
-        kind, starts_number = unicodedata.category(char), after.isdecimal() or (char == "-" and after == ".")
-        if char == "." and starts_number and not before.isalpha():
-            written += char
-        elif char == "-" and starts_number and not before.isalnum():
-            written += char
-        elif char in "+#" and (before.isalnum() or before == "+"):
+        kind = unicodedata.category(char)
+        point = char == "." and after.isdecimal() and not before.isalpha()
+        minus = char == "-" and (after.isdecimal() or after == ".") and not before.isalnum()
+        if point or minus or (char in "+#" and (before.isalnum() or before == "+")):  # C++ and C#
             written += char
         elif kind == "Sm" and char not in "+~|\u2044":  # <5 and √2 are not 5 and 2
             written += f" {char} "
@@ -104,7 +100,7 @@ def normalize_unicode(text: str) -> str:
             written += " " if before.isdecimal() and after.isdecimal() else ""
         elif kind[0] in "LMN":
             char = str(unicodedata.decimal(char, char))
-            written += f" {char} " if UNSPACED.match(char) else char
+            written += f" {char} " if re.match(UNSPACED, char) else char
         else:
             written += " "
     words = written.split()
@@ -122,15 +118,14 @@ def in_range(prediction: str, answers: Iterable[str]) -> bool:
     (github edchengg/infoseek_eval), but for a prediction without numbers, which is 0 there and wrong here."""
     text = re.sub("[\u2010-\u2015\u2212]", "-", unicodedata.normalize("NFKC", prediction))
     numbers = [float(number.replace(",", "")) for number in re.findall(NUMBER, text)[:2]]
+    if not numbers:
+        return False
+    first, last = numbers[0], max(numbers[0], numbers[-1])
     for found in filter(None, map(RANGE.fullmatch, answers)):
-        low, high = map(float, found.groups())
-        if len(numbers) == 2 and numbers[0] <= numbers[1]:
-            first, last = numbers
-            shared = max(0.0, min(last, high) - max(first, low))
-            union = (last - first + 1e-12) + (high - low + 1e-12) - shared
-            if (low <= first and last <= high) or shared / union >= 0.5 - 1e-12:
-                return True
-        elif numbers and low <= numbers[0] <= high:
+        low, high = (float(number.replace(",", "")) for number in found.groups())
+        shared = max(0.0, min(last, high) - max(first, low))
+        union = (last - first + 1e-12) + (high - low + 1e-12) - shared
+        if (low <= first and last <= high) or shared / union >= 0.5 - 1e-12:
             return True
     return False
 
@@ -141,19 +136,14 @@ MATCHES = {"em": exact_match, "em_unicode": unicode_match, "sub_em": partial(uni
 # --------------------------------------------------------------------------------------------------------- format
 
 
-def turn_tags() -> dict[str, tuple[str, ...]]:
-    """The tags of each kind of turn, a tool's name or "answer", in the order in which the turn must hold them. A whole
-    tag such as "<search><img></search>" is one: a part of it is plain text."""
-    kinds = {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
-    return {kind: (*REASON_TAGS, *tags) for kind, tags in kinds.items()}
-
-
 def turn_kind(turn: str) -> str | None:
     """The kind of a well-formed turn, a tool's name or "answer", else None. White space around it aside, such a turn
-    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind."""
-    turn, kinds = turn.strip(), turn_tags()
-    all_tags = {tag for tags in kinds.values() for tag in tags}
+    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind. A whole tag
+    such as "<search><img></search>" is one: a part of it is plain text."""
+    turn, kinds = turn.strip(), {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
+    all_tags = {*REASON_TAGS}.union(*kinds.values())
     for kind, tags in kinds.items():
+        tags = (*REASON_TAGS, *tags)
         once_each = all(turn.count(tag) == (tag in tags) for tag in all_tags)
         if once_each and re.fullmatch(".*".join(map(re.escape, tags)), turn, re.DOTALL):
             return kind
@@ -164,13 +154,11 @@ def format_ok(responses: Sequence[str], any_order: bool = False) -> bool:
     """True if all turns are well-formed, the last is an answer and the others call tools: each tool once at most, and
     only after those that the table allows (`Tool.after`); with any_order, in any number and order."""
     kinds = [turn_kind(turn) for turn in responses]
-    if kinds[-1:] != [ANSWER]:
-        return False
     called = kinds[:-1]
-    if any_order:
-        return all(kind in TOOLS for kind in called)
-    in_turn = all(kind in TOOLS and previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
-    return in_turn and len(set(called)) == len(called)
+    if kinds[-1:] != [ANSWER] or not TOOLS.keys() >= {*called}:
+        return False
+    in_turn = all(previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
+    return any_order or (in_turn and len(set(called)) == len(called))
 
 
 def count_searches(responses: Sequence[str]) -> int:
@@ -208,8 +196,7 @@ def score(
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {sorted(MATCHES)}, not {match!r}")
-    if isinstance(responses, str):  # each letter would be a turn
-        raise TypeError(f"responses must be a list of strings, not the string {responses!r}")
+    responses = _listed(responses)
     answer = extract_answer(responses[-1]) if responses else None
     correct = MATCHES[match](answer, answers)
     well_formed, searches = format_ok(responses, any_order), count_searches(responses)

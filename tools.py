@@ -13,10 +13,10 @@ A turn of the model ends in one action: a call of a tool, or an answer.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from config import Config, InputError
+from config import Config, need
 from data import Call, Question, Result
 
 ANSWER = "answer"
@@ -61,9 +61,7 @@ TOOLS = {
 
 def find_actions(text: str) -> list[tuple[str, str]]:
     """(tool or "answer", what is between its tags) of each complete action in a turn, in the order in which they end.
-
-    An action runs from an opening tag, the last one if there are several, to the first closing tag after it, over lines
-    too: the innermost pair counts.
+    An action runs from the last opening tag to the first closing tag after it, over lines too.
     """
     found = []
     for name, tags in ({name: tool.tags for name, tool in TOOLS.items()} | {ANSWER: ANSWER_TAGS}).items():
@@ -97,22 +95,22 @@ def has_answer(text: str) -> bool:
 
 def limits(cfg: Config) -> dict[str, int]:
     """Tool -> how often it may be called in a conversation. Raises InputError."""
-    return {name: tool.limit for name, tool in TOOLS.items()} | _settings("tool_limits", cfg.tool_limits)
+    return _numbers("limit", "tool_limits", cfg)
 
 
 def results(cfg: Config) -> dict[str, int]:
     """Tool -> how many results of a call are shown to the model, at most. Raises InputError."""
-    return {name: tool.results for name, tool in TOOLS.items()} | _settings("tool_results", cfg.tool_results)
+    return _numbers("results", "tool_results", cfg)
 
 
-def _settings(option: str, pairs: Iterable[str]) -> dict[str, int]:
-    found = {}
-    for pair in pairs:
+def _numbers(field, option, cfg):
+    """Tool -> its own number, in this field, or the one that the option names."""
+    numbers = {name: getattr(tool, field) for name, tool in TOOLS.items()}
+    for pair in getattr(cfg, option):
         name, _, number = pair.partition("=")
-        if name not in TOOLS:
-            raise InputError(f"{option}: {pair!r} is not TOOL=NUMBER with a tool of {', '.join(TOOLS)}")
-        found[name] = int(number)
-    return found
+        need(name in TOOLS, f"{option}: {pair!r} is not TOOL=NUMBER with a tool of {', '.join(TOOLS)}")
+        numbers[name] = int(number)
+    return numbers
 
 
 def allowed_calls(cfg: Config) -> int:
@@ -149,7 +147,6 @@ def problem_with(call: Call, question: Question) -> str:
 
 def run_tool(call: Call, question: Question, search) -> Result:
     """The answer to a call; one that nobody can answer is an error that says why."""
-    problem = problem_with(call, question)
-    if problem:
+    if problem := problem_with(call, question):
         return Result("error", error=problem, error_kind="bad_call")
     return TOOLS[call.tool].answer(call, question, search)

@@ -181,7 +181,7 @@ def test_a_bool_alone_is_true_and_auto_is_the_default_of_the_one_that_has_it():
         skip_bad_rows=True, deterministic=True, steps=3
     )
     assert parse(["--deterministic=auto"]).deterministic is None
-    assert "neither true nor false" in refused("--skip_bad_rows=auto")
+    assert "skip_bad_rows" in refused("--skip_bad_rows=auto")
 
 
 def test_several_files():
@@ -215,7 +215,7 @@ def test_unknown_arguments_are_named_and_the_nearest_suggested(argv, key, hint):
     ["--any_order=maybe"], ["--run_dir"], ["--preset"],
 ])  # fmt: skip
 def test_wrong_types_on_the_command_line_name_the_field(argv):
-    assert argv[0].split("=")[0] in refused(*argv)
+    assert argv[0].split("=")[0].removeprefix("--") in refused(*argv)
 
 
 def test_help_lists_every_field_with_default_and_meaning_in_groups(capsys):
@@ -235,7 +235,7 @@ def test_help_lists_every_field_with_default_and_meaning_in_groups(capsys):
             default = {None: "auto", "": "-", (): "-"}.get(field.default, field.default)
             default = " ".join(default) if isinstance(default, tuple) else default
             assert " ".join(field.metadata["help"].split()) in words and words.endswith(f"[{default}]")
-            allowed = PRESETS if field.name == "preset" else field.metadata["allowed"]
+            allowed = field.metadata["allowed"]
             for choice in allowed if not isinstance(allowed, str) else ():
                 assert choice in words
 
@@ -290,9 +290,9 @@ def test_every_number_has_a_lower_bound_and_shares_an_upper_one(kind, field):
         assert name in refused(kind=kind, toy_named=49) and made(kind, toy_named=48).toy_named == 48
 
 
-@each([(Config, Config.__dataclass_fields__["preset"]), *CHOICES])
+@each(CHOICES)
 def test_choices(kind, field):
-    message, allowed = refused(f"--{field.name}=other", kind=kind), field.metadata["allowed"] or PRESETS
+    message, allowed = refused(f"--{field.name}=other", kind=kind), field.metadata["allowed"]
     several = isinstance(field.default, tuple)
     assert field.name in message and all(choice in message for choice in allowed)
     for choice in allowed:

@@ -247,7 +247,7 @@ def test_bad_runs(hostile, tmp_path):
     with pytest.raises(InputError, match="has no metrics.jsonl"):
         report.render([tmp_path], ReportOptions())
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nno json\n')
-    with pytest.raises(InputError, match="metrics.jsonl: line 2 is not JSON"):
+    with pytest.raises(InputError, match="metrics.jsonl: cannot read it .line 2 is not JSON"):
         report.render([tmp_path], ReportOptions())
     with pytest.raises(InputError, match="cannot write"):
         report.render([hostile], ReportOptions(out=str(tmp_path / "no" / "folder.html")))

@@ -218,6 +218,7 @@ def test_ranges_count_as_infoseek_s_metric_counts_them():
 )  # fmt: skip
 def test_numbers_in_a_range(prediction, right):
     assert reward.unicode_match(prediction, ["between 900 and 1.1e3"]) is right
+    assert reward.unicode_match(prediction, ["between 900 and 1,100"]) is right
 
 
 def test_a_bare_string_is_refused():
