@@ -95,7 +95,7 @@ def test_by_data_source(records):
         r["data_source"] = "ab"[i % 2]
     summary = figures.summarize(records, cfg)
     assert list(summary) == ["a", "b", "all"] and summary["a"]["n"] == summary["b"]["n"] == 3
-    text = evaluation.table(summary)
+    text = figures.table(summary)
     assert len(text.splitlines()) == 4 and "0.500" in text
 
 
@@ -481,7 +481,7 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
     [
         (["--files", "nowhere.parquet"], "nowhere.parquet: no such file"),
         (["--model", "no/such/model", "--files", "x"], "no/such/model"),
-        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: cannot read"),
+        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: No such file"),
         (["--image", "README.md", "--question", "what?"], "README.md: not a whole picture"),
     ],
 )
