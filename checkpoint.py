@@ -225,9 +225,10 @@ class RunDir:
                 fresh = Path(f"{self.path}.tmp")
                 fresh.mkdir(exist_ok=True)
                 put_in_place(fresh, self.path)
-            for folder in (self.rollouts, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
-            config.save(self.path / "config.json", *self.options)
+            self.path.mkdir(parents=True, exist_ok=True)
+            config.save(self.path / "config.json", *self.options)  # first: a folder without it is no run
+            self.rollouts.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             self.metrics.touch()
             self.also_log = open_log(self.cfg, self.path, self.first_step)
             # what came after the checkpoint will happen again

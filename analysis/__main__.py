@@ -61,8 +61,7 @@ def _compare(argv):
 
 
 def _judge(argv):
-    from analysis.judge import JudgeOptions, judge
-    from analysis.labels import judges_table
+    from analysis.judge import JudgeOptions, judge, judges_table
     from analysis.results import questions_of, read_results
     from data import write_jsonl
 

@@ -55,21 +55,18 @@ def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
     text, and is all that is `sampled`.
 
     Records hold no pictures: calls that returned pictures are made again, and must return what they returned then;
-    other results are the recorded ones. Raises ValueError saying why a conversation cannot be imitated.
+    other results are the recorded ones. Raises InputError saying why a conversation cannot be imitated.
     """
     said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
-    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
-        raise ValueError("ended without an answer")
+    need(r["stop"] == Stop.ANSWERED.value and len(r["calls"]) + 1 == len(said), "ended without an answer")
     episode = Episode.start(question, chat, r["sample"])
     for number, text in enumerate(said):
         ids = [*chat.encode(text), chat.im_end]
-        if len(ids) > episode.room():
-            raise ValueError("longer than max_tokens")
+        need(len(ids) <= episode.room(), "longer than max_tokens")
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         if number < len(r["calls"]):
             call, result = _recorded_call(r["calls"][number], episode, search)
-            if not episode.add_result(call, result):
-                raise ValueError("longer than max_tokens")
+            need(episode.add_result(call, result), "longer than max_tokens")
     episode.stop = Stop.ANSWERED
     return episode
 
@@ -84,6 +81,6 @@ def _recorded_call(recorded, episode, search):
     if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
     result = run_tool(call, episode.question, search)
-    if tuple(replace(hit, image=hit.image and picture_key(hit.image)) for hit in result.hits) != hits:
-        raise ValueError("its searches with a picture find something else now")
+    now = tuple(replace(hit, image=hit.image and picture_key(hit.image)) for hit in result.hits)
+    need(now == hits, "its searches with a picture find something else now")
     return call, result

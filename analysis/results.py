@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import InputError, need
@@ -76,17 +77,20 @@ def check(value, form, where: str) -> None:
 
 def read_log(run: str | Path) -> list[dict]:
     """The metrics of a run. Raises InputError."""
-    path = Path(run) / "metrics.jsonl"
-    log = list(read_jsonl(path))
-    for number, entry in enumerate(log, 1):
-        check(entry, LOGGED, f"{path}, line {number}")
-    return log
+    return list(checked(Path(run) / "metrics.jsonl", LOGGED))
+
+
+def checked(path: Path, form) -> Iterator[dict]:
+    """The objects of a file of JSON lines. Raises InputError at one that has not the form."""
+    for number, entry in enumerate(read_jsonl(path), 1):
+        check(entry, form, f"{path}, line {number}")
+        yield entry
 
 
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     """(header, conversations) of a file of eval.py, or ({}, conversations) of a file of rollouts from train.py (of a
     validation: only the greedy ones). Raises InputError if it is neither."""
-    header, records = _parse(path, _read_text(path))
+    header, records = _read(path)
     need(records, f"{path}: holds no conversation")
     unique = len({key_of(r) for r in records}) == len(records)
     need(unique, f"{path}: two conversations about the same question have the same sample number")
@@ -97,32 +101,27 @@ def _check_file(path):
     need(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file")  # a device may have no end
 
 
-def _read_text(path, errors="strict"):
+def _read(path, unfinished=False):
+    """(header, conversations); of an unfinished file without what follows the last end of a line."""
     _check_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8", errors=errors)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
-
-
-def _parse(path, text):
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
     header, records = {}, []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028, which JSON may hold
-        if not line.strip():
-            continue
+    for number, line in enumerate(lines[:-1] if unfinished else lines, 1):
         where = f"{path}, line {number}"
         try:
-            r = json.loads(line, parse_constant=lambda _: None)
+            r = json.loads(line, parse_constant=lambda _: None) if line.strip() else None
         except (ValueError, RecursionError):
             raise InputError(f"{where}: not a conversation that eval.py or train.py wrote") from None
         if number == 1 and isinstance(r, dict) and "header" in r:
             header = r["header"]
             check(header, HEADER, where)
-            continue
-        check(r, CONVERSATION, where)
-        if r.get("mode") != "sampled":
+        elif line.strip():
+            check(r, CONVERSATION, where)
             records.append(r)
-    return header, records
+    return header, [r for r in records if r.get("mode") != "sampled"]
 
 
 def is_about(record: dict, question: Question) -> bool:
@@ -163,7 +162,7 @@ class ResultFile:
         found, versions = {}, set()
         for path in [self.path, *self.parts()]:
             if os.path.exists(path):
-                header, records = self._read(path)
+                header, records = _read(path, unfinished=path != self.path)
                 if header or records:
                     self._check(path, header)
                     versions |= set(str(header.get("code")).split(" + "))
@@ -175,21 +174,14 @@ class ResultFile:
             self.header = {**self.header, "code": " + ".join(sorted(versions | {now}))}
         return found
 
-    def _read(self, path):
-        text = _read_text(path, "replace")
-        if path != self.path:
-            text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-        return _parse(path, text)
-
     def _check(self, path, before):
         """Conversations of another model, search or setting must not be mixed in."""
         need(before, f"{path}: holds conversations without the header of an evaluation: give another --out")
         old, new = flat(before), flat(json.loads(json.dumps(self.header)))
-        for name in sorted(new.keys() | old.keys()):
-            if name not in {"code", *self.neutral} and old.get(name) != new.get(name):
-                was, is_ = (repr(h.get(name))[:60] for h in (old, new))
-                what = f"holds an evaluation with {name}={was}, and this is {name}={is_}"
-                raise InputError(f"{path}: {what}: give another --out, or --overwrite")
+        for name in sorted((new.keys() | old.keys()) - {"code", *self.neutral}):
+            was, is_ = old.get(name), new.get(name)
+            what = f"holds an evaluation with {name}={was!r:.60}, and this is {name}={is_!r:.60}"
+            need(was == is_, f"{path}: {what}: give another --out, or --overwrite")
 
     def clear(self) -> None:
         """Delete what is there."""
