@@ -41,8 +41,7 @@ from tools import limits, results
 
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
-    `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing.
-    Raises InputError if the disk does not take it."""
+    `state`, a JSON dict. Raises InputError if the disk does not take it."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     tensors = tensors_of(model, optimizer)
     size = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
@@ -128,13 +127,9 @@ def fingerprint(model) -> str:
 
 
 def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -> None:
-    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
-    It also says how the model was trained: the options that belong to it, and the prompt files; eval.py takes them as
-    its defaults.
-
-    dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
-    full copy of the weights in CPU memory meanwhile.
-    """
+    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) with the options and prompt files that
+    belong to the model, eval.py's defaults. dtype: of the weights in the file (default: as trained, fp32). All ranks
+    must call it; rank 0 writes, and holds one full copy of the weights in CPU memory meanwhile."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     weights = {}
     for name, value in full_weights(model, dtype):
@@ -295,10 +290,9 @@ def _step_of(path: Path) -> int:
 
 def check_log(cfg: Config) -> None:
     """Raise InputError if the package that cfg.log needs is missing."""
-    needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     try:
         if cfg.log:
-            importlib.import_module(needed[cfg.log])
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(cfg.log, cfg.log))
     except ImportError:
         raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
 

@@ -50,29 +50,25 @@ HEADER = {"config": {"mode": (str,), "files": ([str],)}}
 LOGGED = {"step": int, "phase": str, "greedy": ({...: {...: object}},), "sampled": ({...: {...: object}},)}
 
 
-def misfit(value, form, where: str = "") -> str | None:
-    """The first place where a value is not of a form, as "calls[0].tool"; None if there is none."""
+def check(value, form, where: str, field: str = "") -> None:
+    """Raise InputError, naming the field as "calls[0].tool", unless the value read at `where` has the form."""
+    sound = True
     if isinstance(form, tuple):
-        return None if value is None else misfit(value, form[0], where)
-    if isinstance(form, list) and isinstance(value, list):
-        parts = [(v, form[0], f"{where}[{n}]") for n, v in enumerate(value)]
+        if value is not None:
+            check(value, form[0], where, field)
+    elif isinstance(form, list) and isinstance(value, list):
+        for n, v in enumerate(value):
+            check(v, form[0], where, f"{field}[{n}]")
     elif isinstance(form, dict) and isinstance(value, dict):
-        forms = dict.fromkeys(value, form[...]) if ... in form else form
-        parts = [(value.get(name), f, f"{where}.{name}".lstrip(".")) for name, f in forms.items()]
+        for name, f in (dict.fromkeys(value, form[...]) if ... in form else form).items():
+            check(value.get(name), f, where, f"{field}.{name}".lstrip("."))
+        if form is CONVERSATION and value["stop"] != "aborted":
+            check(value.get("reward"), float, where, "reward")
     elif form is float:
-        return None if isinstance(value, int | float) and abs(value) < 1e100 else where
+        sound = isinstance(value, int | float) and abs(value) < 1e100
     else:
-        return None if isinstance(form, type) and isinstance(value, form) else where
-    return next((found for part in parts if (found := misfit(*part)) is not None), None)
-
-
-def check(value, form, where: str) -> None:
-    """Raise InputError, naming the field, unless the value read at `where` has the form."""
-    field = misfit(value, form)
-    if field is None and form is CONVERSATION and value.get("reward") is None and value["stop"] != "aborted":
-        field = "reward"
-    what = "not as eval.py or train.py writes it"
-    need(field is None, f"{where}: {f'field {field}: ' if field else ''}{what}")
+        sound = isinstance(form, type) and isinstance(value, form)
+    need(sound, f"{where}: {f'field {field}: ' if field else ''}not as eval.py or train.py writes it")
 
 
 def read_log(run: str | Path) -> list[dict]:
@@ -192,19 +188,13 @@ class ResultFile:
         """Append a finished conversation. A killed process loses at most the line that it is writing."""
         try:
             if self.file is None:
-                self.file = self._open()
+                self.file, end = open(self.part, "a+"), self.part.read_bytes().rfind(b"\n") + 1
+                self.file.truncate(end)
+                self.file.write("" if end else json.dumps({"header": self.header}) + "\n")
             self.file.write(to_json(record) + "\n")
             self.file.flush()
         except OSError as error:
             raise InputError(f"{self.part}: cannot write ({error.strerror})") from None
-
-    def _open(self):
-        file = open(self.part, "a+")
-        content = self.part.read_bytes()
-        file.truncate(content.rfind(b"\n") + 1)
-        if b"\n" not in content:
-            file.write(json.dumps({"header": self.header}) + "\n")
-        return file
 
     def finish(self, records: list[dict]) -> None:
         """Write the complete file, then delete the parts."""
