@@ -130,12 +130,9 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
     """Write a Hugging Face folder (hub key names, config, tokenizer, processor) with the options and prompt files that
     belong to the model, eval.py's defaults. dtype: of the weights in the file (default: as trained, fp32). All ranks
     must call it; rank 0 writes, and holds one full copy of the weights in CPU memory meanwhile."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    weights = {}
-    for name, value in full_weights(model, dtype):
-        if dist.get_rank() == 0:
-            weights[name] = value.to("cpu", copy=True)
-    if dist.get_rank() == 0:
+    path, temporary, rank = Path(path), Path(f"{path}.tmp"), dist.get_rank()
+    weights = {name: value.to("cpu", copy=True) for name, value in full_weights(model, dtype) if rank == 0}
+    if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model)(plain_config(model)).to(dtype or torch.float32)

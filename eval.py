@@ -66,8 +66,8 @@ def main() -> None:
         for name, given in (("samples", options.samples > 1), ("out", options.out), ("overwrite", cfg.overwrite)):
             need(not given, f"{name} is for question files: a question that is asked is answered once, on the screen")
         questions = [asked_question(options)]
-        if drop_overlong(questions, chat, options.mode)[1]:
-            raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+        kept, _ = drop_overlong(questions, chat, options.mode)
+        need(kept, f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
         ask(load_rollout(folder, chat, cfg, questions, world, options.mode, device), questions[0], options)
     else:
         evaluate_files(folder, chat, cfg, options, world, device)
@@ -144,8 +144,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
     questions, dropped = drop_overlong(loaded, chat, options.mode)
     questions = thinned(questions, cfg.val_limit)
-    if not questions:
-        raise InputError("there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
+    need(questions, "there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
     rank, samples, mode = dist.get_rank(), options.samples, options.mode
     if mode != "direct":
         say(estimate(len(questions) * samples, cfg))

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import toy
 from analysis import picture_url
-from analysis.results import CONVERSATION, checked, is_about, read_log
+from analysis.results import CONVERSATION, checked, questions_about, read_log
 from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
-from data import load_questions, picture_key, to_json
+from data import picture_key, to_json
 from search.index import SearchDB
 from tools import TOOLS
 
@@ -152,7 +152,11 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
     for what, files in zip(("training", "validation"), toy.question_files(cfg, recipe), strict=True):
         some = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
-            if lost := _add_question_pictures(some, files, pictures):
+            questions = questions_about(some, files)
+            for r in some:
+                if question := questions.get(r["question_id"]):
+                    r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
+            if lost := {r["question_id"] for r in some} - questions.keys():
                 where = f"{min(lost)} first, of {', '.join(files)}: gone, or something else is there now"
                 problems.append(f"pictures of {len(lost)} {what} questions are not shown, {where}")
         except InputError as error:
@@ -164,20 +168,6 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
     except (ValueError, sqlite3.Error) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
-
-
-def _add_question_pictures(records, files, pictures):
-    """Returns the ids of the questions that are no longer those that the conversations were about."""
-    wanted, lost = {r["question_id"] for r in records}, set()
-    questions = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
-    found = {q.id: q for q in questions}
-    for r in records:
-        question = found.get(r["question_id"])
-        if question and is_about(r, question):
-            r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
-        else:
-            lost.add(r["question_id"])
-    return lost
 
 
 def _add_thumbnails(records, index, pictures):

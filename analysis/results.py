@@ -120,21 +120,28 @@ def _read(path, unfinished=False):
     return header, [r for r in records if r.get("mode") != "sampled"]
 
 
-def is_about(record: dict, question: Question) -> bool:
-    """Whether a conversation was about this question: ids name places in files, which may hold others by now."""
-    pictures = [picture_key(image) for image in question.images]
-    return record["question"] == question.text and record.get("pictures") in (None, pictures)
+def questions_about(records: list[dict], files) -> dict[str, Question]:
+    """The questions of conversations by id, in the order of these files. Left out is what is gone or another question
+    by now: ids only name places in files. Raises InputError."""
+    wanted = {r["question_id"] for r in records}
+    found = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
+    questions = {q.id: q for q in found}
+    about = {q.id: (q.text, [picture_key(image) for image in q.images]) for q in found}
+    for r in records:
+        text, pictures = about.get(r["question_id"], (None, None))
+        if r["question"] != text or r.get("pictures") not in (None, pictures):
+            questions.pop(r["question_id"], None)
+    return questions
 
 
 def questions_of(path: str | Path, header: dict, records: list[dict]) -> dict[str, Question]:
     """The questions of a result file by id, in their order, from the files that its header names. Raises InputError."""
     files = header.get("config", {}).get("files")
     need(files, f"{path}: its header names no question files: not a result file of eval.py")
-    asked = {r["question_id"]: r for r in records}
-    questions = {q.id: q for q in load_questions(files, skip_bad_rows=True, progress=False, only=set(asked))}
-    for id, r in asked.items():
-        found = questions.get(id)
-        same = found and is_about(r, found) and r["answers"] == list(found.answers)
+    questions = questions_about(records, files)
+    for r in records:
+        id, found = r["question_id"], questions.get(r["question_id"])
+        same = found and r["answers"] == list(found.answers)
         need(same, f"{path}: question {id} is no longer in {', '.join(files)}, or has another picture or other answers")
     return questions
 

@@ -434,7 +434,7 @@ def test_the_command_on_real_photos(here, world, tmp_path, capsys):
     if not photos.exists():
         pytest.skip("the five real photos are not at hand")
     main(*here, f"--model={world[0].model}", "--files", photos, f"--out={tmp_path / 'out.jsonl'}")
-    assert "mmsearch_r1/infoseek_train_split     5" in capsys.readouterr().out
+    assert "mmsearch_r1/infoseek_train_split  5" in capsys.readouterr().out
 
 
 def test_one_question(here, world, tmp_path, capsys):
