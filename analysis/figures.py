@@ -70,8 +70,7 @@ def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
-    n are (arXiv 2107.03374, eq. 1)."""
+    """The chance that k of n conversations, of which `right` are, hold a right one (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 

@@ -162,21 +162,16 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
     index = cfg.search_index or toy.locate(recipe).index
+    hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
+    wanted = {hit["image"] for hit in hits}
     try:
-        if lost := _add_thumbnails(records, index, pictures):
-            problems.append(f"{lost} pictures of results are not in {index}, and not shown")
+        if hits:
+            with closing(SearchDB(index)) as db:
+                found = {picture_key(t): t for t in db.thumbnails({(hit["title"], hit["url"]) for hit in hits})}
+            for key in sorted(wanted & found.keys()):
+                pictures.add(found[key], THUMBNAIL_SIDE)
+            if lost := wanted - found.keys():
+                problems.append(f"{len(lost)} pictures of results are not in {index}, and not shown")
     except (ValueError, sqlite3.Error) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
-
-
-def _add_thumbnails(records, index, pictures):
-    """Returns how many pictures of results are not in the index."""
-    hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
-    wanted, found = {hit["image"] for hit in hits}, {}
-    if hits:
-        with closing(SearchDB(index)) as db:
-            found = {picture_key(t): t for t in db.thumbnails({(hit["title"], hit["url"]) for hit in hits})}
-    for key in sorted(wanted & found.keys()):
-        pictures.add(found[key], THUMBNAIL_SIDE)
-    return len(wanted - found.keys())
