@@ -216,7 +216,7 @@ class RunDir:
             if self.used and self.cfg.overwrite:
                 fresh = Path(f"{self.path}.tmp")
                 fresh.mkdir(exist_ok=True)
-                put_in_place(fresh, self.path)
+                put_in_place(fresh, self.path)  # killed half-way, it leaves nothing that looks like a run
             self.path.mkdir(parents=True, exist_ok=True)
             config.save(self.path / "config.json", *self.options)  # first: a folder without it is no run
             self.rollouts.mkdir(exist_ok=True)
