@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -33,15 +34,14 @@ from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
 from data import file_id, first_line, path_of, prompt_path, read_jsonl, to_json
 from policy import NonFinite, all_gather, all_max, full_weights
-from tools import TOOLS, limits, results, title
+from tools import limits, results
 
 # ------------------------------------------------------------------------------------------ checkpoints and exports
 
 
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
-    `state`, a JSON dict. It is written under a temporary name and renamed: `path` is a whole checkpoint or missing.
-    Raises InputError if the disk does not take it."""
+    `state`, a JSON dict. Raises InputError if the disk does not take it."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     tensors = tensors_of(model, optimizer)
     size = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
@@ -54,20 +54,16 @@ def save_state(path: Path, model, optimizer, state: dict) -> None:
     try:
         dcp.save(tensors, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:
-        raise InputError(f"{path}: cannot write {size:,} bytes ({_cause(error)})") from None
+        first = next(iter(error.failures.values()))[0]  # of the ranks on which it failed
+        raise InputError(f"{path}: cannot write {size:,} bytes ({first_line(first)})") from None
     state = {**state, "model": fingerprint(model), "files": digests(temporary)}
     if dist.get_rank() == 0:
-        (temporary / "state.json").write_text(json.dumps({**state, "seal": _seal(state)}))
+        (temporary / "state.json").write_text(json.dumps({**state, "seal": digest_of(state)}))
         for file in temporary.iterdir():  # the rename must not reach the disk before the content
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         put_in_place(temporary, path)
     dist.barrier()
-
-
-def _cause(error):
-    """What made torch.distributed.checkpoint fail, on the first of the ranks on which it did."""
-    return first_line(next(iter(error.failures.values()))[0])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -80,8 +76,8 @@ def digests(folder: Path) -> dict[str, str]:
     return dict(all_gather(found))
 
 
-def _seal(state):
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+def digest_of(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -97,13 +93,12 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 def read_state(path: Path) -> dict:
     """The JSON part of a checkpoint. Raises InputError if it is not what was saved."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         state = json.loads((Path(path) / "state.json").read_text())
-        sound = state.pop("seal") == _seal(state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} on state.json)") from None
-    need(sound, f"{path}: not a checkpoint as it was saved (state.json is damaged); --resume takes an older one's path")
-    return state
+        if state.pop("seal") == digest_of(state):
+            return state
+    what = "not a checkpoint as it was saved (state.json is missing or damaged)"
+    raise InputError(f"{path}: {what}; --resume takes an older one's path")
 
 
 def load_state(path: Path, model, optimizer) -> dict:
@@ -112,10 +107,9 @@ def load_state(path: Path, model, optimizer) -> dict:
     state = read_state(path)
     same = state["model"] == fingerprint(model)
     need(same, f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
-    found = digests(Path(path))
-    for name, digest in state["files"].items():
-        what = f"{path}: not a whole checkpoint ({name} is missing or damaged)"
-        need(found.get(name) == digest, f"{what}; --resume takes an older one's path")
+    damaged = dict(state["files"].items() - digests(Path(path)).items())
+    what = f"not a whole checkpoint ({', '.join(sorted(damaged))}: missing or damaged)"
+    need(not damaged, f"{path}: {what}; --resume takes an older one's path")
     tensors = tensors_of(model, optimizer)
     dcp.load(tensors, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
@@ -129,24 +123,16 @@ def tensors_of(model, optimizer) -> dict:
 
 
 def fingerprint(model) -> str:
-    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+    return digest_of([(name, list(p.shape)) for name, p in model.named_parameters()])
 
 
 def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -> None:
-    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) under a temporary name, then rename it.
-    It also says how the model was trained: the options that belong to it, and the prompt files; eval.py takes them as
-    its defaults.
-
-    dtype: of the weights in the file (default: as trained, fp32). All ranks must call it; rank 0 writes, and holds one
-    full copy of the weights in CPU memory meanwhile.
-    """
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    weights = {}
-    for name, value in full_weights(model, dtype):
-        if dist.get_rank() == 0:
-            weights[name] = value.to("cpu", copy=True)
-    if dist.get_rank() == 0:
+    """Write a Hugging Face folder (hub key names, config, tokenizer, processor) with the options and prompt files that
+    belong to the model, eval.py's defaults. dtype: of the weights in the file (default: as trained, fp32). All ranks
+    must call it; rank 0 writes, and holds one full copy of the weights in CPU memory meanwhile."""
+    path, temporary, rank = Path(path), Path(f"{path}.tmp"), dist.get_rank()
+    weights = {name: value.to("cpu", copy=True) for name, value in full_weights(model, dtype) if rank == 0}
+    if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model)(plain_config(model)).to(dtype or torch.float32)
@@ -190,85 +176,62 @@ class RunDir:
         self.metrics, self.rollouts = self.path / "metrics.jsonl", self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.lock = lock(self.path) if dist.get_rank() == 0 else None  # until the process ends
-        self.resume_from = self._find_checkpoint()
+        self.resume_from = Path(cfg.resume) if cfg.resume else None
+        if cfg.resume == "auto":
+            self.resume_from = next(reversed(self.saved()), None)
+        state = read_state(self.resume_from) if self.resume_from else {}
         self.elsewhere = self.resume_from and self.resume_from.parent.resolve() != self.checkpoints.resolve()
         self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
         if self.used:
             self._check_used()
-        state = read_state(self.resume_from) if self.resume_from else {}
         self.first_step = state.get("step", 0)
         self.keep_bytes = 0 if self.elsewhere else state.get("metrics_bytes", 0)  # of metrics.jsonl
-        size = self.metrics.stat().st_size if self.metrics.is_file() else 0
-        if dist.get_rank() == 0 and size < self.keep_bytes and not cfg.overwrite:
-            what = f"{self.metrics} has {size:,} bytes, and {self.resume_from.name} was made at {self.keep_bytes:,}"
-            raise InputError(f"{what}: lines are lost; --resume {self.resume_from} with a new --run_dir continues")
-
-    def _find_checkpoint(self) -> Path | None:
-        if self.cfg.resume not in ("", "auto"):
-            read_state(self.cfg.resume)
-            return Path(self.cfg.resume)
-        found = self.saved() if self.cfg.resume else []
-        return found[-1] if found else None
+        lost = self.position() < self.keep_bytes
+        what = f"{self.metrics} is shorter than when {self.resume_from} was made: lines are lost"
+        need(not lost or dist.get_rank() > 0, f"{what}; --resume with that path and a new --run_dir continues")
 
     def _check_used(self):
-        cfg = self.cfg
-        if not (cfg.resume or cfg.overwrite):
-            ways = "--resume auto to continue, --overwrite to start again, or --run_dir"
-            raise InputError(f"{self.path} is not empty: give {ways}")
+        cfg, path, now = self.cfg, self.path, config.as_dict(*self.options)
+        ways = "--resume auto to continue, --overwrite to start again, or --run_dir"
+        need(cfg.resume or cfg.overwrite, f"{path} is not empty: give {ways}")
         try:
-            before = json.loads((self.path / "config.json").read_text())
+            before = json.loads((path / "config.json").read_text())
             Path(before["run_dir"])  # a model folder has a config.json, too
         except (OSError, ValueError, KeyError, TypeError):
-            what = "is not empty and holds no run of this program"
-            raise InputError(f"{self.path} {what}; give another --run_dir") from None
-        if self.elsewhere and self.saved():
-            raise InputError(f"{self.path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
-        now = config.as_dict(*self.options)
-        if cfg.overwrite:
-            self._check_inputs(now)
+            raise InputError(f"{path} is not empty and holds no run of this program; give another --run_dir") from None
+        mixed = self.elsewhere and self.saved()
+        need(not mixed, f"{path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
         may_change = config.marked("resume", *map(type, self.options))
-        changed = [k for k in now if k not in may_change and k in before and now[k] != before[k]]
-        if cfg.resume and changed:
-            name = changed[0]
-            raise InputError(f"{self.path} was started with {name}={before[name]!r}, this is {name}={now[name]!r}")
-
-    def _check_inputs(self, settings):
-        """Raise InputError if --overwrite would delete what this run reads."""
-        inputs = [settings.get(name, "") for name in ("model", "search_index", "search_cache", "toy_dir")]
-        inputs += map(path_of, (*self.cfg.train_files, *self.cfg.val_files))
-        for path in inputs:
-            if path and self.path.resolve() in Path(path).resolve().parents:
-                raise InputError(f"--overwrite would delete {path}, which this run reads: give another --run_dir")
+        for name in (name for name in now if cfg.resume and name in before and name not in may_change):
+            was, is_ = before[name], now[name]
+            need(was == is_, f"{path} was started with {name}={was!r}, this is {name}={is_!r}")
+        inputs = [now.get(name) for name in ("model", "search_index", "search_cache", "toy_dir")]
+        for read in filter(None, (*inputs, *map(path_of, (*cfg.train_files, *cfg.val_files)))):
+            doomed = cfg.overwrite and path.resolve() in Path(read).resolve().parents
+            need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 
     def prepare(self) -> None:
         """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
         if dist.get_rank() == 0:
-            try:
-                self._prepare()
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot write ({error.strerror})") from None
+            if self.used and self.cfg.overwrite:
+                fresh = Path(f"{self.path}.tmp")
+                fresh.mkdir(exist_ok=True)
+                put_in_place(fresh, self.path)  # killed half-way, it leaves nothing that looks like a run
+            self.path.mkdir(parents=True, exist_ok=True)
+            config.save(self.path / "config.json", *self.options)  # first: a folder without it is no run
+            self.rollouts.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            self.metrics.touch()
+            self.also_log = open_log(self.cfg, self.path, self.first_step)
+            # what came after the checkpoint will happen again
+            os.truncate(self.metrics, self.keep_bytes)
+            for file in self.rollouts.iterdir():
+                if _step_of(file) >= self.first_step or file.suffix == ".tmp":
+                    file.unlink()
+            for folder in self.checkpoints.iterdir():
+                if _step_of(folder) > self.first_step or folder.suffix == ".tmp":
+                    shutil.rmtree(folder)
         dist.barrier()
-
-    def _prepare(self):
-        if self.used and self.cfg.overwrite:
-            old = self.path.with_name(f".{self.path.name}.removed")  # killed half-way, this must not look like a run
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.path, old)
-            shutil.rmtree(old)
-        self.path.mkdir(parents=True, exist_ok=True)
-        config.save(self.path / "config.json", *self.options)
-        self.rollouts.mkdir(exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        self.metrics.touch()
-        self.also_log = open_log(self.cfg, self.path, self.first_step)
-        # what came after the checkpoint will happen again
-        os.truncate(self.metrics, self.keep_bytes)
-        for file in self.rollouts.iterdir():
-            if _step_of(file) >= self.first_step or file.suffix == ".tmp":
-                file.unlink()
-        for folder in self.checkpoints.iterdir():
-            if _step_of(folder) > self.first_step or folder.suffix == ".tmp":
-                shutil.rmtree(folder)
 
     def saved(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -283,7 +246,7 @@ class RunDir:
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
-        return self.metrics.stat().st_size if dist.get_rank() == 0 else 0
+        return self.metrics.stat().st_size if dist.get_rank() == 0 and self.metrics.exists() else 0
 
     def read_log(self) -> list[dict]:
         return list(read_jsonl(self.metrics))
@@ -292,12 +255,10 @@ class RunDir:
         """Rank 0's note of the live searches made so far, also those of steps that a resume makes again; total: write
         it. 0 on the other ranks."""
         path = self.path / "searches_spent"
-        if dist.get_rank() > 0:
-            return 0
-        if total is not None:
+        if total is not None and dist.get_rank() == 0:
             with replacing(path) as temporary:
                 temporary.write_text(f"{total}\n")
-        return int(path.read_text()) if path.is_file() else 0
+        return int(path.read_text()) if dist.get_rank() == 0 and path.is_file() else 0
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""
@@ -326,10 +287,9 @@ def _step_of(path: Path) -> int:
 
 def check_log(cfg: Config) -> None:
     """Raise InputError if the package that cfg.log needs is missing."""
-    needed = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     try:
         if cfg.log:
-            importlib.import_module(needed[cfg.log])
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(cfg.log, cfg.log))
     except ImportError:
         raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
 
@@ -354,10 +314,8 @@ def open_log(cfg: Config, folder: Path, step: int) -> Callable[[int, dict[str, f
         name = folder / "wandb.id"
         if not name.exists():
             name.write_text(secrets.token_hex(4))
-        run = wandb.init(
-            project="nanoMMSearch", name=folder.name, dir=folder, id=name.read_text(), resume="allow",
-            config=config.as_dict(cfg),
-        )  # fmt: skip
+        same = dict(id=name.read_text(), resume="allow", name=folder.name, dir=folder)
+        run = wandb.init(project="nanoMMSearch", config=config.as_dict(cfg), **same)
         return lambda step, figures: run.log(figures, step=step)
     return lambda step, figures: None
 
@@ -379,24 +337,6 @@ def peak_memory_gb(device) -> float:
         return peak / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def before_and_after(log: list[dict]) -> str:
-    """The table at the end: first and last validation, by kind of question."""
-    evals = [entry for entry in log if entry["phase"] == "eval"]
-    if not evals:
-        return "no validation questions"
-    columns, lines = ("accuracy", *TOOLS, "format"), []
-    for mode in ("greedy", "sampled"):
-        of_mode = [entry[mode] for entry in evals if mode in entry]
-        first, last = of_mode[0], of_mode[-1]
-        width = max(map(len, first))
-        lines.append(f"{mode:{width}}  " + "    ".join(f"{title(name):12}" for name in columns).rstrip())
-        for kind in filter(last.__contains__, first):  # the questions may have changed in between
-            cells = [f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}" for name in columns]
-            lines.append(f"{kind:{width}}  " + "    ".join(cells))
-        lines.append("")
-    return "\n".join(lines)
 
 
 def say(text: str) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
+from checkpoint import say
 from config import Config, InputError, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, thinned
 from engines import Engine, engine_limits, make_engine
@@ -28,7 +29,7 @@ from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search
-from tools import TOOLS, limits, title
+from tools import limits, title
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def main() -> None:
         for name, given in (("samples", options.samples > 1), ("out", options.out), ("overwrite", cfg.overwrite)):
             need(not given, f"{name} is for question files: a question that is asked is answered once, on the screen")
         questions = [asked_question(options)]
-        if drop_overlong(questions, chat, options.mode)[1]:
-            raise InputError(f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+        kept, _ = drop_overlong(questions, chat, options.mode)
+        need(kept, f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
         ask(load_rollout(folder, chat, cfg, questions, world, options.mode, device), questions[0], options)
     else:
         evaluate_files(folder, chat, cfg, options, world, device)
@@ -83,8 +84,8 @@ def load_rollout(folder: str, chat: Chat, cfg: Config, questions, world: toy.Toy
 
 def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question], device) -> Engine:
     limits = engine_limits(folder, cfg, device, questions)
-    if dist.get_rank() == 0 and cfg.engine != "torch":
-        print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
+    if cfg.engine != "torch":
+        say(f"engine {cfg.engine}: {limits}")
     engine = make_engine(folder, chat, cfg, device, limits)
     if cfg.engine == "torch":  # vLLM has read the folder itself
         engine.load_weights(read_model(folder).named_parameters(), version=0)
@@ -97,10 +98,7 @@ def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question],
 def asked_question(options: EvalOptions) -> Question:
     if not options.image:
         return Question(id="asked", text=options.question)
-    try:
-        data = Path(options.image).read_bytes()
-    except OSError as error:
-        raise InputError(f"{options.image}: cannot read this picture ({error.strerror})") from None
+    data = Path(options.image).read_bytes()
     try:
         decode_image(data)
     except InputError as error:
@@ -125,17 +123,13 @@ def ask(rollout: Rollout, question: Question, options: EvalOptions) -> Episode:
 
 
 def print_call(call, result) -> None:
-    asked = title(call.tool)
-    if call.picture:
-        asked += f" of {call.picture}"
-    if call.query:
-        asked += f" for {call.query!r}"
-    print(f"  {asked}: {result.status}" + (f": {result.error}" if result.error else ""))
+    picture = f" of {call.picture}" if call.picture else ""
+    query = f" for {call.query!r}" if call.query else ""
+    error = f": {result.error}" if result.error else ""
+    print(f"  {title(call.tool)}{picture}{query}: {result.status}{error}")
     for hit in result.hits:
-        line = f"    - {hit.title}"
-        if hit.url:
-            line += f" <{hit.url}>"
-        print(f"{line}: {hit.text}" if hit.text else line)
+        url = f" <{hit.url}>" if hit.url else ""
+        print(f"    - {hit.title}{url}" + (f": {hit.text}" if hit.text else ""))
 
 
 # ---------------------------------------------------------------------------------------------------- question files
@@ -143,20 +137,19 @@ def print_call(call, result) -> None:
 
 def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, world: toy.Toy, device) -> None:
     """Evaluate on question files; write the conversations and print the table."""
-    from analysis.figures import summarize
+    from analysis.figures import summarize, table
     from analysis.results import ResultFile
 
     files = options.files or (str(world.val),)
     loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
     questions, dropped = drop_overlong(loaded, chat, options.mode)
     questions = thinned(questions, cfg.val_limit)
-    if not questions:
-        raise InputError("there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
-    rank, samples = dist.get_rank(), options.samples
-    if options.mode != "direct" and rank == 0:
-        print(estimate(len(questions) * samples, cfg), file=sys.stderr)
+    need(questions, "there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
+    rank, samples, mode = dist.get_rank(), options.samples, options.mode
+    if mode != "direct":
+        say(estimate(len(questions) * samples, cfg))
     temperature = options.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
-    name = "eval.jsonl" if options.mode == "agent" else f"eval-{options.mode}.jsonl"
+    name = "eval.jsonl" if mode == "agent" else f"eval-{mode}.jsonl"
     out = Path(options.out or (Path(folder) / name if Path(folder).is_dir() else name))
     header = header_of(folder, chat, cfg, options, files, temperature, world)
     file = ResultFile(out, header, rank, marked("neutral", Config, EvalOptions, toy.Recipe))
@@ -164,13 +157,10 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     if cfg.overwrite and rank == 0:
         file.clear()
     dist.barrier()
-    found = all_gather(list(file.done().items()))  # other nodes may see other files
-    done = dict(found)
-    rollout = load_rollout(folder, chat, cfg, questions, world, options.mode, device)
-    records = evaluate(
-        rollout, questions, temperature=temperature, samples=samples, mode=options.mode, done=done, keep=file.add,
-        progress="evaluating",
-    )  # fmt: skip
+    done = dict(all_gather(list(file.done().items())))  # other nodes may see other files
+    rollout = load_rollout(folder, chat, cfg, questions, world, mode, device)
+    how = dict(temperature=temperature, samples=samples, mode=mode, done=done, keep=file.add)
+    records = evaluate(rollout, questions, **how, progress="evaluating")
     file.close()
     if rank == 0:
         file.finish(records)
@@ -181,9 +171,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
         print(f"{len(records)} conversations in {out}{again}{left_out}")
 
 
-def header_of(
-    folder: str, chat: Chat, cfg: Config, options: EvalOptions, files, temperature: float, world: toy.Toy
-) -> dict:
+def header_of(folder, chat: Chat, cfg: Config, options: EvalOptions, files, temperature: float, world: toy.Toy) -> dict:
     """What a result file says about its origin: options, and ids of model, questions, prompts, search and code."""
     from analysis.results import code_version
 
@@ -198,30 +186,6 @@ def header_of(
         "search_id": file_id(index) if Path(index).is_file() and options.mode != "direct" else None,
         "code": code_version(),
     }
-
-
-def table(summary: dict[str, dict]) -> str:
-    """The summary as text, one line for each data source. calls: share of those allowed; then shares of conversations
-    that called each tool, and several of them; cost: of a question's searches; cached: share of recorded answers."""
-    width = max(len(source) for source in summary)
-    names = [*TOOLS, "combined", "format"]
-    lines = [
-        f"{'':{width}}     n  accuracy (95 %)      calls  {'  '.join(map(title, names))}  turns  failed   cost  cached"
-        "  stops"
-    ]
-    for source, f in summary.items():
-        interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
-        shares = "  ".join(f"{f[name]:{len(name)}.3f}" for name in names)
-        stops = ", ".join(f"{stop} {n}" for stop, n in f["stops"].items())
-        lines.append(
-            f"{source:{width}} {f['n']:5d}  {interval}  {f['search_ratio']:5.3f}  {shares}  {f['turns']:5.2f}"
-            f"  {f['tool_failures']:6d}  {f['cost']:5.3f}   {f['cached']:5.3f}  {stops}"
-        )
-    for source, f in summary.items():
-        if "pass" in f:
-            passed = "  ".join(f"{k}: {share:.3f}" for k, share in f["pass"].items())
-            lines.append(f"{source:{width}}  pass@k  {passed}   spread of accuracy {f['spread']:.3f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

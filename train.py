@@ -36,7 +36,6 @@ from chat import Chat, Episode, drop_overlong
 from checkpoint import (
     RunDir,
     Stopper,
-    before_and_after,
     check_log,
     export_hf,
     input_ids,
@@ -381,6 +380,8 @@ class Run:
             self.validate(cfg.steps)
         self.export("final")
         if dist.get_rank() == 0:
+            from analysis.figures import before_and_after
+
             print(before_and_after(self.dir.read_log()))
             print(f"model: {self.dir.path / 'final'}   metrics: {self.dir.metrics}")
 

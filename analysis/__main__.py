@@ -13,7 +13,7 @@
 import os
 import sys
 
-from config import Config, InputError, lock, parse, run_main
+from config import Config, lock, need, parse, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,11 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__.strip())
-    elif command in COMMANDS:
-        COMMANDS[command](rest)
-    else:
-        raise InputError(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+        return print(__doc__.strip())
+    need(command in COMMANDS, f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    COMMANDS[command](rest)
 
 
 def _report(argv):
@@ -61,8 +59,7 @@ def _compare(argv):
 
 
 def _judge(argv):
-    from analysis.judge import JudgeOptions, judge
-    from analysis.labels import judges_table
+    from analysis.judge import JudgeOptions, judge, judges_table
     from analysis.results import questions_of, read_results
     from data import write_jsonl
 
@@ -89,8 +86,8 @@ def _read(usage, argv, kind):
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, options = argv[:count], parse(argv[count:], kind)  # --help ends the program here
     command, *needed = usage.removesuffix(" ...").split()
-    if len(words) < len(needed) or (len(words) > len(needed) and not usage.endswith("...")):
-        raise InputError(f"{command}: expected python -m analysis {usage}, then options")
+    fits = len(words) >= len(needed) if usage.endswith("...") else len(words) == len(needed)
+    need(fits, f"{command}: expected python -m analysis {usage}, then options")
     return words, options
 
 

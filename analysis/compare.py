@@ -9,8 +9,9 @@ drawing questions anew. Nothing here needs torch.
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
-from analysis.figures import bootstrap, by_question
+from analysis.figures import aligned, bootstrap, by_question
 from analysis.results import flat, read_results
 from config import Options, need, option
 
@@ -36,17 +37,10 @@ def compare(a: list[dict], b: list[dict], judge: str = "") -> dict[str, dict]:
         same = asked.get(id, about) == about
         need(same, f"the two files are about different questions: {id} is not the same in both")
         if id in verdicts_a and id in verdicts_b:
-            pairs[r["data_source"]][id] = _mean(verdicts_a[id]), _mean(verdicts_b[id])
+            pairs[r["data_source"]][id] = fmean(verdicts_a[id]), fmean(verdicts_b[id])
     need(pairs, "the two files have no question in common" + (f" that {judge} has judged" if judge else ""))
-    figures, everything = {}, {}
-    for source, part in sorted(pairs.items()):
-        figures[source] = _paired(part)
-        everything |= part
-    return {**figures, "all": _paired(everything)}
-
-
-def _mean(values):
-    return sum(values) / len(values)
+    everything = {id: pair for part in pairs.values() for id, pair in part.items()}
+    return {source: _paired(part) for source, part in [*sorted(pairs.items()), ("all", everything)]}
 
 
 def _paired(accuracies):
@@ -56,7 +50,7 @@ def _paired(accuracies):
     low, high = bootstrap(differences, [1] * len(a))
     gained = [id for id, (before, after) in accuracies.items() if after > before]
     lost = [id for id, (before, after) in accuracies.items() if after < before]
-    figures = {"n": len(a), "a": _mean(a), "b": _mean(b), "difference": _mean(differences), "low": low, "high": high}
+    figures = {"n": len(a), "a": fmean(a), "b": fmean(b), "difference": fmean(differences), "low": low, "high": high}
     return {**figures, "gained": gained, "lost": lost}
 
 
@@ -67,7 +61,7 @@ def search_need(direct: list[dict], records: list[dict], judge: str = "") -> dic
     over: the fraction of the over_n conversations that called a tool although direct got their question right; under:
     the fraction of the under_n that called none although direct got it wrong.
     """
-    needs = {id: _mean(verdicts) < 0.5 for id, verdicts in by_question(direct, judge).items()}
+    needs = {id: fmean(verdicts) < 0.5 for id, verdicts in by_question(direct, judge).items()}
     done = [r for r in records if r["question_id"] in needs and r["stop"] != "aborted"]
     over = [bool(r["calls"]) for r in done if not needs[r["question_id"]]]
     under = [not r["calls"] for r in done if needs[r["question_id"]]]
@@ -84,12 +78,12 @@ def comparison(a_path: str | Path, b_path: str | Path, judge: str = "") -> str:
     for name in sorted(a_settings.keys() & b_settings.keys()):
         if a_settings[name] != b_settings[name]:
             lines.append(f"   {name}: {a_settings[name]!r} | {b_settings[name]!r}")
-    width = max(map(len, figures))
-    lines += ["", f"{'':{width}}     n      A      B   B - A (95 %)              gained  lost"]
+    rows = [["", "n", "A", "B", "B - A (95 %)", "gained", "lost"]]
     for source, f in figures.items():
-        difference = f"{f['difference']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})"
-        changed = f"{len(f['gained']):6d}  {len(f['lost']):4d}"
-        lines.append(f"{source:{width}} {f['n']:5d}  {f['a']:.3f}  {f['b']:.3f}  {difference}  {changed}")
+        difference = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**f)
+        changed = str(len(f["gained"])), str(len(f["lost"]))
+        rows.append([source, str(f["n"]), f"{f['a']:.3f}", f"{f['b']:.3f}", difference, *changed])
+    lines += ["", *aligned(rows, "<>>>>>>")]
     if a_header.get("config", {}).get("mode") == "direct":
         f = search_need(a, b, judge)
         lines += ["", f"over-search   {f['over']:.3f} of {f['over_n']} conversations called a tool where A was right"]

@@ -6,9 +6,7 @@ from pathlib import Path
 from analysis.results import read_log
 from config import InputError, Options, need, option, replacing
 
-PLOTTED = (
-    "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second".split()
-)
+KEYS = "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ def plot(runs: list[str], options: CurvesOptions) -> Path:
     except ImportError:
         raise InputError("curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(15, 9), layout="constrained")
-    charts = dict(zip(PLOTTED, figure.subplots(3, 4).flat, strict=True))
+    charts = dict(zip(KEYS.split(), figure.subplots(3, 4).flat, strict=True))
     for number, run in enumerate(runs):
         log = read_log(run)
         for key, axes in charts.items():

@@ -1,4 +1,4 @@
-"""The figures of many conversations: accuracy with its interval, pass@k, and the rest of a validation's table.
+"""The figures of many conversations: accuracy with its interval, pass@k, and the tables of a validation.
 
 The unit of every figure is the question: its conversations are not independent of each other, so intervals come from
 resampling questions, not conversations. Plain Python and numpy.
@@ -12,7 +12,7 @@ import numpy as np
 
 from config import Config
 from data import Stop, Usage
-from tools import TOOLS, allowed_calls
+from tools import TOOLS, allowed_calls, title
 
 RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
 
@@ -70,8 +70,7 @@ def accuracy(verdicts: dict[str, list[bool]]) -> dict[str, float]:
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """The chance that k of a question's n conversations, drawn without replacement, hold a right one, if `right` of the
-    n are (arXiv 2107.03374, eq. 1)."""
+    """The chance that k of n conversations, of which `right` are, hold a right one (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -122,3 +121,51 @@ def _figures(records, cfg):
         "usage": used,
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
     }
+
+
+# ------------------------------------------------------------------------------------------------------- as text
+
+
+def aligned(rows: list[list[str]], sides: str) -> list[str]:
+    """Rows of cells as lines of text; sides: for each column, whether its cells stand at the left or right: < or >."""
+    widths, lines = [max(map(len, column)) for column in zip(*rows, strict=True)], []
+    for row in rows:
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return lines
+
+
+def interval(figures: dict) -> str:
+    """Accuracy and its interval, as `accuracy` gives them."""
+    return "{accuracy:.3f} ({accuracy_low:.3f}-{accuracy_high:.3f})".format(**figures)
+
+
+def table(summary: dict[str, dict]) -> str:
+    """The summary as text, one line for each data source. calls: share of those allowed; then shares of conversations
+    that called each tool, and several of them; cost: of a question's searches; cached: share of recorded answers."""
+    shares = [*TOOLS, "combined", "format"]
+    head = ["", "n", "accuracy (95 %)", "calls", *map(title, shares), "turns", "failed", "cost", "cached", "stops"]
+    rows, passed = [head], []
+    for source, f in summary.items():
+        cells = [f"{f[name]:.3f}" for name in ("search_ratio", *shares, "turns")]
+        used = [str(f["tool_failures"]), f"{f['cost']:.3f}", f"{f['cached']:.3f}"]
+        stops = ", ".join(f"{stop} {n}" for stop, n in f["stops"].items())
+        rows.append([source, str(f["n"]), interval(f), *cells, *used, stops])
+        if "pass" in f:
+            chances = "  ".join(f"{k}: {share:.3f}" for k, share in f["pass"].items())
+            passed.append(f"{source}  pass@k  {chances}   spread of accuracy {f['spread']:.3f}")
+    return "\n".join([*aligned(rows, "<" + ">" * (len(head) - 2) + "<"), *passed])
+
+
+def before_and_after(log: list[dict]) -> str:
+    """The table at the end of a run: first and last validation, by kind of question."""
+    names, lines = ("accuracy", *TOOLS, "format"), []
+    for mode in ("greedy", "sampled"):
+        of_mode = [entry[mode] for entry in log if mode in entry]
+        if of_mode:
+            first, last = of_mode[0], of_mode[-1]
+            rows = [[mode, *map(title, names)]]
+            for kind in filter(last.__contains__, first):  # the questions may have changed in between
+                rows.append([kind, *(f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}  " for name in names)])
+            lines += [*aligned(rows, "<" * len(rows[0])), ""]
+    return "\n".join(lines) or "no validation questions"

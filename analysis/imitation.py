@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch.distributed as dist
 from tqdm import tqdm
 
-from analysis.results import is_about, read_results
+from analysis.results import questions_about, read_results
 from chat import Chat, Episode
 from config import Config, need
-from data import Call, Hit, Question, Result, Stop, load_questions, picture_key
+from data import Call, Hit, Question, Result, Stop, picture_key
 from engines import Reply
 from reward import score_episode
 from tools import run_tool
@@ -23,20 +23,18 @@ def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ..
     that the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
     InputError if a record's question is missing, or is another one, or if nothing is left.
     """
-    episodes, left_out, loaded = [], Counter(), {}
+    episodes, left_out = [], Counter()
     for path in cfg.train_files:
         header, records = read_results(path)
         options = header.get("config", {})
         mode = options.get("mode", "agent")
         need(mode == "agent", f"{path}: conversations of mode {mode}: only the agent's can be imitated")
         files = tuple(cfg.sft_questions or options.get("files") or toy_files)
-        if files not in loaded:
-            loaded[files] = {q.id: q for q in load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=False)}
+        questions = questions_about(records, files)
         for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
-            question = loaded[files].get(r["question_id"])
+            question = questions.get(r["question_id"])
             where = f"{path}: question {r['question_id']} is not in {', '.join(files)}"
-            found = question and is_about(r, question)
-            need(found, f"{where}, or has another picture: give the files of the questions as --sft_questions")
+            need(question, f"{where}, or has another picture: give the files of the questions as --sft_questions")
             try:
                 episode = imitated(r, question, chat, search)
                 need(score_episode(episode, cfg).reward >= cfg.sft_min_reward, f"earned less than {cfg.sft_min_reward}")
@@ -55,21 +53,18 @@ def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
     text, and is all that is `sampled`.
 
     Records hold no pictures: calls that returned pictures are made again, and must return what they returned then;
-    other results are the recorded ones. Raises ValueError saying why a conversation cannot be imitated.
+    other results are the recorded ones. Raises InputError saying why a conversation cannot be imitated.
     """
     said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
-    if r["stop"] != Stop.ANSWERED.value or len(r["calls"]) + 1 != len(said):
-        raise ValueError("ended without an answer")
+    need(r["stop"] == Stop.ANSWERED.value and len(r["calls"]) + 1 == len(said), "ended without an answer")
     episode = Episode.start(question, chat, r["sample"])
     for number, text in enumerate(said):
         ids = [*chat.encode(text), chat.im_end]
-        if len(ids) > episode.room():
-            raise ValueError("longer than max_tokens")
+        need(len(ids) <= episode.room(), "longer than max_tokens")
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         if number < len(r["calls"]):
             call, result = _recorded_call(r["calls"][number], episode, search)
-            if not episode.add_result(call, result):
-                raise ValueError("longer than max_tokens")
+            need(episode.add_result(call, result), "longer than max_tokens")
     episode.stop = Stop.ANSWERED
     return episode
 
@@ -84,6 +79,6 @@ def _recorded_call(recorded, episode, search):
     if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
     result = run_tool(call, episode.question, search)
-    if tuple(replace(hit, image=hit.image and picture_key(hit.image)) for hit in result.hits) != hits:
-        raise ValueError("its searches with a picture find something else now")
+    now = tuple(replace(hit, image=hit.image and picture_key(hit.image)) for hit in result.hits)
+    need(now == hits, "its searches with a picture find something else now")
     return call, result

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import reward
 from analysis import picture_url
-from config import InputError, Options, check_url, need, option
+from analysis.figures import accuracy, aligned, by_question, interval
+from config import InputError, Options, check_url, option
 from data import Question
 from search.calls import Failure
 from search.text import clean
@@ -56,15 +57,13 @@ answer, contradicts it, hedges between several answers, or gives none. Say one w
 class JudgeOptions(Options):
     """Second opinions on answers."""
 
-    judges: tuple[str, ...] = option((), f"second opinions on the answers: {', '.join(JUDGES)}")
+    judges: tuple[str, ...] = option((), "second opinions on the answers", JUDGES)
     judge_url: str = option("https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)")
     judge_model: str = option("gpt-4o", "the llm judge")
     judge_cache: str = option("runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.judges:
-            need(name in JUDGES, f"judges: no judge {name!r}; choose from {', '.join(JUDGES)}")
         check_url("judge_url", self.judge_url, required=True)
 
 
@@ -97,6 +96,23 @@ def _asked(record):
     said = [turn["text"] for turn in record["turns"] if turn["role"] == "model"]
     response = record["answer"] if record["answer"] is not None else said[-1] if said else ""
     return record["question_id"], response[-MAX_TEXT:]
+
+
+def judges_table(records: list[dict], missing: Counter) -> str:
+    """The verdicts of the judges by data source, and where the judges agree, as text."""
+    rows = [["", "judge", "judged", "missing", "accuracy (95 %)"]]
+    for source in [*sorted({r["data_source"] for r in records}), "all"]:
+        part = [r for r in records if source in ("all", r["data_source"])]
+        for name in part[0]["judged"]:
+            judged = sum(r["judged"][name] is not None for r in part)
+            figures = accuracy(by_question(part, name))
+            rows.append([source, name, str(judged), str(len(part) - judged), interval(figures)])
+    lines = aligned(rows, "<<>>>")
+    for (a, b), (same, n) in agreement(records).items():
+        lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
+    if missing:
+        lines.append("not judged: " + ", ".join(f"{why} {n}" for why, n in sorted(missing.items())))
+    return "\n".join(lines)
 
 
 def agreement(records: list[dict]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -143,24 +159,19 @@ class LLMJudge:
             found = self.db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
         if found:
             return bool(found[0]), ""
-        said, why = self._ask(text, question.images)
+        urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in question.images]
+        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+        try:
+            said = self.client.chat(self.url, Job(PATIENCE), self.model, content, temperature=0)
+        except Failure as failure:
+            return None, self.reasons.setdefault(failure.reason, failure.said)  # in the words of the first like it
         right = verdict_in(said)
         if right is None:
-            return None, why or "neither yes nor no"
+            return None, "neither yes nor no"
         row = (key, int(right), self.model, clean(said, 200))
         with self.lock:
             self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
         return right, ""
-
-    def _ask(self, text, images):
-        """(what the model said, "") or ("", why nothing came: of equal reasons with the words of the first)."""
-        urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in images]
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        content = [*parts, {"type": "text", "text": text}]
-        try:
-            return self.client.chat(self.url, Job(PATIENCE), self.model, content, temperature=0), ""
-        except Failure as failure:
-            return "", self.reasons.setdefault(failure.reason, failure.said)
 
     def close(self):
         self.db.close()

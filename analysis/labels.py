@@ -12,8 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.figures import accuracy, by_question, verdict
-from analysis.judge import agreement
+from analysis.figures import verdict
 from analysis.results import questions_of, read_results
 from config import Options, need, option
 from data import write_questions
@@ -81,30 +80,11 @@ def write_labels(results: str | Path, options: LabelOptions) -> None:
     print("  " + ", ".join(f"{label} {counts[label]}" for label in sorted(counts, key=_rank)))
     files = {options.out: rows}
     if options.balance:
-        name = options.out.removesuffix(".parquet") + ".balanced.parquet"
-        files[name] = [rows[i] for i in balanced(labels, options.balance, options.seed)]
-    for path, rows in files.items():
-        need(rows, f"{path}: no question is left to write")
+        few = [rows[i] for i in balanced(labels, options.balance, options.seed)]
+        files[options.out.removesuffix(".parquet") + ".balanced.parquet"] = few
+    empty = [path for path, rows in files.items() if not rows]
+    need(not empty, f"{', '.join(empty)}: no question is left to write")
     for path, rows in files.items():
         questions, labels, pass_rates = map(list, zip(*rows, strict=True))
         write_questions(path, questions, {"label": labels, "pass_rate": pass_rates})
         print(f"{len(rows)} questions in {path}")
-
-
-def judges_table(records: list[dict], missing: Counter) -> str:
-    """The verdicts of the judges by data source, and where the judges agree, as text."""
-    sources = [*sorted({r["data_source"] for r in records}), "all"]
-    width = max(map(len, sources))
-    lines = [f"{'':{width}}  judge       judged  missing  accuracy (95 %)"]
-    for source in sources:
-        part = [r for r in records if source in ("all", r["data_source"])]
-        for name in part[0]["judged"]:
-            judged = sum(r["judged"][name] is not None for r in part)
-            f = accuracy(by_question(part, name))
-            interval = f"{f['accuracy']:.3f} ({f['accuracy_low']:.3f}-{f['accuracy_high']:.3f})"
-            lines.append(f"{source:{width}}  {name:10}  {judged:6d}  {len(part) - judged:7d}  {interval}")
-    for (a, b), (same, n) in agreement(records).items():
-        lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
-    if missing:
-        lines.append("not judged: " + ", ".join(f"{why} {n}" for why, n in sorted(missing.items())))
-    return "\n".join(lines)

@@ -62,6 +62,7 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     text, vision = model.model.language_model, model.model.visual
     units = [_parameters(block) for block in [*vision.blocks, *text.layers]]
     hidden, words = text.config.hidden_size, text.config.vocab_size
+    layer_kept, block_kept = _kept(model, dtype)
     chunk = min(max(1, HEAD_LOGITS["cuda"] // words), 1024)  # of a small vocabulary a batch does not fill the chunk
     return Sizes(
         vision=_parameters(vision),
@@ -70,10 +71,10 @@ def measure(config, dtype: torch.dtype) -> Sizes:
         total=_parameters(model),
         layers=len(text.layers),
         layer_input=hidden * dtype.itemsize,
-        layer_kept=_layer_kept(model, dtype),
+        layer_kept=layer_kept,
         blocks=len(vision.blocks),
         block_input=vision.config.hidden_size * dtype.itemsize,
-        block_kept=_block_kept(model, dtype),
+        block_kept=block_kept,
         head=chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize,  # `HeadLogProbs.backward`
     )
 
@@ -82,23 +83,19 @@ def _parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def _layer_kept(model, dtype, tokens=512):
-    """Bytes a token that autograd keeps of one decoder layer."""
-    text, bounds = model.model.language_model, torch.tensor([0, tokens], dtype=torch.int32)
-    x = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-    rope = text.rotary_emb(x, torch.empty(3, 1, tokens, dtype=torch.long, device="meta"))
-    packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
-    forward = partial(text.layers[0], x, attention_mask=None, position_embeddings=rope, **packed)
-    return kept_by(forward, model) // tokens
-
-
-def _block_kept(model, dtype, patches=512):
-    """Bytes a patch that autograd keeps of one vision block."""
-    vision, bounds = model.model.visual, torch.tensor([0, patches], dtype=torch.int32)
-    size, width = vision.config.hidden_size, vision.config.hidden_size // vision.config.num_heads
-    x = torch.empty(patches, size, dtype=dtype, device="meta", requires_grad=True)
-    rope = torch.empty(2, patches, width, device="meta").unbind()
-    return kept_by(partial(vision.blocks[0], x, cu_seqlens=bounds, position_embeddings=rope), model) // patches
+def _kept(model, dtype, n=512):
+    """Bytes that autograd keeps of one decoder layer for a token, and of one vision block for a patch."""
+    text, vision, options = model.model.language_model, model.model.visual, dict(dtype=dtype, device="meta")
+    bounds = torch.tensor([0, n], dtype=torch.int32)
+    x = torch.empty(1, n, text.config.hidden_size, requires_grad=True, **options)
+    rope = text.rotary_emb(x, torch.empty(3, 1, n, dtype=torch.long, device="meta"))
+    packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=n, max_length_k=n)
+    layer = partial(text.layers[0], x, attention_mask=None, position_embeddings=rope, **packed)
+    size = vision.config.hidden_size
+    rope = torch.empty(2, n, size // vision.config.num_heads, device="meta").unbind()
+    patches = torch.empty(n, size, requires_grad=True, **options)
+    block = partial(vision.blocks[0], patches, cu_seqlens=bounds, position_embeddings=rope)
+    return kept_by(layer, model) // n, kept_by(block, model) // n
 
 
 class _Fused(torch.autograd.Function):
@@ -148,7 +145,7 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
     cache: bytes of the engine's keys and values."""
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
-    trained = trained_parameters(sizes, cfg)
+    trained = sizes.total - cfg.freeze_vision * sizes.vision
     weights = 4 * sizes.total / shards
     owned = {"fp32 weights": weights, "gradients": 4 * trained / shards, "optimiser": 8 * trained / shards}
     reference, models = (weights, 2) if cfg.kl_coef else (0.0, 1)
@@ -170,14 +167,10 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     return gpu, {**cpu, "reference": (1 - reference_on_gpu) * reference}
 
 
-def trained_parameters(sizes: Sizes, cfg: Config) -> int:
-    return sizes.total - (sizes.vision if cfg.freeze_vision else 0)
-
-
 def on_disk(sizes: Sizes, cfg: Config) -> tuple[int, int]:
     """Bytes of a checkpoint (fp32 weights, AdamW's two moments) and of an exported model."""
-    width = compute_dtype(cfg, torch.device("cuda")).itemsize
-    return 4 * sizes.total + 8 * trained_parameters(sizes, cfg), width * sizes.total
+    width, trained = compute_dtype(cfg, torch.device("cuda")).itemsize, sizes.total - cfg.freeze_vision * sizes.vision
+    return 4 * sizes.total + 8 * trained, width * sizes.total
 
 
 def plan(cfg: Config, options: PlanOptions) -> str:

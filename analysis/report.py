@@ -15,15 +15,15 @@ import itertools
 import json
 import re
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import toy
 from analysis import picture_url
-from analysis.results import CONVERSATION, check, is_about, read_log
-from config import Config, InputError, Options, as_dict, from_dict, option, replacing
-from data import load_questions, picture_key, read_jsonl, to_json
+from analysis.results import CONVERSATION, checked, questions_about, read_log
+from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
+from data import picture_key, to_json
 from search.index import SearchDB
 from tools import TOOLS
 
@@ -51,8 +51,7 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
     pictures, notes, conversations, parts = Pictures(), [], [], []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         settings, log = read_settings(run), read_log(run)
-        train = [entry for entry in log if entry.get("phase") == "train"]
-        evals = [entry for entry in log if entry.get("phase") == "eval"]
+        train, evals = ([entry for entry in log if entry["phase"] == phase] for phase in ("train", "eval"))
         parts.append({"name": name, "settings": settings, "train": train, "evals": evals})
         chosen, total = read_conversations(run / "rollouts", options.limit // len(runs))
         if len(chosen) < total:
@@ -69,14 +68,8 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
             conversations.append({**c, "run": number, "pictures": keys, "parts": earned})
     if pictures.left_out:
         notes.append(f"{pictures.left_out} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
-    page = {
-        "runs": parts,
-        "defaults": as_dict(Config(), toy.Recipe()),
-        "tools": list(TOOLS),
-        "conversations": conversations,
-        "pictures": pictures.urls,
-        "notes": notes,
-    }
+    page = dict(runs=parts, conversations=conversations, pictures=pictures.urls, notes=notes)
+    page |= dict(defaults=as_dict(Config(), toy.Recipe()), tools=list(TOOLS))
     out = Path(options.out or runs[0] / "report.html")
     with replacing(out) as temporary:
         temporary.write_text(fill_template(page), encoding="utf-8")
@@ -100,35 +93,25 @@ def read_settings(run: Path) -> dict:
         settings["run_dir"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise InputError(f"{run}: holds no run of train.py (no config.json of one)") from None
-    if not (run / "metrics.jsonl").is_file():
-        raise InputError(f"{run}: has no metrics.jsonl: the run has not begun")
+    need((run / "metrics.jsonl").is_file(), f"{run}: has no metrics.jsonl: the run has not begun")
     return settings
 
 
 def read_conversations(folder: Path, limit: int) -> tuple[list[dict], int]:
     """(at most `limit` records, how many there are). The samples of a question are taken together or not at all, evenly
     over the files; each record gets its `part` (training, greedy, sampled) and its `step`."""
-    files = [file for file in folder.glob("*.jsonl") if re.fullmatch(r"(step|eval)-\d+", file.stem)]
-    files.sort(key=lambda file: (_step(file), file.name))
-    total, seen, chosen = sum(file.read_bytes().count(b"\n") for file in files), 0, []
-    for file in files:
-        for _, group in itertools.groupby(_records(file), key=lambda r: (r.get("mode"), r["question_id"])):
-            group = [{**r, "part": r.get("mode") or "training", "step": _step(file)} for r in group]
+    matches = [(re.fullmatch(r"(?:step|eval)-(\d+)", file.stem), file) for file in folder.glob("*.jsonl")]
+    files = sorted((int(match[1]), file) for match, file in matches if match)
+    total, seen, chosen = sum(file.read_bytes().count(b"\n") for _, file in files), 0, []
+    for step, file in files:
+        records = checked(file, CONVERSATION)
+        for _, group in itertools.groupby(records, key=lambda r: (r.get("mode"), r["question_id"])):
+            group = [{**r, "part": r.get("mode") or "training", "step": step} for r in group]
             is_due = len(chosen) * total <= seen * limit and len(chosen) + len(group) <= limit
             if is_due or total <= limit:
                 chosen += group
             seen += len(group)
     return chosen, total
-
-
-def _records(file):
-    for number, record in enumerate(read_jsonl(file), 1):
-        check(record, CONVERSATION, f"{file}, line {number}")
-        yield record
-
-
-def _step(file):
-    return int(file.stem.split("-")[1])
 
 
 def reward_parts(record: dict, format_weight: float) -> dict[str, float] | None:
@@ -169,49 +152,26 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
     for what, files in zip(("training", "validation"), toy.question_files(cfg, recipe), strict=True):
         some = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
-            lost = _add_question_pictures(some, files, pictures)
+            questions = questions_about(some, files)
+            for r in some:
+                if question := questions.get(r["question_id"]):
+                    r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
+            if lost := {r["question_id"] for r in some} - questions.keys():
+                where = f"{min(lost)} first, of {', '.join(files)}: gone, or something else is there now"
+                problems.append(f"pictures of {len(lost)} {what} questions are not shown, {where}")
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
-        else:
-            if lost:
-                where = f"{', '.join(files)}: gone, or something else is there now"
-                problems.append(
-                    f"pictures of {len(lost)} {what} questions are not shown, {min(lost)} first, of {where}"
-                )
     index = cfg.search_index or toy.locate(recipe).index
+    hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
+    wanted = {hit["image"] for hit in hits}
     try:
-        if lost := _add_thumbnails(records, index, pictures):
-            problems.append(f"{lost} pictures of results are not in {index}, and not shown")
+        if hits:
+            with closing(SearchDB(index)) as db:
+                found = {picture_key(t): t for t in db.thumbnails({(hit["title"], hit["url"]) for hit in hits})}
+            for key in sorted(wanted & found.keys()):
+                pictures.add(found[key], THUMBNAIL_SIDE)
+            if lost := wanted - found.keys():
+                problems.append(f"{len(lost)} pictures of results are not in {index}, and not shown")
     except (ValueError, sqlite3.Error) as error:
         problems.append(f"no thumbnails: {error}")
     return problems
-
-
-def _add_question_pictures(records, files, pictures):
-    """Returns the ids of the questions that are no longer those that the conversations were about."""
-    wanted, lost = {r["question_id"] for r in records}, set()
-    questions = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
-    found = {q.id: q for q in questions}
-    for r in records:
-        question = found.get(r["question_id"])
-        if question and is_about(r, question):
-            r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
-        else:
-            lost.add(r["question_id"])
-    return lost
-
-
-def _add_thumbnails(records, index, pictures):
-    """Returns how many pictures of results are not in the index."""
-    hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
-    if not hits:
-        return 0
-    db = SearchDB(index)
-    wanted = {hit["image"] for hit in hits}
-    for thumbnail in db.thumbnails({(hit["title"], hit["url"]) for hit in hits}):
-        key = picture_key(thumbnail)
-        if key in wanted:
-            pictures.add(thumbnail, THUMBNAIL_SIDE)
-            wanted.discard(key)
-    db.close()
-    return len(wanted)

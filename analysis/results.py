@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import InputError, need
@@ -49,44 +50,43 @@ HEADER = {"config": {"mode": (str,), "files": ([str],)}}
 LOGGED = {"step": int, "phase": str, "greedy": ({...: {...: object}},), "sampled": ({...: {...: object}},)}
 
 
-def misfit(value, form, where: str = "") -> str | None:
-    """The first place where a value is not of a form, as "calls[0].tool"; None if there is none."""
+def check(value, form, where: str, field: str = "") -> None:
+    """Raise InputError, naming the field as "calls[0].tool", unless the value read at `where` has the form."""
+    sound = True
     if isinstance(form, tuple):
-        return None if value is None else misfit(value, form[0], where)
-    if isinstance(form, list) and isinstance(value, list):
-        parts = [(v, form[0], f"{where}[{n}]") for n, v in enumerate(value)]
+        if value is not None:
+            check(value, form[0], where, field)
+    elif isinstance(form, list) and isinstance(value, list):
+        for n, v in enumerate(value):
+            check(v, form[0], where, f"{field}[{n}]")
     elif isinstance(form, dict) and isinstance(value, dict):
-        forms = dict.fromkeys(value, form[...]) if ... in form else form
-        parts = [(value.get(name), f, f"{where}.{name}".lstrip(".")) for name, f in forms.items()]
+        for name, f in (dict.fromkeys(value, form[...]) if ... in form else form).items():
+            check(value.get(name), f, where, f"{field}.{name}".lstrip("."))
+        if form is CONVERSATION and value["stop"] != "aborted":
+            check(value.get("reward"), float, where, "reward")
     elif form is float:
-        return None if isinstance(value, int | float) and abs(value) < 1e100 else where
+        sound = isinstance(value, int | float) and abs(value) < 1e100
     else:
-        return None if isinstance(form, type) and isinstance(value, form) else where
-    return next((found for part in parts if (found := misfit(*part)) is not None), None)
-
-
-def check(value, form, where: str) -> None:
-    """Raise InputError, naming the field, unless the value read at `where` has the form."""
-    field = misfit(value, form)
-    if field is None and form is CONVERSATION and value.get("reward") is None and value["stop"] != "aborted":
-        field = "reward"
-    what = "not as eval.py or train.py writes it"
-    need(field is None, f"{where}: {f'field {field}: ' if field else ''}{what}")
+        sound = isinstance(form, type) and isinstance(value, form)
+    need(sound, f"{where}: {f'field {field}: ' if field else ''}not as eval.py or train.py writes it")
 
 
 def read_log(run: str | Path) -> list[dict]:
     """The metrics of a run. Raises InputError."""
-    path = Path(run) / "metrics.jsonl"
-    log = list(read_jsonl(path))
-    for number, entry in enumerate(log, 1):
-        check(entry, LOGGED, f"{path}, line {number}")
-    return log
+    return list(checked(Path(run) / "metrics.jsonl", LOGGED))
+
+
+def checked(path: Path, form) -> Iterator[dict]:
+    """The objects of a file of JSON lines. Raises InputError at one that has not the form."""
+    for number, entry in enumerate(read_jsonl(path), 1):
+        check(entry, form, f"{path}, line {number}")
+        yield entry
 
 
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     """(header, conversations) of a file of eval.py, or ({}, conversations) of a file of rollouts from train.py (of a
     validation: only the greedy ones). Raises InputError if it is neither."""
-    header, records = _parse(path, _read_text(path))
+    header, records = _read(path)
     need(records, f"{path}: holds no conversation")
     unique = len({key_of(r) for r in records}) == len(records)
     need(unique, f"{path}: two conversations about the same question have the same sample number")
@@ -97,49 +97,51 @@ def _check_file(path):
     need(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file")  # a device may have no end
 
 
-def _read_text(path, errors="strict"):
+def _read(path, unfinished=False):
+    """(header, conversations); of an unfinished file without what follows the last end of a line."""
     _check_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8", errors=errors)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it ({getattr(error, 'strerror', error)})") from None
-
-
-def _parse(path, text):
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
     header, records = {}, []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028, which JSON may hold
-        if not line.strip():
-            continue
+    for number, line in enumerate(lines[:-1] if unfinished else lines, 1):
         where = f"{path}, line {number}"
         try:
-            r = json.loads(line, parse_constant=lambda _: None)
+            r = json.loads(line, parse_constant=lambda _: None) if line.strip() else None
         except (ValueError, RecursionError):
             raise InputError(f"{where}: not a conversation that eval.py or train.py wrote") from None
         if number == 1 and isinstance(r, dict) and "header" in r:
             header = r["header"]
             check(header, HEADER, where)
-            continue
-        check(r, CONVERSATION, where)
-        if r.get("mode") != "sampled":
+        elif line.strip():
+            check(r, CONVERSATION, where)
             records.append(r)
-    return header, records
+    return header, [r for r in records if r.get("mode") != "sampled"]
 
 
-def is_about(record: dict, question: Question) -> bool:
-    """Whether a conversation was about this question: ids name places in files, which may hold others by now."""
-    pictures = [picture_key(image) for image in question.images]
-    return record["question"] == question.text and record.get("pictures") in (None, pictures)
+def questions_about(records: list[dict], files) -> dict[str, Question]:
+    """The questions of conversations by id, in the order of these files. Left out is what is gone or another question
+    by now: ids only name places in files. Raises InputError."""
+    wanted = {r["question_id"] for r in records}
+    found = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
+    questions = {q.id: q for q in found}
+    about = {q.id: (q.text, [picture_key(image) for image in q.images]) for q in found}
+    for r in records:
+        text, pictures = about.get(r["question_id"], (None, None))
+        if r["question"] != text or r.get("pictures") not in (None, pictures):
+            questions.pop(r["question_id"], None)
+    return questions
 
 
 def questions_of(path: str | Path, header: dict, records: list[dict]) -> dict[str, Question]:
     """The questions of a result file by id, in their order, from the files that its header names. Raises InputError."""
     files = header.get("config", {}).get("files")
     need(files, f"{path}: its header names no question files: not a result file of eval.py")
-    asked = {r["question_id"]: r for r in records}
-    questions = {q.id: q for q in load_questions(files, skip_bad_rows=True, progress=False, only=set(asked))}
-    for id, r in asked.items():
-        found = questions.get(id)
-        same = found and is_about(r, found) and r["answers"] == list(found.answers)
+    questions = questions_about(records, files)
+    for r in records:
+        id, found = r["question_id"], questions.get(r["question_id"])
+        same = found and r["answers"] == list(found.answers)
         need(same, f"{path}: question {id} is no longer in {', '.join(files)}, or has another picture or other answers")
     return questions
 
@@ -163,7 +165,7 @@ class ResultFile:
         found, versions = {}, set()
         for path in [self.path, *self.parts()]:
             if os.path.exists(path):
-                header, records = self._read(path)
+                header, records = _read(path, unfinished=path != self.path)
                 if header or records:
                     self._check(path, header)
                     versions |= set(str(header.get("code")).split(" + "))
@@ -175,21 +177,14 @@ class ResultFile:
             self.header = {**self.header, "code": " + ".join(sorted(versions | {now}))}
         return found
 
-    def _read(self, path):
-        text = _read_text(path, "replace")
-        if path != self.path:
-            text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-        return _parse(path, text)
-
     def _check(self, path, before):
         """Conversations of another model, search or setting must not be mixed in."""
         need(before, f"{path}: holds conversations without the header of an evaluation: give another --out")
         old, new = flat(before), flat(json.loads(json.dumps(self.header)))
-        for name in sorted(new.keys() | old.keys()):
-            if name not in {"code", *self.neutral} and old.get(name) != new.get(name):
-                was, is_ = (repr(h.get(name))[:60] for h in (old, new))
-                what = f"holds an evaluation with {name}={was}, and this is {name}={is_}"
-                raise InputError(f"{path}: {what}: give another --out, or --overwrite")
+        for name in sorted((new.keys() | old.keys()) - {"code", *self.neutral}):
+            was, is_ = old.get(name), new.get(name)
+            what = f"holds an evaluation with {name}={was!r:.60}, and this is {name}={is_!r:.60}"
+            need(was == is_, f"{path}: {what}: give another --out, or --overwrite")
 
     def clear(self) -> None:
         """Delete what is there."""
@@ -200,19 +195,13 @@ class ResultFile:
         """Append a finished conversation. A killed process loses at most the line that it is writing."""
         try:
             if self.file is None:
-                self.file = self._open()
+                self.file, end = open(self.part, "a+"), self.part.read_bytes().rfind(b"\n") + 1
+                self.file.truncate(end)
+                self.file.write("" if end else json.dumps({"header": self.header}) + "\n")
             self.file.write(to_json(record) + "\n")
             self.file.flush()
         except OSError as error:
             raise InputError(f"{self.part}: cannot write ({error.strerror})") from None
-
-    def _open(self):
-        file = open(self.part, "a+")
-        content = self.part.read_bytes()
-        file.truncate(content.rfind(b"\n") + 1)
-        if b"\n" not in content:
-            file.write(json.dumps({"header": self.header}) + "\n")
-        return file
 
     def finish(self, records: list[dict]) -> None:
         """Write the complete file, then delete the parts."""

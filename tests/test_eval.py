@@ -95,7 +95,7 @@ def test_by_data_source(records):
         r["data_source"] = "ab"[i % 2]
     summary = figures.summarize(records, cfg)
     assert list(summary) == ["a", "b", "all"] and summary["a"]["n"] == summary["b"]["n"] == 3
-    text = evaluation.table(summary)
+    text = figures.table(summary)
     assert len(text.splitlines()) == 4 and "0.500" in text
 
 
@@ -434,7 +434,7 @@ def test_the_command_on_real_photos(here, world, tmp_path, capsys):
     if not photos.exists():
         pytest.skip("the five real photos are not at hand")
     main(*here, f"--model={world[0].model}", "--files", photos, f"--out={tmp_path / 'out.jsonl'}")
-    assert "mmsearch_r1/infoseek_train_split     5" in capsys.readouterr().out
+    assert "mmsearch_r1/infoseek_train_split  5" in capsys.readouterr().out
 
 
 def test_one_question(here, world, tmp_path, capsys):
@@ -481,7 +481,7 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
     [
         (["--files", "nowhere.parquet"], "nowhere.parquet: no such file"),
         (["--model", "no/such/model", "--files", "x"], "no/such/model"),
-        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: cannot read"),
+        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: No such file"),
         (["--image", "README.md", "--question", "what?"], "README.md: not a whole picture"),
     ],
 )

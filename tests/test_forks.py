@@ -11,12 +11,11 @@ from conftest import ROOT
 TOOL = """
 import dataclasses, json, sys
 import torch, config, policy, toy
-from analysis.figures import summarize
+from analysis.figures import summarize, table
 from analysis.labels import label_of
 from analysis.report import ReportOptions, render
 from chat import Chat
 from data import Question, write_jsonl
-from eval import table
 from reward import record, score_episode
 from rollout import ScriptedEngine, rollout_metrics, run
 from toy.model import save_random_model

@@ -246,7 +246,7 @@ def test_bad_runs(hostile, tmp_path):
     (tmp_path / "config.json").write_text('{"run_dir": "x"}')
     with pytest.raises(InputError, match="has no metrics.jsonl"):
         report.render([tmp_path], ReportOptions())
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nno json\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "train"}\nno json\n')
     with pytest.raises(InputError, match="metrics.jsonl: cannot read it .line 2 is not JSON"):
         report.render([tmp_path], ReportOptions())
     with pytest.raises(InputError, match="cannot write"):

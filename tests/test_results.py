@@ -11,7 +11,6 @@ import pytest
 
 import config
 import data
-import eval as evaluation
 from analysis import figures as figures_of
 from analysis import results
 from analysis.results import ResultFile
@@ -302,7 +301,7 @@ def test_several_samples_against_a_recount(cfg):
     by_sample = [statistics.mean(v[i] for v in right.values()) for i in range(5)]
     assert figures["spread"] == pytest.approx(statistics.stdev(by_sample))
     assert "pass" not in figures_of.summarize([r for r in records if r["sample"] == 0], cfg)["all"]
-    line = next(line for line in evaluation.table({"all": figures}).splitlines() if "pass@k" in line)
+    line = next(line for line in figures_of.table({"all": figures}).splitlines() if "pass@k" in line)
     assert f"5: {figures['pass']['5']:.3f}" in line and f"{figures['spread']:.3f}" in line
 
 

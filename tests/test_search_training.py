@@ -201,7 +201,7 @@ def test_accounts_in_records_and_in_the_table(folder, cfg):
     found = figures.summarize(records, cfg)["all"]
     assert found["cost"] == pytest.approx(6 * 0.03 / 6) and found["cached"] == 0.5 and found["errors"] == {}
     assert found["usage"]["pages"] == 12 and found["usage"]["tokens"] == 2400 and found["usage"]["seconds"] == 9
-    heads, line = evaluation.table({"all": found}).splitlines()
+    heads, line = figures.table({"all": found}).splitlines()
     assert "cost" in heads and "cached" in heads and "0.030" in line and "0.500" in line
 
 

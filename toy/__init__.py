@@ -100,8 +100,7 @@ def answers_searches(cfg: Config) -> bool:
 
 
 def question_files(cfg: Config, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of training and of validation questions: the user's, or the toy world's where they gave no training
-    files."""
+    """The files of training and validation questions: the user's, or the toy world's without training files."""
     if cfg.train_files:
         return cfg.train_files, cfg.val_files
     world = locate(recipe)

@@ -91,10 +91,8 @@ class Muon(torch.optim.AdamW):
     def __init__(self, model: torch.nn.Module, lr: float, muon_lr: float):
         rest, text, vision = [], [], []
         for name, p in model.named_parameters():
-            if not muon_lr or p.ndim != 2 or not ("layers." in name or "blocks." in name):
-                rest.append(p)
-            else:
-                (vision if "visual" in name else text).append(p)
+            in_block = muon_lr and p.ndim == 2 and ("layers." in name or "blocks." in name)
+            (rest if not in_block else vision if "visual" in name else text).append(p)
         matrices = [dict(params=text, lr=muon_lr, muon=True), dict(params=vision, lr=muon_lr / 2, muon=True)]
         super().__init__([dict(params=rest), *matrices], lr, betas=(0.9, 0.98))
 
@@ -225,8 +223,7 @@ class SloppyPolicy:
 
 
 def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
-    """Supervised steps on conversations of the sloppy policy, held by the ordinary rollout, with replay of the
-    lessons."""
+    """Supervised steps on conversations of the sloppy policy in the ordinary rollout, with replay of the lessons."""
     student = Student(toy.base, cfg, device)
     chat, seed = student.chat, f"warm-up {recipe.toy_seed}"
     lessons, policy, rng = Lessons(things, chat, seed), SloppyPolicy(chat, recipe), random.Random(seed)

@@ -143,8 +143,7 @@ def write_world(path: Path, things: list[Thing], recipe: Recipe) -> None:
 
 
 def make_questions(things: list[Thing], per_kind: int, rng: random.Random) -> list[Question]:
-    """`per_kind` questions of each kind, as evenly about the things as can be, in random order; no picture is used
-    twice."""
+    """`per_kind` questions of each kind, evenly about the things, in random order; no picture is used twice."""
     questions = []
     for kind in KINDS:
         of_kind = [t for t in things if kind in t.kinds]
