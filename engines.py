@@ -391,7 +391,7 @@ class VLLMEngine(Engine):
         tied = not model_config.tie_word_embeddings or torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight)
         what = "its config ties the head to the embeddings, and vLLM has read two that differ"
         need(tied, f"{folder}: {what}: remove lm_head.weight, or save the model with transformers")
-        _check_what_loads(self._model())
+        _remember_what_loads(self._model())
         self.asleep = False
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
@@ -452,7 +452,9 @@ class VLLMEngine(Engine):
         with _names_its_cause():
             weights = dict(weights_iterator=complete(named_tensors, self.names))
             self.llm.collective_rpc("reload_weights", kwargs=weights)
-        text = self._model().language_model
+            model = self._model()  # a tied head is tied again by now
+            check_none_missing({name for name, _ in model.named_parameters()} - model.what_loaded)
+        text = model.language_model
         head = text.lm_head
         if self.device.type == "cpu" and head.weight is text.model.embed_tokens.weight:
             head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
@@ -485,16 +487,15 @@ def _names_its_cause():
         raise EngineDied(f"vLLM failed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _check_what_loads(model):
-    """Let `model.load_weights` raise for parameters that it does not reach: vLLM only logs them."""
+def _remember_what_loads(model):
+    """Keep the names that a load reaches in `model.what_loaded`: vLLM only logs what is missing."""
     load = model.load_weights
 
-    def load_and_check(weights):
-        loaded = load(weights)
-        check_none_missing({name for name, _ in model.named_parameters()} - loaded)
-        return loaded
+    def load_and_remember(weights):
+        model.what_loaded = load(weights)
+        return model.what_loaded
 
-    model.load_weights = load_and_check
+    model.load_weights = load_and_remember
 
 
 def _import_vllm(device):
