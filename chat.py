@@ -343,10 +343,6 @@ class Episode:
         return episode
 
     @property
-    def question_id(self) -> str:
-        return self.question.id
-
-    @property
     def name(self) -> str:
         """Tells the conversations of a step apart."""
         return f"{self.question.id} sample {self.sample}"

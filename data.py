@@ -511,7 +511,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 def thinned(items: list, limit: int) -> list:
     """At most `limit` of the items, evenly spaced; 0: all."""
-    return items[:: -(-len(items) // limit)] if limit else items
+    return items[:: -(-len(items) // limit)] if limit and items else items
 
 
 def key_of(record: dict) -> tuple[str, int]:

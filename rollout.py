@@ -15,7 +15,7 @@ import itertools
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
 from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
-from engines import Engine, Reply, Sampling
+from engines import Reply, Sampling
 from policy import all_gather, all_sum
 from reward import Score, record, score_episode
 from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, parse_call, run_tool
@@ -80,7 +80,7 @@ def converse(
 def _speak(episode, cfg, step, temperature):
     """The model's next turn: appends it and returns its text; sets the episode's stop if it was cut short."""
     room = min(cfg.max_tokens_per_turn, episode.room())
-    seed = turn_seed(cfg.seed, step, episode.question_id, episode.sample, len(episode.turns))
+    seed = turn_seed(cfg.seed, step, episode.question.id, episode.sample, len(episode.turns))
     reply = yield Generate(list(episode.tokens), list(episode.images), Sampling(temperature, room, seed))
     if reply is None:
         episode.stop = Stop.ABORTED
@@ -273,30 +273,6 @@ def share(items: list, cfg: Config) -> list:
     """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
     rank, size = dist.get_rank(), cfg.tensor_parallel
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
-
-
-class ScriptedEngine(Engine):
-    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
-
-    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
-        self.chat, self.script, self.queue = chat, script, []
-
-    def submit(self, request_id, prompt, images, sampling):
-        self.queue.append((request_id, prompt, images, sampling))
-
-    def step(self):
-        requests, self.queue = self.queue, []
-        return [self._reply(*request) for request in requests]
-
-    def _reply(self, request_id, prompt, images, sampling):
-        ids = [*self.chat.encode(self.script(self.chat.show(prompt), images, sampling)), self.chat.im_end]
-        reason, ids = "stop" if len(ids) <= sampling.max_tokens else "length", ids[: sampling.max_tokens]
-        return Reply(request_id, ids, [0.0] * len(ids), reason, 0)
-
-    def abort(self, request_ids):
-        gone = [request for request in self.queue if request[0] in request_ids]
-        self.queue = [request for request in self.queue if request not in gone]
-        return [Reply(request[0], [], [], "abort", 0) for request in gone]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

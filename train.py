@@ -43,7 +43,7 @@ from checkpoint import (
     peak_memory_gb,
     say,
 )
-from config import Config, InputError, need, parse, run_main
+from config import Config, need, parse, run_main
 from data import Question, Stop, load_questions, path_of, prompt_path, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
@@ -68,7 +68,7 @@ def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Confi
     """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
     in the step."""
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-    samples = [Sample(e, numbers[e.question_id], score_episode(e, cfg, penalty)) for e in episodes]
+    samples = [Sample(e, numbers[e.question.id], score_episode(e, cfg, penalty)) for e in episodes]
     compared = [s for s in samples if is_compared(s.episode, cfg)]
     rewards = torch.tensor([s.score.reward for s in compared], dtype=torch.float64)
     groups, kind = [s.number for s in compared], cfg.advantage
@@ -301,7 +301,9 @@ class Run:
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
         self.checkpoint_seconds = 0.0
         self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
-        self.state |= dict(threads=torch.get_num_threads(), inputs=input_ids(self._files_read(folder, index)))
+        searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
+        inputs = input_ids([folder, prompt_path(cfg.prompts), searched, *self.files, *cfg.sft_questions])
+        self.state |= dict(threads=torch.get_num_threads(), inputs=inputs)
         if self.dir.resume_from:
             self._resume(ordered)
         self.first = self.state["step"]
@@ -327,26 +329,18 @@ class Run:
             about = [e.question for e in self.train]
         else:
             self.train = about = load_prompts(train_files, "training", self.chat, cfg)
-        self.val = []
-        if val_files:
-            self.val = thinned(load_prompts(val_files, "validation", self.chat, cfg), cfg.val_limit)
+        val = load_prompts(val_files, "validation", self.chat, cfg) if val_files else []
+        self.val = thinned(val, cfg.val_limit)
         what = f"updates_per_step={cfg.updates_per_step}, but there are only {len(about)} questions to train on"
         need(len(about) >= cfg.updates_per_step, what)
         self.questions = {q.id: q for q in about}
         check_questions([*about, *self.val], cfg)
 
-    def _files_read(self, folder, index):
-        """The files and folders whose content, not name, makes the run what it is."""
-        cfg = self.cfg
-        searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
-        return [folder, prompt_path(cfg.prompts), searched, *self.files, *cfg.sft_questions]
-
     def _conversations_to_come(self):
         steps = self.cfg.steps - self.state["step"]
         between = (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 0
         per_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
-        if self.cfg.loss == "sft":  # they are there already
-            per_step = 0
+        per_step *= self.cfg.loss != "sft"  # there they are made already
         return steps * per_step + (between + 4) * len(self.val)  # first and last: greedy and sampled
 
     def _resume(self, ordered):
@@ -453,11 +447,9 @@ class Run:
             sums.update({name: float(gap[name]) for name in sums})
         sums = all_sum(sums, self.device)
         mean = sums["abs_sum"] / max(sums["tokens"], 1.0)
-        if not mean <= self.cfg.max_mismatch:
-            raise InputError(
-                f"sampler and trainer disagree about the same tokens by {mean:.3f} nats on average (max_mismatch="
-                f"{self.cfg.max_mismatch}): check that both have the same weights, dtype, image sizes and chat template"
-            )
+        what = f"sampler and trainer disagree about the same tokens by {mean:.3f} nats on average"
+        check = "check that both have the same weights, dtype, image sizes and chat template"
+        need(mean <= self.cfg.max_mismatch, f"{what} (max_mismatch={self.cfg.max_mismatch}): {check}")
 
     def count_searches(self) -> None:
         """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
@@ -502,8 +494,7 @@ class Run:
         }
 
     def validate(self, step: int) -> None:
-        """Validation, greedy and, before and after the run, at the training temperature, too; the model with the best
-        greedy reward is exported."""
+        """Greedy; before and after the run also at the training temperature. The best by greedy reward is exported."""
         from analysis.figures import summarize
 
         if not self.val:
@@ -538,21 +529,14 @@ class Run:
         export_hf(self.dir.path / name, self.policy, self.chat, policy.compute_dtype(self.cfg, self.device))
 
 
-# ------------------------------------------------------------------------------------------------------------- data
-
-
 def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> list[Question]:
     """The questions of files whose prompts are not too long. Raises InputError if none is left."""
     loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
     questions, dropped = drop_overlong(loaded, chat)
     if dropped:
         say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")
-    if not questions:
-        raise InputError(f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
+    need(questions, f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
     return questions
-
-
-# ---------------------------------------------------------------------------------------------------- what is shown
 
 
 def progress(metrics: dict) -> str:
@@ -567,8 +551,7 @@ def progress(metrics: dict) -> str:
 
 
 def main() -> None:
-    cfg, recipe = parse(sys.argv[1:], Config, toy.Recipe)
-    run = Run(cfg, recipe)
+    run = Run(*parse(sys.argv[1:], Config, toy.Recipe))
     try:
         run.loop()
     except Stopper.Stopped:
@@ -577,21 +560,18 @@ def main() -> None:
             run.save()
         say(f"\nstopped after {run.state['step']} steps; --resume auto continues from there")
     except NonFinite as error:
-        stop(f"error: step {run.state['step']}: {error}. The last checkpoint is as it was.")
+        message = f"error: step {run.state['step']}: {error}. The last checkpoint is as it was."
+        sys.exit(message if dist.get_rank() == 0 else 1)
     except SearchDown as error:
         if run.state["step"]:
             run.save()
-        stop(f"error: step {run.state['step']}: {error}. --resume auto continues from here.")
+        message = f"error: step {run.state['step']}: {error}. --resume auto continues from here."
+        sys.exit(message if dist.get_rank() == 0 else 1)
     except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
         sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()
-
-
-def stop(message: str) -> None:
-    """Exit on all ranks; one of them says why."""
-    sys.exit(message if dist.get_rank() == 0 else 1)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def right_conversations(world, cfg, recipe, target: Path) -> None:
     from chat import Chat
     from data import load_questions, write_jsonl
     from reward import record, score_episode
-    from rollout import ScriptedEngine, run
+    from rollout import run
     from search.index import OfflineSearch, SearchDB
-    from toy.lessons import SloppyPolicy
+    from toy.lessons import ScriptedEngine, SloppyPolicy
     from toy.world import make_things
 
     class Teacher(SloppyPolicy):

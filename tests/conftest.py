@@ -17,9 +17,9 @@ import policy
 import toy
 from chat import Chat
 from data import Question
-from rollout import ScriptedEngine
 from toy import build as toy_build
 from toy import model as toy_model
+from toy.lessons import ScriptedEngine
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,8 @@ from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions, write_questions
-from rollout import ScriptedEngine, run
+from rollout import run
+from toy.lessons import ScriptedEngine
 
 
 class OneHit:
@@ -168,7 +169,7 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(here, tmp_path, caps
         episode = yield from converse(*args, **more)
         if len(held) == broken_after:
             raise OSError("the machine is on fire")
-        held.append((episode.question_id, episode.sample))
+        held.append((episode.question.id, episode.sample))
         return episode
 
     converse, broken_after = rollout.converse, 11

@@ -17,7 +17,8 @@ from analysis.report import ReportOptions, render
 from chat import Chat
 from data import Question, write_jsonl
 from reward import record, score_episode
-from rollout import ScriptedEngine, rollout_metrics, run
+from rollout import rollout_metrics, run
+from toy.lessons import ScriptedEngine
 from toy.model import save_random_model
 from toy.world import draw
 

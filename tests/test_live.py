@@ -28,7 +28,7 @@ import search
 from chat import Chat
 from config import Config, InputError
 from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
-from rollout import ScriptedEngine, run
+from rollout import run
 from search import __main__ as search_main
 from search import live as search_live
 from search import open_search, serpapi
@@ -39,6 +39,7 @@ from search.live import WebSearch
 from search.serpapi import SerpApi
 from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
 from search.web import Client, Job
+from toy.lessons import ScriptedEngine
 
 IMAGE, FOUNDER = Call("image_search"), Call("text_search", "who is the founder?")
 SECRETS = (SERPAPI, JINA, SUMMARIZER)

@@ -28,9 +28,10 @@ from chat import Chat
 from config import InputError
 from data import load_questions, picture_key, read_jsonl, write_jsonl
 from reward import record, score_episode
-from rollout import ScriptedEngine, run
+from rollout import run
 from search import index as search_index
 from search.index import OfflineSearch
+from toy.lessons import ScriptedEngine
 
 ATTACK = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"
 RTL = "\u202eمن أسسها؟"

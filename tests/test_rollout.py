@@ -25,8 +25,9 @@ from config import InputError
 from data import Call, Hit, Question, Result, Stop
 from engines import Reply, Sampling, TorchEngine
 from reward import score_episode
-from rollout import Generate, ScriptedEngine, converse, run, turn_seed
+from rollout import Generate, converse, run, turn_seed
 from tools import TOOLS, Tool, picture_of
+from toy.lessons import ScriptedEngine
 
 PROMPTS = {
     "question": "{question}",
@@ -348,7 +349,7 @@ def test_aborted_before_it_started(cfg, folder, monkeypatch):
     cfg = replace(cfg, rollout_deadline=65, concurrency=1)  # an answer takes five steps or so
     episodes = run([question(i) for i in range(4)], engine, Search(), chat, cfg, progress=seen.append)
     assert [e.stop for e in episodes] == [Stop.ANSWERED, *[Stop.ABORTED] * 3]
-    assert [e.question_id for e in episodes] == ["q0", "q1", "q2", "q3"]
+    assert [e.question.id for e in episodes] == ["q0", "q1", "q2", "q3"]
     assert layout(episodes[3]) == HEAD and episodes[3].turns == []
     assert sorted(map(id, seen)) == sorted(map(id, episodes))
     assert engine.queue == []
@@ -366,7 +367,7 @@ def test_no_barrier(cfg, folder):
             return None if others_are_over.wait(20) else Result("error", error="the others waited for this search")
 
     def progress(episode):
-        finished.append(episode.question_id)
+        finished.append(episode.question.id)
         if len(finished) == 5:
             others_are_over.set()
 
@@ -413,9 +414,9 @@ def test_episodes_come_back_in_order(cfg, folder):
 
     engine, finished = ScriptedEngine(chat, script), []
     episodes = run(numbered(3), engine, Search(), chat, cfg, samples=2, progress=finished.append)
-    assert [(e.question_id, e.sample) for e in episodes] == [(f"q{q}", s) for q in range(3) for s in range(2)]
+    assert [(e.question.id, e.sample) for e in episodes] == [(f"q{q}", s) for q in range(3) for s in range(2)]
     assert [len(e.turns) for e in episodes] == [3, 3, 3, 3, 2, 2] and episodes[0].stop == Stop.MAX_TURNS
-    assert {e.question_id for e in finished[:2]} == {"q2"}
+    assert {e.question.id for e in finished[:2]} == {"q2"}
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -682,7 +683,7 @@ def test_the_company_of_a_conversation_changes_nothing(engine, sharp, wide, devi
     monkeypatch.setattr(engines, "FEATURE_TOKENS", 10)
     ways.append(rolled(make_engine(sharp, wide, device, 60)))
     for episodes in ways:
-        for old, new in zip(together, sorted(episodes, key=lambda e: e.question_id), strict=True):
+        for old, new in zip(together, sorted(episodes, key=lambda e: e.question.id), strict=True):
             assert old.tokens == new.tokens and old.sampled == new.sampled and old.stop == new.stop
             assert_close(old.logprobs, new.logprobs)
 

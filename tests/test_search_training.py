@@ -24,7 +24,8 @@ import train
 from analysis import figures
 from chat import Chat, Episode
 from data import Call, Hit, Result, Usage
-from rollout import ScriptedEngine, run
+from rollout import run
+from toy.lessons import ScriptedEngine
 
 FAULTS = {"hang": "timeout", "429": "rate_limit", "500": "server", "truncated": "bad_response", "cut": "connection"}
 

@@ -23,13 +23,14 @@ from chat import Chat
 from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
 from reward import score_episode
-from rollout import ScriptedEngine, run
+from rollout import run
 from search.index import OfflineSearch, SearchDB
 from tools import results
 from toy import Recipe
 from toy import build as toy_build
 from toy import lessons as toy_lessons
 from toy import world as toy_world
+from toy.lessons import ScriptedEngine
 
 
 @pytest.fixture(scope="module")

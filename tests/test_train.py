@@ -40,8 +40,9 @@ from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions, write_questions
 from engines import Engine, EngineDied, TorchEngine
-from rollout import ScriptedEngine, run
+from rollout import run
 from search.index import OfflineSearch, SearchDB
+from toy.lessons import ScriptedEngine
 
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
 
@@ -617,7 +618,7 @@ def test_which_conversations_train(arguments, monkeypatch):
     episodes, samples = [], []
     for i, stop in enumerate(stops):
         calls = [(None, Result("error" if i == 10 else "ok"))]
-        episodes.append(SimpleNamespace(number=i, question_id=str(i // 3), stop=stop, calls=calls))
+        episodes.append(SimpleNamespace(number=i, question=SimpleNamespace(id=str(i // 3)), stop=stop, calls=calls))
     rewards = [1.0, 1.0, 0.1, 0.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 0.5, 0.0]
     monkeypatch.setattr(train, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
     advantages, kept = of()
@@ -668,7 +669,7 @@ def balance_worker(rank, store, folder, results):
     # The last question of each rank tells nothing; the others' samples are told apart.
     samples = []
     for e in episodes:
-        number = numbers[e.question_id]
+        number = numbers[e.question.id]
         samples.append(train.Sample(e, number, advantage=0.0 if number > 9 else number + e.sample / 2))
     mine = train.rebalance(samples, len(questions), {q.id: q for q in questions}, chat, cfg)
     results.put((rank, [told(sample) for sample in samples], [told(sample) for sample in mine]))
@@ -678,7 +679,7 @@ def balance_worker(rank, store, folder, results):
 def told(sample):
     """Everything of a conversation that training on it needs."""
     episode = sample.episode
-    assert int(episode.question_id[1:]) == sample.number
+    assert int(episode.question.id[1:]) == sample.number
     images = [(p.key, p.grid, p.tokens) for p in episode.images]
     turns = [(t.start, t.end, t.version) for t in episode.turns]
     name = (sample.number, episode.sample, sample.advantage)

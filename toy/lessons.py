@@ -5,7 +5,7 @@ import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from chat import Chat, Episode, Picture
 from checkpoint import export_hf
 from config import Config
 from data import Question
-from engines import Reply, Sampling
+from engines import Engine, Reply, Sampling
 from policy import imitation_loss, load_policy, pack, update
-from rollout import ScriptedEngine, run
+from rollout import run
 from search.index import OfflineSearch, SearchDB
 from toy import Recipe, Toy
 from toy.model import save_random_model
@@ -180,6 +180,30 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
     student.imitate("base model: seeing, copying", seeing_and_copying, recipe.toy_pretrain_steps, 4e-3, 6e-3)
     student.imitate("base model: known things", known_things, recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
+
+
+class ScriptedEngine(Engine):
+    """Says what `script(prompt, images, sampling)` returns for the prompt's text: for tests and supervised warm-up."""
+
+    def __init__(self, chat: Chat, script: Callable[[str, list[Picture], Sampling], str]):
+        self.chat, self.script, self.queue = chat, script, []
+
+    def submit(self, request_id, prompt, images, sampling):
+        self.queue.append((request_id, prompt, images, sampling))
+
+    def step(self):
+        requests, self.queue = self.queue, []
+        return [self._reply(*request) for request in requests]
+
+    def _reply(self, request_id, prompt, images, sampling):
+        ids = [*self.chat.encode(self.script(self.chat.show(prompt), images, sampling)), self.chat.im_end]
+        reason, ids = "stop" if len(ids) <= sampling.max_tokens else "length", ids[: sampling.max_tokens]
+        return Reply(request_id, ids, [0.0] * len(ids), reason, 0)
+
+    def abort(self, request_ids):
+        gone = [request for request in self.queue if request[0] in request_ids]
+        self.queue = [request for request in self.queue if request not in gone]
+        return [Reply(request[0], [], [], "abort", 0) for request in gone]
 
 
 class SloppyPolicy:
