@@ -238,7 +238,7 @@ def packed_hidden(model, batch) -> Tensor:
     over the batch. A batch without images runs both too, and its hidden states depend on both."""
     core = model.model
     features = core.visual(batch.pixels.to(core.visual.dtype), grid_thw=batch.grids).pooler_output
-    features = features.index_select(0, batch.features)  # [C, H]
+    features = features.index_select(0, batch.vision_rows)  # [C, H]
     embeds = core.language_model.embed_tokens(batch.ids)
     embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
     out = core.language_model(

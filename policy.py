@@ -217,7 +217,7 @@ class PackedBatch:
     longest: int
     pixels: Tensor  # float32 [P, patch]: each distinct image of the batch once
     grids: Tensor  # long [images, 3]
-    features: Tensor  # long [C]: row of the vision tower's output that fills ...
+    vision_rows: Tensor  # long [C]: row of the vision tower's output that fills ...
     vision_positions: Tensor  # long [C]: ... this token
     predict: Tensor  # long [S]
     target: Tensor  # long [S]
@@ -258,18 +258,18 @@ def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages
 
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
     """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
-    first_row, pixels, grids, features = {}, [], [], []
+    first_row, pixels, grids, vision_rows = {}, [], [], []
     rows = 0  # of the vision tower's output
     for episode in episodes:
-        start = len(features)
+        start = len(vision_rows)
         for picture in episode.images:
             if picture.key not in first_row:
                 first_row[picture.key] = rows
                 rows += picture.tokens
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
-            features += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
-        places, filled = episode.tokens.count(chat.image_pad), len(features) - start
+            vision_rows += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
+        places, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
         if places != filled:
             raise ValueError(f"{episode.name}: {places} placeholders, {filled} vision tokens")
     if not pixels:  # the vision tower always runs
@@ -288,7 +288,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
         longest=max(lengths),
         pixels=torch.cat(pixels),
         grids=torch.tensor(grids),
-        features=torch.tensor(features, dtype=torch.long),
+        vision_rows=torch.tensor(vision_rows, dtype=torch.long),
         vision_positions=(ids == chat.image_pad).nonzero()[:, 0],
         predict=sampled - 1,
         target=ids[sampled],

@@ -72,7 +72,7 @@ def share(batch: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
     A prompt is what comes before the first sampled token. Prompts are the same if their tokens and vision tokens are.
     """
     features = torch.full_like(batch.ids, -1)
-    features[batch.vision_positions] = batch.features
+    features[batch.vision_positions] = batch.vision_rows
     seen: dict[bytes, tuple[int, int]] = {}  # a prompt -> its segment, its first token in the shared batch
     lengths, parents = [], []
     new, kept = torch.empty_like(batch.ids), torch.zeros_like(batch.ids, dtype=torch.bool)
@@ -101,7 +101,7 @@ def share(batch: policy.PackedBatch) -> tuple[policy.PackedBatch, list[int]]:
         positions=batch.positions[:, kept],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         longest=max(lengths),
-        features=batch.features[stays],
+        vision_rows=batch.vision_rows[stays],
         vision_positions=new[batch.vision_positions[stays]],
         predict=new[batch.predict],
     )

@@ -222,7 +222,7 @@ def test_the_example_at_the_top_of_the_file(model, chat):
     assert batch.sequence.tolist() == [0, 0, 1]
     assert batch.sampler_logp.tolist() == [-1, -2, -3]
     assert batch.pixels.shape[0] == 4 and batch.grids.tolist() == [[1, 2, 2]]
-    assert batch.features.tolist() == [0, 0] and batch.vision_positions.tolist() == [1, 5]
+    assert batch.vision_rows.tolist() == [0, 0] and batch.vision_positions.tolist() == [1, 5]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
 
 
@@ -248,7 +248,7 @@ def test_packing_loses_and_pads_nothing(sharp_model, sharp_chat, episodes, budge
         said = [e.name for e in mine for _ in range(sum(e.sampled))]
         assert batch.advantage.tolist() == pytest.approx([advantages[name] for name in said])
         sizes = [p.grid[0] * p.grid[1] // 4 for e in mine for p in e.images]
-        assert sum(sizes) == len(batch.features) == (batch.ids == sharp_chat.image_pad).sum()
+        assert sum(sizes) == len(batch.vision_rows) == (batch.ids == sharp_chat.image_pad).sum()
         assert batch.vision_positions.tolist() == (batch.ids == sharp_chat.image_pad).nonzero()[:, 0].tolist()
 
 
