@@ -33,6 +33,7 @@ class InputError(ValueError):
 
 TRAINED_AS = "trained_as.json"  # in an exported folder: the options that belong to the model
 SEARCHES = ("offline", "live", "record", "replay")
+SEARCH_ENGINES = ("serpapi", "serper")
 LET_RANK_0_SPEAK = 5  # seconds
 LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
 LEFT_OUT = ("truncated", "failed_tools", "zero_variance")  # at a limit of tokens; a tool failed; group's rewards equal
@@ -150,7 +151,7 @@ class Config(Options):
     search_budget: int = option(0, "live searches of a run (0: no limit)", "at least 0", marks="resume neutral")
     search_deadline: float = option(120.0, "seconds for a search and its retries", "above 0", marks="resume neutral")
     search_language: str = option("en", "language of live search results, two letters")
-    serpapi_url: str = option("https://serpapi.com", "live search engine; key: SERPAPI_API_KEY", marks="resume")
+    search_engine: str = option("serpapi", "of live search: serpapi or serper, or NAME=ADDRESS", marks="resume")
     reader_url: str = option("https://r.jina.ai", "reads pages; key, if any: JINA_API_KEY", marks="resume")
     summarizer_url: str = option("", "OpenAI-compatible URL, http://host/v1 (none: best sentences)", marks="resume")
     summarizer_model: str = option("Qwen/Qwen3-32B", "the model there; key, if any: SUMMARIZER_API_KEY")
@@ -272,8 +273,11 @@ def _check_combinations(c):
     need(not fast or c.dtype != "fp32", f"attention={c.attention} computes in bf16, and dtype is fp32")
     cached = c.search_url or c.search_cache or c.search not in ("record", "replay")
     need(cached, f"search={c.search} needs --search_cache, the file of recorded results")
-    for name in ("search_url", "serpapi_url", "reader_url", "summarizer_url"):
-        check_url(name, getattr(c, name), required=name in ("serpapi_url", "reader_url"))
+    for name in ("search_url", "reader_url", "summarizer_url"):
+        check_url(name, getattr(c, name), required=name == "reader_url")
+    engine, elsewhere, address = c.search_engine.partition("=")
+    need(engine in SEARCH_ENGINES, f"search_engine: expected one of {', '.join(SEARCH_ENGINES)}, or NAME=ADDRESS")
+    check_url("search_engine", address, required=bool(elsewhere))
     if "://" in c.image_host:
         check_url("image_host", c.image_host)
 

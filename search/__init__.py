@@ -10,7 +10,7 @@ from config import Config, need
 from data import Question
 from search.cache import CachedSearch, SearchCache
 from search.index import OfflineSearch, SearchDB
-from search.live import ENGINE, WebSearch
+from search.live import WebSearch, engine_of
 from search.service import RemoteSearch
 from search.web import is_web_url
 from tools import allowed_calls, limits, results
@@ -60,5 +60,6 @@ def estimate(conversations: int, cfg: Config) -> str:
     most, budget = conversations * allowed_calls(cfg), cfg.search_budget
     limit = f"search_budget={budget:,} ends them earlier" if budget else "no budget"
     limit = "within search_budget" if budget >= most else limit
-    cost = f"{most * ENGINE.price:,.2f} at {ENGINE.price} each"
+    price = max(engine_of(cfg).prices.values())
+    cost = f"{most * price:,.2f} at {price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

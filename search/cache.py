@@ -24,7 +24,7 @@ from data import Call, Hit, Question, Result, Usage, decode_image, first_line
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile, sha256
-from search.live import ENGINE, PAGE_CHARACTERS, WebSearch, summarizer_prompt
+from search.live import PAGE_CHARACTERS, WebSearch, engine_of, summarizer_prompt
 from tools import TOOLS, picture_of, results, title
 
 CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # in the file's header, as those of an index
@@ -263,8 +263,8 @@ class CachedSearch:
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self.methods)(call, question)
-        asked |= {"kind": TOOLS[call.tool].key, "engine": ENGINE.names[call.tool], "k": self.results[call.tool]}
-        return {**asked, "language": self.cfg.search_language}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": engine_of(self.cfg).names[call.tool]}
+        return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
     def _image_request(self, call, question):
         return {"image": sha256([picture_of(call, question)]), "thumbnail_side": THUMBNAIL_SIDE}

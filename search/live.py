@@ -28,12 +28,14 @@ from config import Config, InputError, need
 from data import Call, Hit, Question, Result, Usage, decode_image, read_prompt
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
+from search.engine import SearchEngine
 from search.serpapi import SerpApi
+from search.serper import Serper
 from search.text import clean, passages, plain_text, sentences
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, tokens_in
 from tools import picture_of, results
 
-ENGINE = SerpApi  # the search engine
+ENGINES = {"serpapi": SerpApi, "serper": Serper}  # those of config.SEARCH_ENGINES
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
 READER_IN_FLIGHT, READER_PER_SECOND = 32, 8.0  # requests at once; begun a second, over all ranks
 SUMMARIZER_IN_FLIGHT, PICTURES_IN_FLIGHT = 64, 64
@@ -49,7 +51,7 @@ class WebSearch:
     def __init__(self, cfg: Config):
         ranks = int(os.environ.get("WORLD_SIZE", 1))  # each has a share of what is limited for all
         self.cfg, self.prompt, self.results = cfg, summarizer_prompt(), results(cfg)
-        self.engine = ENGINE(cfg, ranks)
+        self.engine = engine_of(cfg)(cfg, ranks)
         self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), key=key_of(READER_KEY))
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), key=key_of(SUMMARIZER_KEY))
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
@@ -62,10 +64,12 @@ class WebSearch:
 
     def check(self) -> None:
         """Ask each provider once whether it takes its key. Raises InputError."""
-        cfg, job = self.cfg, Job(self.cfg.search_deadline)
+        cfg, engine, job = self.cfg, self.engine, Job(self.cfg.search_deadline)
+        wanted = f"search={cfg.search} needs a key of {engine.site} in the environment, {engine.key}"
+        need(engine.client.key, wanted + mixed_up(engine))
         try:
-            asked = self.engine.key
-            left = self.engine.check(job)
+            asked = engine.key
+            left = engine.check(job)
             if self.reader.key:
                 asked = READER_KEY
                 self._read("https://example.com", job)
@@ -74,10 +78,11 @@ class WebSearch:
                 self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
         except Failure as failure:
             unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")  # some list no models
-            need(unlisted, f"search={cfg.search} ({asked}): {failure}")
+            advice = mixed_up(engine) if asked == engine.key and failure.kind == "refused" else ""
+            need(unlisted, f"search={cfg.search} ({asked}): {failure}{advice}")
         if left is not None and left < (cfg.search_budget or 1):
-            wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "none can be made"
-            print(f"warning: the search engine's account has {left:,} searches left; {wanted}", file=sys.stderr)
+            wanted = f"search_budget is {cfg.search_budget:,}" if cfg.search_budget else "there is no search_budget"
+            print(f"warning: {engine.site}'s account may last for {left:,} searches only; {wanted}", file=sys.stderr)
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, whatever happens: never an exception."""
@@ -91,7 +96,7 @@ class WebSearch:
         with self._lock:
             self.spent += max(0, used["searches"] - 1)  # the first is counted; the engine was asked again
         millions = (used["page_tokens"] * READER_PRICE + used["tokens"] * SUMMARIZER_PRICE) / 1e6
-        cost = round(used["searches"] * self.engine.price + millions, 9)
+        cost = round(used["cost"] + millions, 9)
         usage = Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
         return dataclasses.replace(result, usage=usage)
 
@@ -185,6 +190,26 @@ class WebSearch:
         if not summary:
             raise Failure("bad_response", "summariser: an empty message")
         return " ".join(sentences(summary)[:MAX_SENTENCES])
+
+
+def engine_of(cfg: Config) -> type[SearchEngine]:
+    """The search engine that live search asks."""
+    return ENGINES[cfg.search_engine.partition("=")[0]]
+
+
+def mixed_up(engine: SearchEngine) -> str:
+    """What to do if the engine's key is missing or refused, where it seems to be that of another one; else ""."""
+    for name, other in ENGINES.items():
+        if other is type(engine):
+            continue
+        key, others = engine.client.key, os.environ.get(other.key, "").strip()
+        if re.fullmatch(f"[0-9a-fA-F]{{{other.key_digits}}}", key):
+            return f"; it has the form of a key of {other.site}: name it {other.key}, and give --search_engine {name}"
+        if not key and re.fullmatch(f"[0-9a-fA-F]{{{engine.key_digits}}}", others):
+            return f"; the one in {other.key} has the form of a key of {engine.site}: name it {engine.key}"
+        if not key and others:
+            return f"; there is {other.key}, a key of {other.site}: to use it, give --search_engine {name}"
+    return ""
 
 
 def _first(matches, count, hit):

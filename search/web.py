@@ -110,12 +110,12 @@ class Client:
     what: str  # names the other side in messages
     limit: Limit
     ours: bool = True  # an endpoint that the user configured: any address, proxies; a redirect (of a key!) is an error
-    key: str = field(default="", repr=False)  # sent as a bearer token, unless the URL holds it
-    key_in_url: bool = False
+    key: str = field(default="", repr=False)
+    key_as: tuple[str, ...] = ("Authorization", "Bearer {}")  # the header that holds the key; (): the URL does
     max_bytes: int = MAX_JSON_BYTES  # of an answer, on the wire and unpacked
     types: tuple[str, ...] = JSON_TYPES  # content types
     allow_hosts: tuple[str, ...] = ()  # of those not ours (name:port): hosts that may have private addresses
-    quota: str = ""  # in the message of a 429: nothing is left, and no pause helps
+    quota: str = ""  # in the message of an error: nothing is left, and no pause helps
     refused: set[str] = field(default_factory=set)  # settings that a chat endpoint does not take
 
     # The same for all clients; one that needs other values sets them on itself.
@@ -184,9 +184,11 @@ class Client:
 
     def _follow(self, url, job, payload):
         """The body of the answer, of a redirect's target if the endpoint is not ours."""
-        bearer, base = "" if self.key_in_url else self.key, ""
+        base, secret = "", {}
+        if self.key and self.key_as:
+            secret = {self.key_as[0]: self.key_as[1].format(self.key).encode()}
         for _ in range(MAX_REDIRECTS + 1):
-            request = _prepared(base, url, self.types, bearer, payload)
+            request = _prepared(base, url, self.types, secret, payload)
             url, body = self._send(request, job)
             if url is None:
                 return body
@@ -273,7 +275,7 @@ class Client:
                 said = plain_text(_read(raw, job, 10_000).decode(errors="replace")).encode(errors="replace")
                 note = clean(" ".join(self._redacted(said).decode().split()), 300)
             kind = {408: "timeout", 429: "rate_limit"}.get(status, "server" if status >= 500 else "refused")
-            if status == 429 and self.quota and self.quota in note.lower():
+            if self.quota and self.quota in note.lower():
                 kind = "quota"
             raise Failure(kind, f"HTTP {status}", note, _seconds(headers.get("Retry-After")))
         kind = headers.get("Content-Type", "").split(";")[0].strip().lower()
@@ -306,11 +308,10 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _prepared(base: str, url: str, types=(), bearer="", payload=None) -> PreparedRequest:
+def _prepared(base: str, url: str, types=(), secret=(), payload=None) -> PreparedRequest:
     """A request of a URL, which may be relative to a base. Raises Failure (blocked) if it is not http or https."""
     headers = {"User-Agent": AGENT, "Accept": ", ".join(types), "Accept-Encoding": "gzip", "Connection": "close"}
-    if bearer:
-        headers["Authorization"] = f"Bearer {bearer}".encode()
+    headers.update(secret)
     try:
         if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", url):  # some of them would be left out; halves of characters
             raise ValueError

@@ -23,8 +23,9 @@ from analysis.judge import JudgeOptions
 from analysis.labels import LabelOptions
 from analysis.plan import PlanOptions
 from analysis.report import ReportOptions
-from config import PRESETS, Config, InputError, from_dict, marked, parse, run_main, save
+from config import PRESETS, SEARCH_ENGINES, Config, InputError, from_dict, marked, parse, run_main, save
 from eval import EvalOptions
+from search.live import ENGINES
 from search.service import SearchServer
 
 COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
@@ -73,6 +74,8 @@ def another(kind, field):
         return "qwen2.5-vl-3b", "qwen2.5-vl-3b"
     if field.name == "judges":
         return "llm", ("llm",)
+    if field.name == "search_engine":
+        return "serper", "serper"
     if isinstance(allowed, tuple):
         value = next(c for c in reversed(allowed) if c != default)
         return value, (value,) if isinstance(default, tuple) else value
@@ -352,8 +355,10 @@ def limits(**values):
     ("replay search_cache", Config, dict(search="replay")),
     ("reader_url", Config, dict(reader_url="")),
     ("search_url", Config, dict(search_url="localhost:8100")),
-    ("serpapi_url", Config, dict(serpapi_url="https://name:word@host")),  # no secrets in config.json
-    ("serpapi_url", Config, dict(serpapi_url="https://host/?api_key=x")),
+    ("search_engine", Config, dict(search_engine="serpapi=https://name:word@host")),  # no secrets in config.json
+    ("search_engine", Config, dict(search_engine="serper=https://host/?api_key=x")),
+    ("search_engine", Config, dict(search_engine="serper=")),
+    ("search_engine serpapi serper", Config, dict(search_engine="bing")),
     ("image_host", Config, dict(image_host="ftp://host")),
     ("tool_limits image_search", limits, dict(tool_limits=("image_search=-1",))),
     ("tool_limits text_search", limits, dict(tool_limits=("crop=1",))),
@@ -381,6 +386,7 @@ def test_impossible_combinations(words, check, values):
     (Config, dict(search="replay", search_cache="c")), (Config, dict(summarizer_url="http://127.0.0.1:8000/v1")),
     (Config, dict(deterministic=True, search="replay", search_cache="c")), (Config, dict(dist_timeout=1e6)),
     (Config, dict(image_host="upload --to host")), (Config, dict(image_host="https://host/pictures")),
+    (Config, dict(search_engine="serper")), (Config, dict(search_engine="serpapi=http://127.0.0.1:8000/search")),
 ])  # fmt: skip
 def test_possible_combinations_at_the_edge(check, values):
     assert dataclasses.asdict(check(**values)).items() >= values.items()
@@ -395,6 +401,10 @@ def test_who_answers_searches(values, toy_index):
     assert toy.answers_searches(Config(**values)) is toy_index
 
 
+def test_search_engines_have_the_names_that_the_option_takes():
+    assert SEARCH_ENGINES == tuple(ENGINES)
+
+
 def test_limits_and_results_of_tools():
     assert limits() == ({"image_search": 1, "text_search": 2}, {"image_search": 3, "text_search": 3})
     chosen = dict(tool_limits=("text_search=0", "image_search=4"), tool_results=("text_search=7",))
@@ -404,7 +414,7 @@ def test_limits_and_results_of_tools():
 @pytest.mark.parametrize("mark, names", [
     ("resume", "resume accept_changes overwrite run_dir steps save_every keep_last eval_every val_limit dist_timeout "
                "threads concurrency tool_threads rollout_deadline log search search_cache search_url search_budget "
-               "search_deadline serpapi_url reader_url summarizer_url image_host allow_hosts toy_dir"),
+               "search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir"),
     ("neutral", "run_dir resume accept_changes overwrite threads dist_timeout log concurrency tool_threads toy_dir "
                 "search_url search_budget search_deadline image_host allow_hosts out"),
     ("model", "prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens max_turns "

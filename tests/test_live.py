@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 from conftest import ROOT, picture, question
-from local_web import EVIL, JINA, NUMBERS, SERPAPI, SUMMARIZER, LocalWeb, hurry, settings, wait_until
+from local_web import EVIL, JINA, NUMBERS, SERPAPI, SERPER, SUMMARIZER, LocalWeb, hurry, settings, wait_until
 from PIL import Image
 
 import search
@@ -30,20 +30,22 @@ from config import Config, InputError
 from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
 from rollout import run
 from search import __main__ as search_main
+from search import engine as search_engine
 from search import live as search_live
-from search import open_search, serpapi
+from search import open_search
 from search import service as search_service
 from search.calls import Failure
 from search.index import build
 from search.live import WebSearch
 from search.serpapi import SerpApi
+from search.serper import Serper
 from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
 from search.web import Client, Job
 from toy.lessons import ScriptedEngine
 
 IMAGE, FOUNDER = Call("image_search"), Call("text_search", "who is the founder?")
-SECRETS = (SERPAPI, JINA, SUMMARIZER)
-KEYS = (SerpApi.key, search_live.READER_KEY, search_live.SUMMARIZER_KEY)
+SECRETS = (SERPAPI, SERPER, JINA, SUMMARIZER)
+KEYS = (SerpApi.key, Serper.key, search_live.READER_KEY, search_live.SUMMARIZER_KEY)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,13 @@ def keys(monkeypatch):
 def server():
     with LocalWeb() as server:
         yield server
+
+
+@pytest.fixture(params=search_live.ENGINES)
+def engine(request, server):
+    """The search engine that the server's settings name: a test that takes it runs with each."""
+    server.engine = request.param
+    return search_live.ENGINES[request.param]
 
 
 def live(server, **changes):
@@ -109,18 +118,23 @@ def only(part, fault, times=99):
 # ------------------------------------------------------------------------------------------------ what works
 
 
-def test_image_search_is_google_lens_with_thumbnails(server):
+def test_image_search_is_google_lens_with_thumbnails(server, engine):
     result = live(server).search(IMAGE, question(3))
     assert (result.status, len(result.hits), result.error_kind) == ("ok", 3, "")
     sha = hashlib.sha256(question(3).images[0]).hexdigest()
-    asked, _, _ = server.log[0]
-    assert f"engine=google_lens&type=visual_matches&url=https%3A%2F%2Fpictures.example%2F{sha}.png&hl=en" in asked
+    asked, headers, payload = server.log[0]
+    if engine is Serper:
+        assert (asked, payload) == ("/serper/lens", {"url": f"https://pictures.example/{sha}.png", "hl": "en"})
+        assert headers["X-API-KEY"] == SERPER and "Authorization" not in headers
+    else:
+        assert f"engine=google_lens&type=visual_matches&url=https%3A%2F%2Fpictures.example%2F{sha}.png&hl=en" in asked
     for n, hit in enumerate(result.hits):
         assert hit.title.endswith(f"& more {n}") and "<b>" not in hit.title and hit.url == f"https://pages.example/{n}"
         image = Image.open(io.BytesIO(hit.image))
         assert (image.format, image.size) == ("JPEG", (90, 60))
     assert (result.usage.searches, result.usage.pages, result.usage.cached) == (1, 3, 0)
-    assert result.usage.cost == pytest.approx(0.01) and result.usage.bytes > 3 * 500 and result.usage.seconds > 0
+    assert result.usage.cost == {SerpApi: 0.01, Serper: 0.003}[engine]
+    assert result.usage.bytes > 3 * 500 and result.usage.seconds > 0
 
 
 def test_a_question_s_own_url_goes_first(server):
@@ -129,14 +143,17 @@ def test_a_question_s_own_url_goes_first(server):
     assert "url=https%3A%2F%2Fmuseum.example%2Fa+b.jpg" in server.log[0][0]
 
 
-def test_text_search_reads_pages_and_picks_their_best_sentences(server):
+def test_text_search_reads_pages_and_picks_their_best_sentences(server, engine):
     result = live(server).search(FOUNDER, question())
     assert [hit.url for hit in result.hits] == [f"https://pages.example/{n}/{FOUNDER.query[:20]}" for n in range(3)]
     assert all(f"The founder is F{n}." in hit.text and "x.example" not in hit.text for n, hit in enumerate(result.hits))
     reads = [(headers, payload) for path, headers, payload in server.log if path == "/read"]
     assert sorted(payload["url"] for _, payload in reads) == sorted(hit.url for hit in result.hits)
     assert all(h["Authorization"] == f"Bearer {JINA}" and "application/json" in h["Accept"] for h, _ in reads)
-    assert result.usage.cost == pytest.approx(0.01 + 3 * 1000 * 0.05 / 1e6)
+    path, _, payload = server.searched()[0]
+    if engine is Serper:
+        assert (path, payload) == ("/serper/search", {"q": FOUNDER.query, "hl": "en"})
+    assert result.usage.cost == pytest.approx({SerpApi: 0.01, Serper: 0.001}[engine] + 3 * 1000 * 0.05 / 1e6)
     assert (result.usage.searches, result.usage.pages, result.usage.tokens) == (1, 3, 0)
 
 
@@ -171,7 +188,7 @@ def test_a_page_that_fails_is_replaced_by_the_next(server):
     assert result.status == "ok" and len(result.hits) == 1  # fewer than k are still an answer
 
 
-def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
+def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server, engine):
     search = live(server)
     assert search.search(Call("text_search", "nothing"), question()) == Result("no_results")
     server.fault = only("/read", "page")
@@ -181,20 +198,24 @@ def test_nothing_found_is_no_error_and_an_error_is_not_nothing_found(server):
 
 
 @pytest.mark.parametrize("call", [IMAGE, FOUNDER], ids=["image", "text"])
-@pytest.mark.parametrize("fault", ["no field", "null field", "processing"])
-def test_an_answer_without_its_results_is_asked_for_again(server, tmp_path, call, fault):
+@pytest.mark.parametrize("name, fault", [
+    ("serpapi", "no field"), ("serpapi", "null field"), ("serpapi", "processing"), ("serper", "no field"),
+    ("serper", "null field"),
+])  # fmt: skip
+def test_an_answer_without_its_results_is_asked_for_again(server, tmp_path, call, name, fault):
     """It says nothing about what there is: never "no results", and never kept as that."""
-    server.fault = only("/search.json", fault, times=2)
+    server.engine = name
+    server.fault = only(server.searches, fault, times=2)
     search = record(server, tmp_path / "c.sqlite")
     result = search.search(call, question())
     billed = 1 if fault == "processing" else 3
     assert (result.status, len(result.hits), result.usage.searches) == ("ok", 3, billed)
     assert search.inner.spent == billed
-    assert ["no_cache=true" in path for path, *_ in server.log if "/search.json" in path] == [False, True, True]
-    server.fault = only("/search.json", fault)
+    assert ["no_cache=true" in path for path, *_ in server.searched()] == [False] + [name == "serpapi"] * 2
+    server.fault = only(server.searches, fault)
     result = search.search(dataclasses.replace(call, query="other", image=picture(7)), question())
     assert (result.status, result.error_kind) == ("error", "server") and "4 attempts" in result.error
-    server.fault = only("/search.json", "no rows")
+    server.fault = only(server.searches, "no rows")
     assert search.search(Call("text_search", "empty"), question()) == Result("no_results")
 
 
@@ -205,8 +226,8 @@ def test_numbers_of_answers_are_bounded(server, number):
     assert result.status == "ok" and 0 <= result.usage.tokens <= 3 * 10**9 and 0.01 <= result.usage.cost < 1000
 
 
-def test_one_hostile_result_spoils_no_search(server, monkeypatch):
-    server.fault = only("/search.json", "half link")
+def test_one_hostile_result_spoils_no_search(server, engine, monkeypatch):
+    server.fault = only(server.searches, "half link")
     for call in (IMAGE, FOUNDER):
         assert [hit.url.split("/")[3] for hit in live(server).search(call, question()).hits] == ["1", "2", "3"]
     server.fault = lambda *_: None
@@ -249,24 +270,33 @@ def test_an_upload_command_makes_a_picture_public(server, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fault, kind",
+    [
+        ("429", "rate_limit"),
+        ("429 later", "rate_limit"),  # an hour from now: no use waiting
+        ("500", "server"),
+        ("503", "server"),
+        ("quota", "quota"),
+        ("truncated", "bad_response"),
+        ("cut", "connection"),
+        ("wrong types", "bad_response"),
+        ("list", "bad_response"),
+        ("html", "bad_response"),
+        ("huge", "bad_response"),
+        ("gzip bomb", "bad_response"),
+        ("redirects", "bad_response"),
+        ("loopback", "bad_response"),
+        ("hang", "timeout"),
+        ("drip", "timeout"),
+    ],
+)
+def test_every_fault_of_a_search_engine_is_typed(server, engine, monkeypatch, fault, kind):
+    test_every_fault_is_typed(server, monkeypatch, server.searches, fault, kind)
+
+
+@pytest.mark.parametrize(
     "part, fault, kind",
     [
-        ("/search.json", "429", "rate_limit"),
-        ("/search.json", "429 later", "rate_limit"),  # an hour from now: no use waiting
-        ("/search.json", "500", "server"),
-        ("/search.json", "503", "server"),
-        ("/search.json", "quota", "quota"),
-        ("/search.json", "truncated", "bad_response"),
-        ("/search.json", "cut", "connection"),
-        ("/search.json", "wrong types", "bad_response"),
-        ("/search.json", "list", "bad_response"),
-        ("/search.json", "html", "bad_response"),
-        ("/search.json", "huge", "bad_response"),
-        ("/search.json", "gzip bomb", "bad_response"),
-        ("/search.json", "redirects", "bad_response"),
-        ("/search.json", "loopback", "bad_response"),
-        ("/search.json", "hang", "timeout"),
-        ("/search.json", "drip", "timeout"),
         ("/read", "wrong types", "bad_response"),
         ("/read", "hang", "timeout"),
         ("/read", "huge", "bad_response"),
@@ -301,7 +331,7 @@ def test_a_redirect_never_reaches_a_private_address(server):
 
 
 @pytest.mark.parametrize("fault", ["hang", "429", "500", "503", "cut"])
-def test_what_passes_is_tried_again(server, monkeypatch, fault):
+def test_what_passes_is_tried_again(server, engine, monkeypatch, fault):
     server.fault = only("", fault, times=2)
     hurry(monkeypatch, read_timeout=0.5 if fault == "hang" else 10.0)
     search = live(server, **ONE_EACH, **summarized(server))
@@ -313,15 +343,15 @@ def test_what_passes_is_tried_again(server, monkeypatch, fault):
     assert set(server.asked.values()) == {2}
 
 
-def test_what_does_not_pass_is_not_tried_again(server):
+def test_what_does_not_pass_is_not_tried_again(server, engine):
     for fault in ("truncated", "quota", "html"):
         server.asked.clear()
-        server.fault = only("/search.json", fault)
+        server.fault = only(server.searches, fault)
         live(server).search(FOUNDER, question())
         assert set(server.asked.values()) == {1}
 
 
-def test_hostile_text_is_harmless_text(server, chat):
+def test_hostile_text_is_harmless_text(server, engine, chat):
     server.fault = lambda *_: "evil"
     for call in (IMAGE, FOUNDER):
         for changes in ({}, summarized(server)):
@@ -352,7 +382,7 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind(monkey
 
     with LocalWeb(fault) as server:
         hurry(monkeypatch, read_timeout=0.4, retries=2)
-        monkeypatch.setattr(serpapi, "IN_FLIGHT", 64)
+        monkeypatch.setattr(search_engine, "IN_FLIGHT", 64)
         monkeypatch.setattr(search_live, "READER_IN_FLIGHT", 64)
         search = live(server, search_deadline=4.0, **ONE_EACH)
         calls = [IMAGE if n % 2 else Call("text_search", f"query {n}") for n in range(1000)]
@@ -368,17 +398,17 @@ def test_a_thousand_calls_among_faults_end_typed_and_leave_nothing_behind(monkey
     assert wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
-def test_the_budget_ends_live_calls_cleanly(server, monkeypatch):
+def test_the_budget_ends_live_calls_cleanly(server, engine, monkeypatch):
     search = live(server, search_budget=3)
     kinds = [search.search(Call("text_search", f"q{n}"), question()).error_kind for n in range(5)]
     assert kinds == ["", "", "", "budget", "budget"]
-    assert sum("/search.json" in path for path, *_ in server.log) == 3
+    assert len(server.searched()) == 3
     monkeypatch.setenv("WORLD_SIZE", "2")  # two ranks share it
     search = live(server, search_budget=3)
     assert [search.search(FOUNDER, question()).error_kind for _ in range(3)] == ["", "", "budget"]
 
 
-def test_a_budget_goes_on_where_an_earlier_run_ended(server, tmp_path):
+def test_a_budget_goes_on_where_an_earlier_run_ended(server, engine, tmp_path):
     build(tmp_path / "i.sqlite")
     for n, changes in enumerate(({}, {"search": "record", "search_cache": str(tmp_path / "c.sqlite")})):
         cfg = Config(**settings(server, search_budget=3, **changes))
@@ -406,21 +436,21 @@ def test_limits_hold_for_all_threads_together(server, monkeypatch):
             at_once[0] -= 1
 
     server.fault = count
-    monkeypatch.setattr(serpapi, "IN_FLIGHT", 2)
-    monkeypatch.setattr(serpapi, "PER_SECOND", 20.0)
+    monkeypatch.setattr(search_engine, "IN_FLIGHT", 2)
+    monkeypatch.setattr(search_engine, "PER_SECOND", 20.0)
     search = live(server)
     started = time.monotonic()
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda n: search.search(Call("text_search", f"nothing {n}"), question()), range(10)))
     assert time.monotonic() - started > 9 / 20 and most[0] <= 2
-    monkeypatch.setattr(serpapi, "PER_SECOND", 0.0)
+    monkeypatch.setattr(search_engine, "PER_SECOND", 0.0)
     search = live(server)
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(lambda n: search.search(Call("text_search", f"nothing {n}"), question()), range(10)))
     assert most[0] == 2
 
 
-def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
+def test_keys_appear_nowhere(server, engine, tmp_path, capfd, caplog):
     """Not in errors, even if a provider echoes them, not in the cache, not on the terminal."""
     cfg = Config(**settings(server, search="record", search_cache=str(tmp_path / "c.sqlite"), **summarized(server)))
     search = open_search(cfg)
@@ -428,7 +458,7 @@ def test_keys_appear_nowhere(server, tmp_path, capfd, caplog):
     search.inner.engine.client.key = "wrong-but-secret"  # the server repeats it in its message
     result = search.search(Call("text_search", "another"), question())
     assert result.error_kind == "refused" and "***" in result.error and "wrong-but-secret" not in result.error
-    server.fault = only("/search.json", "odd headers")  # urllib3 would warn, and name the URL
+    server.fault = only(server.searches, "odd headers")  # urllib3 would warn, and name the URL
     assert search.search(Call("text_search", "a third"), question()).status == "error"
     search.cache.close()
     written = b"".join(file.read_bytes() for file in tmp_path.iterdir()) + json.dumps(dataclasses.asdict(cfg)).encode()
@@ -443,7 +473,7 @@ def test_proxies_of_the_environment_are_for_endpoints_of_the_user_alone(server, 
     with proxy(server.url) as (address, asked):
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, address)
-        search = live(server, serpapi_url="http://engine.invalid")
+        search = live(server, search_engine="serpapi=http://engine.invalid")
         assert search.search(IMAGE, question()).status == "ok"
         assert [url.partition("?")[0] for url in asked] == ["http://engine.invalid/search.json"]
         assert search.search(Call("text_search", "nothing"), question()).status == "no_results"
@@ -467,25 +497,47 @@ def refused(function, *args) -> str:
     return str(error.value)
 
 
-def test_keys_are_checked_once_at_start_up(server, monkeypatch, capfd):
+def test_keys_are_checked_once_at_start_up(server, engine, monkeypatch, capfd):
     cfg = Config(**settings(server, **summarized(server)))
     open_search(cfg)
-    assert sorted(p.split("?")[0] for p, *_ in server.log) == ["/account.json", "/read", "/v1/models"]
-    for name, words in zip(KEYS, ("SerpApi", "reader", "summariser"), strict=True):
+    account = {SerpApi: "/account.json", Serper: "/serper/account"}[engine]
+    assert sorted(p.split("?")[0] for p, *_ in server.log) == sorted([account, "/read", "/v1/models"])
+    status = {SerpApi: "401", Serper: "403"}[engine]
+    names = (engine.key, *KEYS[2:])
+    for name, words in zip(names, (f"{engine.__name__} {status}", "reader 401", "summariser 401"), strict=True):
         with monkeypatch.context() as patch:
             patch.setenv(name, "not-the-key")
             message = refused(open_search, cfg)
-            assert words in message and "401" in message and "not-the-key" not in message
+            assert all(word in message for word in words.split()) and "not-the-key" not in message
         with monkeypatch.context() as patch:
             patch.setenv(name, SECRETS[0] + "\n" + SECRETS[1])
             assert name in refused(open_search, cfg)
-    monkeypatch.delenv("SERPAPI_API_KEY")
-    assert "SERPAPI_API_KEY" in refused(open_search, cfg)
-    monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     open_search(dataclasses.replace(cfg, search_budget=6000))
-    assert "5,958 searches left" in capfd.readouterr().err
-    down = dataclasses.replace(cfg, serpapi_url="http://127.0.0.1:9")
+    assert "5,958 searches" in capfd.readouterr().err
+    down = dataclasses.replace(cfg, search_engine=f"{server.engine}=http://127.0.0.1:9")
     assert "connection" in refused(open_search, down).lower()
+
+
+def test_a_key_of_another_search_engine_is_recognised(server, engine, monkeypatch):
+    """In place of the engine's, missing, or under the other's name; no value is shown."""
+    cfg = Config(**settings(server))
+    name, other = next(pair for pair in search_live.ENGINES.items() if pair[1] is not engine)
+    mine, others = "0aF9" * (engine.key_digits // 4), "1bE8" * (other.key_digits // 4)
+    for given, of_other, words in (
+        (None, None, ()),
+        (None, others, (f"there is {other.key}", f"--search_engine {name}")),
+        (None, "unlike-either", (f"there is {other.key}", f"--search_engine {name}")),
+        (None, mine, (f"in {other.key}", f"name it {engine.key}")),
+        (others, None, (f"key of {other.site}", f"name it {other.key}", f"--search_engine {name}")),
+        (others, others, (f"key of {other.site}", f"--search_engine {name}")),
+        (mine, others, ("HTTP 40",)),  # a wrong one of the right form
+    ):
+        for variable, value in ((engine.key, given), (other.key, of_other)):
+            monkeypatch.setenv(variable, value) if value else monkeypatch.delenv(variable, raising=False)
+        message = refused(open_search, cfg)
+        assert all(word in message for word in (*words, engine.key)) and mine not in message and others not in message
+        assert ("form of a key" in message) == any("key of" in word or "name it" in word for word in words)
+        assert ("search_engine" in message) == any("search_engine" in word for word in words)
 
 
 def test_images_without_an_address_are_refused_at_start_up(server):
@@ -502,13 +554,14 @@ def test_images_without_an_address_are_refused_at_start_up(server):
 
 
 def test_searches_are_estimated_before_a_run(monkeypatch):
-    monkeypatch.setattr(SerpApi, "price", 0.02)
+    monkeypatch.setattr(SerpApi, "prices", {"image_search": 0.02, "text_search": 0.01})
     assert search.estimate(100, Config()) == ""
     line = search.estimate(100, Config(search="live"))
     assert "at most 200 searches" in line and "4.00" in line and "no budget" in line
     assert "ends them earlier" in search.estimate(100, Config(search="live", search_budget=199))
     assert "within" in search.estimate(100, Config(search="live", search_budget=200))
     assert "100 searches" in search.estimate(100, Config(search="live", max_turns=2))
+    assert "0.60 at 0.003 each" in search.estimate(100, Config(search="live", search_engine="serper"))
 
 
 def test_pictures_are_written_under_the_names_that_image_search_asks_for(tmp_path, server):
@@ -569,16 +622,18 @@ def episodes(search, folder, cfg):
     return run(questions, ScriptedEngine(chat, script), search, chat, chat.cfg, samples=3)
 
 
-def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_path, folder, cfg, monkeypatch):
+@pytest.mark.parametrize("engine", search_live.ENGINES)
+def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_path, folder, cfg, monkeypatch, engine):
     monkeypatch.setattr(Client, "retries", 0)
     path = tmp_path / "c.sqlite"
     with LocalWeb(lambda path, _: "500" if "founder 7" in path or "-2.jpg" in path else None) as server:
+        server.engine = engine
         search = record(server, path, **TWO)
         first = episodes(search, folder, cfg)
-        asked = sum("/search.json" in p for p, *_ in server.log)
+        asked = len(server.searched())
         assert asked <= 12 + 12 + 2  # one for each image and query, however many samples; errors are tried again
         search.cache.close()
-    again = episodes(replay(path, **TWO), folder, cfg)
+    again = episodes(replay(path, search_engine=engine, **TWO), folder, cfg)
     assert {r.status for e in first for _, r in e.calls} == {"ok", "no_results", "error"}
     for a, b in zip(first, again, strict=True):
         assert (a.tokens, a.sampled, a.calls, a.stop) == (b.tokens, b.sampled, b.calls, b.stop)
@@ -594,7 +649,9 @@ def test_a_miss_in_a_replay_is_an_error_that_says_so(server, tmp_path):
     record(server, path).search(FOUNDER, question())
     search = replay(path)
     assert search.search(FOUNDER, question()).status == "ok"
-    others = [TWO, {"search_language": "fr"}, {"summarizer_url": "http://x/v1"}]
+    engines = [search.request(call, question())["engine"] for call in (IMAGE, FOUNDER)]
+    assert engines == ["google_lens", "google"]  # as in caches from before there was another engine
+    others = [TWO, {"search_language": "fr"}, {"summarizer_url": "http://x/v1"}, {"search_engine": "serper"}]
     for call, changes in ((IMAGE, {}), (Call("text_search", "?"), {}), *((FOUNDER, other) for other in others)):
         result = replay(path, **changes).search(call, question())
         assert (result.status, result.error_kind) == ("error", "not_recorded") and "c.sqlite" in result.error
