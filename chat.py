@@ -214,11 +214,11 @@ class Chat:
         return len(self._encode_segments(self._hit_segments(hit))[0])
 
     def _cut(self, text, excess):
-        """A text without its last `excess` tokens, and, where it has whole sentences then, without the broken one."""
+        """A text without its last `excess` tokens, nor the sentence that this breaks, unless half of it were lost."""
         ids = self.encode(text)
         text = self._decode(ids[: max(0, len(ids) - excess)]).rstrip("\ufffd")  # half a character
         ends = [match.end() for match in re.finditer(SENTENCE_END, text)]
-        return text[: ends[-1]] if ends else text
+        return text[: ends[-1]] if ends and 2 * ends[-1] > len(text) else text
 
     def _result_segments(self, call, result, question, template):
         failed = ""

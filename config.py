@@ -278,8 +278,7 @@ def _check_combinations(c):
     engine, elsewhere, address = c.search_engine.partition("=")
     need(engine in SEARCH_ENGINES, f"search_engine: expected one of {', '.join(SEARCH_ENGINES)}, or NAME=ADDRESS")
     check_url("search_engine", address, required=bool(elsewhere))
-    if "://" in c.image_host:
-        check_url("image_host", c.image_host)
+    check_url("image_host", c.image_host if "://" in c.image_host else "")
 
 
 def check_url(name: str, url: str, required: bool = False) -> None:

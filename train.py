@@ -559,13 +559,10 @@ def main() -> None:
         if run.state["step"]:
             run.save()
         say(f"\nstopped after {run.state['step']} steps; --resume auto continues from there")
-    except NonFinite as error:
-        message = f"error: step {run.state['step']}: {error}. The last checkpoint is as it was."
-        sys.exit(message if dist.get_rank() == 0 else 1)
-    except SearchDown as error:
-        if run.state["step"]:
+    except (NonFinite, SearchDown) as error:  # on all ranks
+        if isinstance(error, SearchDown) and run.state["step"]:
             run.save()
-        message = f"error: step {run.state['step']}: {error}. --resume auto continues from here."
+        message = f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint"
         sys.exit(message if dist.get_rank() == 0 else 1)
     except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
         sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")

@@ -916,6 +916,7 @@ LONG = Hit("A page", "https://e.org/1", SENTENCES * 60)
     ((LONG, Hit("short", text="Bako.")), " short: Bako.\n"),  # what a short one leaves is another's
     ((Hit("塔", text="它在东京都港区。高三百三十三米。" * 60),), ""),
     ((Hit("one sentence", text="word " * 900),), ""),
+    ((Hit("T", text="Dr. Smith built it " + "very well, " * 200),), " T: Dr. Smith built it very well, very well"),
     ((Hit("title " * 400, "https://e.org/" + "x" * 900), Hit("short")), " short\n"),
     (tuple(Hit(f"title {i}", image=picture(5), text="Yes. " * 40) for i in range(9)), " title 8"),
 ])  # fmt: skip
