@@ -24,9 +24,8 @@ from conftest import ROOT, picture, question, replace
 from PIL import Image
 
 import data
-import tools
 from chat import Cache, Chat, Episode, drop_overlong, final_size
-from config import Config, InputError
+from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
 from reward import normalize_answer
@@ -667,8 +666,6 @@ PROMPTS = {
     "after_image_search": "Found:\n{results}Again: {question}",
     "after_text_search": "<information>\n{results}</information> {question} Go on.",
     "search_failed": "The search {outcome}.",
-}
-    f"after_{name}": PROMPTS["after_text_search"] for name in tools.offered(Config()) if f"after_{name}" not in PROMPTS
 }
 
 

@@ -19,7 +19,6 @@ import config
 import engines
 import policy
 import rollout
-import tools
 from analysis.imitation import imitated
 from chat import Chat, Episode
 from config import InputError
@@ -35,10 +34,6 @@ PROMPTS = {
     "after_image_search": "<information>\n{results}</information> {question}",
     "after_text_search": "<information>\n{results}</information> again: {question}",
     "search_failed": "the search {outcome}.",
-}
-    f"after_{name}": PROMPTS["after_text_search"]
-    for name in tools.offered(config.Config())
-    if f"after_{name}" not in PROMPTS
 }
 IMAGE, TEXT, ANSWER = "<search><img></search>", "<text_search> bako river</text_search>", "<answer> bako</answer>"
 
