@@ -360,7 +360,7 @@ def test_hostile_text_is_harmless_text(server, engine, chat):
                 assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
                 text.encode()  # no half characters
             assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
-            roomy = Chat(chat.folder, dataclasses.replace(chat.cfg, max_tokens=10**5))
+            roomy = Chat(chat.folder, dataclasses.replace(chat.cfg, max_tokens=8000))
             asked = Episode(question(), roomy, tokens=[chat.im_end])
             ids, pictures, _ = chat.result_turn(call, result, asked)
             turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
