@@ -95,6 +95,8 @@ class Chat:
         self.frame()
         self._prompts: dict[str, str] = {}
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
+        if cfg.dialect == "json":
+            self._prompt_files["pipeline_image_search"] = ["<tool_call>"]
         for name in agent_prompts(cfg):
             self.template(name)
         told = [tool.tags[0] for tool in tools.TOOLS.values() if re.search(tool.tags[0], self._prompts["question"])]
@@ -149,22 +151,24 @@ class Chat:
             text += "<image>" * run.count(self.vision_start) if is_vision else self._decode(run)
         return text
 
-    def frame(self, system: str | None = None) -> tuple[list, list, list, list, list]:
+    def frame(self, system: str | None = None, declare: bool = True) -> tuple[list, list, list, list, list]:
         """The chat template's own parts as segments (ids of special tokens, texts): before the first user text; from
         there to the model's turn; from the model's turn, its end token included, to the result of a tool, to the
         result of another one called in that turn, and to the model's next turn. A result is a user's turn, or in the
-        dialect json what the template makes of a tool's."""
+        dialect json what the template makes of a tool's. declare: offer the tools (json; the prompt does in tags)."""
         json = self.cfg.dialect == "json"
         names = {"model": "assistant"} | dict.fromkeys(("first", "second"), "tool" if json else "user")
         roles = ("user", "model", "first", "second") if system is None else tuple(MARKS)
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        declared = {"tools": tools.declarations(self.cfg)} if json else {}
+        declared = tools.declarations(self.cfg) if json and declare else None
         with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **declared)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, tools=declared
+            )
             parts = re.split("|".join(MARKS[role] for role in roles[-4:]), text)
-            for name in tools.offered(self.cfg) if json else ():
-                need(name in parts[0], "it declares no tools (dialect=json needs a template that does)")
+            missing = [tool for tool in declared or () if tool["function"]["name"] not in parts[0]]
+            need(not missing, "it declares no tools: dialect=json needs a chat_template.jinja that does")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
         parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
@@ -172,7 +176,7 @@ class Chat:
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
-        head, to_model, *_ = self.frame(question.system)
+        head, to_model, *_ = self.frame(question.system, template is None)
         before, after = (template or self._prompts["question"]).split("{question}")
         texts = split_at_images(question.text, len(question.images))
         place = 0 if "<image>" in question.text else -1  # without placeholders the images go before everything
