@@ -336,7 +336,7 @@ def test_folders_and_prompts_that_do_not_fit_the_dialect(folder, json_chat):
     with pytest.raises(InputError, match="declares no tools"):
         Chat(folder, json_chat.cfg)
     with pytest.raises(InputError, match="question.txt tells of .*<text_search>.* give other --prompts"):
-        Chat(json_chat.folder, replace(json_chat.cfg, prompts="prompts"))
+        Chat(json_chat.folder, replace(json_chat.cfg, prompts="prompts", tool_limits=()))
 
 
 @pytest.mark.parametrize("prompts, dialect", [("prompts", "tags"), ("prompts/tools", "tags"), ("prompts/json", "json")])
