@@ -351,6 +351,7 @@ class Episode:
     images: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     calls: list[tuple[Call, Result]] = field(default_factory=list)
+    call_turns: list[int] = field(default_factory=list)  # of each call, the number of the turn that made it, from 1
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
@@ -406,6 +407,7 @@ class Episode:
         of another call of the same turn follows, in the same user turn."""
         ids, images, cut = self.chat.result_turn(call, result, self, template, more)
         self.calls.append((call, result))
+        self.call_turns.append(len(self.turns))
         self.results_cut += cut
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
@@ -468,9 +470,11 @@ class Episode:
         for sampled, ids in self.pieces():
             text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
             turns.append({"role": "model" if sampled else "context", "text": text})
-        asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
+        asked, made = self.question, zip(self.calls, self.call_turns, strict=True)
+        calls = [{"turn": turn, **_call_record(*pair)} for pair, turn in made]
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
         record |= dict(pictures=[picture_key(image) for image in asked.images])
+        record |= dict(images=[picture_key(image.data) for image in self.images])  # img_1, img_2 ...
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
         record |= dict(stop=self.stop.value if self.stop else None, results_cut=self.results_cut)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))

@@ -11,19 +11,24 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_report import page_data
 
 import chat as chat_module
+import config
 import policy
 import reward
 import tools
+import toy
 from analysis.imitation import imitated
 from analysis.labels import label_of
+from analysis.report import ReportOptions, render
 from chat import Chat, Episode
 from config import InputError
-from data import Call, Hit, Question, Result, Stop, decode_image, picture_key
+from data import Call, Hit, Question, Result, Stop, decode_image, picture_key, write_jsonl, write_questions
 from engines import Reply
 from reward import record, score_episode
 from rollout import rollout_metrics, run
+from search.index import OfflineSearch, SearchDB, build
 from tools import has_answer, parse_calls, run_tool
 from toy.lessons import ScriptedEngine
 
@@ -411,3 +416,31 @@ def test_a_reply_is_kept_as_it_was_sampled(json_chat):
     assert episode.tokens[episode.turns[0].start : episode.turns[0].end] == odd
     assert json_chat.show(episode.tokens).count("<tool_response>") == 2 + 0
     assert sum(episode.sampled) == len(odd)
+
+
+def test_the_report_makes_crops_again_and_knows_their_boxes(tags_chat, device, tmp_path):
+    """Of a picture of the question and of a thumbnail from the index; one whose source is not at hand is left out."""
+    write_questions(tmp_path / "train.parquet", [replace(ASKED, id="train.parquet:0")], {})
+    build(tmp_path / "index", images=[{"image": picture(2, 60, 60), "title": "bako", "url": "https://page.example/1"}])
+    files = dict(train_files=(str(tmp_path / "train.parquet"),), search_index=str(tmp_path / "index"))
+    chat = Chat(
+        tags_chat.folder, replace(tags_chat.cfg, preset="qwen2.5-vl-3b", run_dir=str(tmp_path / "run"), **files)
+    )
+    asked = replace(ASKED, id="train.parquet:0")
+    turns = [
+        TAGGED[0],
+        "<reason>r</reason><search><img_1></search>",
+        "<reason>r</reason><crop>img_3 0 0 500 500</crop>",
+    ]
+    episode = hold(
+        chat, [*turns, TAGGED[-1]], OfflineSearch(SearchDB(tmp_path / "index"), tools.results(chat.cfg)), asked
+    )
+    r = {**record(episode, score_episode(episode, chat.cfg)), "step": 0, "advantage": 0.0, "logp_gap": 0.0}
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    config.save(tmp_path / "run" / "config.json", chat.cfg, toy.Recipe())
+    write_jsonl(tmp_path / "run" / "rollouts" / "step-000000.jsonl", [r])
+    write_jsonl(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "phase": "train"}])
+    page = page_data(render([tmp_path / "run"], ReportOptions()))
+    (shown,) = page["conversations"]
+    assert set(shown["images"]) == page["pictures"].keys() and len(shown["images"]) == 4 and not page["notes"]
+    assert [call["turn"] for call in shown["calls"]] == [1, 2, 3] and shown["calls"][2]["box"] == [0, 0, 500, 500]
