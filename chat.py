@@ -166,8 +166,7 @@ class Chat:
         head, to_model, _ = self.frame(question.system)
         template, images = template or self._prompts["question"], len(question.images)
         places = "" if "<image>" in question.text else "<image>" * images  # the question's own go first
-        template = template.replace("<image>", places)
-        texts = split_at_images(template.replace("{question}", question.text), images)
+        texts = split_at_images(template.replace("<image>", places).replace("{question}", question.text), images)
         segments = [*head, texts[0]]
         sizes = question.sizes or [None] * len(question.images)
         for image, size, text in zip(question.images, sizes, texts[1:], strict=True):
@@ -308,7 +307,8 @@ class Chat:
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
                 need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")
-            need(text.count("<image>") < 2, f"{path}: expected <image> once, or not at all")
+            places = text.count("<image>") if name in FIRST_PROMPTS.values() else 0  # elsewhere it is text
+            need(places < 2, f"{path}: expected <image> once, or not at all")
             self._prompts[name] = text
         return self._prompts[name]
 
