@@ -24,7 +24,7 @@ import tools
 from analysis import compare, labels
 from analysis.__main__ import COMMANDS, main
 from analysis.results import ResultFile, read_results
-from chat import Chat
+from chat import Chat, Episode
 from config import InputError
 from data import Call, Hit, Question, Result, load_questions, picture_key, write_jsonl, write_questions
 from rollout import run
@@ -435,10 +435,12 @@ def test_published_prompts_give_the_ids_of_the_authors_rollout(folder, cfg, tmp_
         ("text_search", AFTER_TEXT, " a title: so\n"),
     ):
         hit = Hit("a title", image=asked.images[0]) if tool == "image_search" else Hit("a title", text="so")
-        ids, _, _ = chat.result_turn(Call(tool, "q"), Result("ok", (hit,)), asked, chat.im_end, 2000)
+        episode = Episode.start(asked, chat)
+        assert episode.add_words("say") and episode.add_result(Call(tool, "q"), Result("ok", (hit,)))
         text = f"Searched results: <information>{shown}</information>\nOriginal user's question: what is it?\n"
-        text = f"\n<|im_start|>user\n{text}{PUBLISHED[after]}<|im_end|>\n<|im_start|>assistant\n"
-        assert chat.collapse(ids) == tokenizer.encode(text, add_special_tokens=False)
+        text = f"say<|im_end|>\n<|im_start|>user\n{text}{PUBLISHED[after]}<|im_end|>\n<|im_start|>assistant\n"
+        ids = chat.collapse(episode.tokens[len(chat.prompt(asked)[0]) :])
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
