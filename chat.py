@@ -177,11 +177,9 @@ class Chat:
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
         head, to_model, *_ = self.frame(question.system, template is None)
-        before, after = (template or self._prompts["question"]).split("{question}")
-        texts = split_at_images(question.text, len(question.images))
-        place = 0 if "<image>" in question.text else -1  # without placeholders the images go before everything
-        texts[place] = before + texts[place]
-        texts[-1] += after
+        template, images = template or self._prompts["question"], len(question.images)
+        places = "" if "<image>" in question.text else "<image>" * images  # the question's own go first
+        texts = split_at_images(template.replace("<image>", places).replace("{question}", question.text), images)
         segments = [*head, texts[0]]
         sizes = question.sizes or [None] * len(question.images)
         for image, size, text in zip(question.images, sizes, texts[1:], strict=True):
@@ -329,6 +327,8 @@ class Chat:
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
                 need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")
+            places = text.count("<image>") if name in FIRST_PROMPTS.values() else 0  # elsewhere it is text
+            need(places < 2, f"{path}: expected <image> once, or not at all")
             self._prompts[name] = text
         return self._prompts[name]
 

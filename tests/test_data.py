@@ -1058,17 +1058,29 @@ def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
     assert shown[2] == clean[2].replace("word", as_shown(nasty))  # survives, in all places, to the letter
 
 
-def test_image_tags_are_placeholders_in_a_question_and_text_everywhere_else(prompted):
+@pytest.mark.parametrize("prompt, text, start", [
+    ("An <img>: {question}", "what?", "<image>An <img>: what?"),
+    ("An <img>: {question}", "<image>?", "An <img>: <image>?"),
+    ("An <img>: <image> {question}", "what?", "An <img>: <image> what?"),  # the prompt says where
+    ("An <img>: <image> {question}", "<image>?", "An <img>:  <image>?"),
+    ("{question} It: <image>!", "{question}?", "{question}? It: <image>!"),
+])  # fmt: skip
+def test_image_tags_are_placeholders_in_a_question_and_its_prompt_and_text_everywhere_else(
+    prompted, prompt, text, start
+):
     chat = prompted
-    chat._prompts["question"] = "An <image> is <img>: {question}"
-    for text, start in (("what?", "<image>An <image> is <img>: what?"), ("<image>?", "An <image> is <img>: <image>?")):
-        asked = Question("q", text, (PNG,), system="<image>")
-        episode = Episode.start(asked, chat)
-        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
-        assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
-        episode.add_reply(reply_of(chat, "x"))
-        assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
-        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
+    chat._prompts["question"] = prompt
+    nothing, _ = chat.prompt(Question("q", text.replace("<image>", ""), ()))
+    assert f"user\n{start.replace('<image>', '')}<|im_end|>" in chat.show(nothing)
+    two, _ = chat.prompt(Question("q", text.replace("<image>", "<image>" * 2), (PNG, PNG)))
+    assert f"user\n{start.replace('<image>', '<image>' * 2)}<|im_end|>" in chat.show(two)
+    asked = Question("q", text, (PNG,), system="<image>")
+    episode = Episode.start(asked, chat)
+    assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
+    assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
+    episode.add_reply(reply_of(chat, "x"))
+    assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
+    assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
 
 
 def test_replies_are_never_read_as_specials(chat):
@@ -1180,6 +1192,8 @@ def test_prompt_folders_without_a_file_or_a_hole(folder, cfg, tmp_path, name, ho
         assert refused(Chat, folder, cfg) == f"{path}: expected {hole} exactly once"
     path.write_bytes(b"\xff{question}{results}{outcome}")
     assert str(path) in refused(Chat, folder, cfg)
+    path.write_text(f"{PROMPTS[name]}<image><image>")
+    assert name != "question" or refused(Chat, folder, cfg) == f"{path}: expected <image> once, or not at all"
     path.unlink()
     assert str(path) in refused(Chat, folder, cfg) and "No such file" in refused(Chat, folder, cfg)
 
