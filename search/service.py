@@ -49,7 +49,7 @@ class RemoteSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
-        shown = call.tool in TOOLS and TOOLS[call.tool].needs == "picture" and call.image is None
+        shown = call.tool in TOOLS and "picture" in TOOLS[call.tool].takes and call.image is None
         picture = picture_of(call, question) if shown else None
         if len(picture or call.image or b"") > MAX_PICTURE:
             return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
