@@ -261,14 +261,14 @@ class RunDir:
             self.checkpoints.mkdir(exist_ok=True)
             self.metrics.touch()
             self.also_log = open_log(self.cfg, self.path, self.first_step)
-            # what came after the checkpoint will happen again
+            # What came after the checkpoint will happen again. Later checkpoints go first: they count on all the rest.
+            late = [folder for folder in self.saved() if _step_of(folder) > self.first_step]
+            for folder in [*map(put_away, late), *self.checkpoints.glob("*.tmp")]:
+                shutil.rmtree(folder, ignore_errors=True)
             os.truncate(self.metrics, self.keep_bytes)
             for file in self.rollouts.iterdir():
                 if file.is_file() and (_step_of(file) >= self.first_step or file.suffix == ".tmp"):
                     file.unlink()
-            late = [folder for folder in self.saved() if _step_of(folder) > self.first_step]
-            for folder in [*map(put_away, late), *self.checkpoints.glob("*.tmp")]:
-                shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
 
     def saved(self) -> list[Path]:
@@ -294,7 +294,7 @@ class RunDir:
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""
         path = self.checkpoints / f"step-{step:06d}"
-        if not path.exists():
+        if not path.is_dir():
             if dist.get_rank() == 0:
                 with open(self.metrics) as file:  # its length in the state must not reach the disk before its lines
                     os.fsync(file.fileno())

@@ -543,7 +543,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_is_resumed(arguments, un
 def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_that_looks_like_one(arguments, copy, monkeypatch, way):
     def killed(path, ignore_errors=False):
         if Path(path).exists():
-            (path / "state.json").unlink()
+            next(path.glob("*.distcp")).unlink()
             raise KeyboardInterrupt
 
     saved, resume = sorted((copy / "checkpoints").iterdir()), [*arguments, f"--run_dir={copy}", "--steps=4"]
@@ -555,11 +555,13 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_that_looks_like_one
             whole.save()
         assert whole.dir.saved() == saved[1:]
         return
+    metrics = (copy / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         started(monkeypatch, *resume, f"--resume={saved[0]}")
     monkeypatch.undo()
     assert checkpoint.RunDir(*parsed([*resume, "--resume=auto"])).resume_from == saved[0]
+    assert (copy / "metrics.jsonl").read_bytes() == metrics  # a later checkpoint, were there one left, counts on it
 
 
 DAMAGE = {
