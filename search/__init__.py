@@ -13,7 +13,7 @@ from search.index import OfflineSearch, SearchDB
 from search.live import WebSearch, engine_of
 from search.service import RemoteSearch
 from search.web import is_web_url
-from tools import allowed_calls, limits, results
+from tools import allowed_calls, offered, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
@@ -42,7 +42,7 @@ def web_part(search) -> WebSearch | None:
 
 def check_questions(questions: list[Question], cfg: Config) -> None:
     """Raise InputError if image search would be live and could not be shown a question's image."""
-    if not cfg.searches_web or cfg.image_host or not limits(cfg)["image_search"]:
+    if not cfg.searches_web or cfg.image_host or "image_search" not in offered(cfg):
         return
     hidden = sum(bool(q.images) and not is_web_url(q.image_url) for q in questions)
     need(

@@ -25,7 +25,7 @@ from local_web import EVIL, JINA, NUMBERS, SERPAPI, SERPER, SUMMARIZER, LocalWeb
 from PIL import Image
 
 import search
-from chat import Chat
+from chat import Chat, Episode
 from config import Config, InputError
 from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
 from rollout import run
@@ -360,9 +360,11 @@ def test_hostile_text_is_harmless_text(server, engine, chat):
                 assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
                 text.encode()  # no half characters
             assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
-            ids, pictures, _ = chat.result_turn(call, result, question(), chat.im_end, 10_000)
+            roomy = Chat(chat.folder, dataclasses.replace(chat.cfg, max_tokens=8000))
+            asked = Episode(question(), roomy, tokens=[chat.im_end])
+            ids, pictures, _ = chat.result_turn(call, result, asked)
             turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
-            bare, _, _ = chat.result_turn(call, turn, question(), chat.im_end, 10_000)
+            bare, _, _ = chat.result_turn(call, turn, asked)
             for special in (chat.im_end, chat.image_pad, chat.vision_start):  # it opened no turn, added no image
                 assert ids.count(special) == bare.count(special)
     assert "<script>" in EVIL
