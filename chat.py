@@ -81,13 +81,18 @@ class Chat:
 
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer", Exception):  # transformers raises about anything
+        with refusing(f"{folder}: cannot read a Qwen2.5-VL tokenizer", Exception):  # transformers raises about anything
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
             self._check_tokenizer()
-        with refusing(f"{folder}: not a Qwen2.5-VL's image processor", Exception):
+        with refusing(f"{folder}: cannot read a Qwen2.5-VL image processor", Exception):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-            self._check_image_processor()
+            low, high = self._check_image_processor()
+        for name in ("min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"):
+            inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
+            need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
+        for thumbnail in (False, True):
+            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
         end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
         self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
@@ -306,24 +311,21 @@ class Chat:
         return final_size(size[1], size[0], factor, low, high)
 
     def _check_image_processor(self):
-        cfg, processor = self.cfg, self.processor
-        low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-        inside = low <= min(cfg.min_pixels, cfg.thumb_min_pixels) and max(cfg.max_pixels, cfg.thumb_max_pixels) <= high
-        need(inside, f"the options' ranges of pixels must lie within its own, {low} to {high}")
+        """Returns the least and the most pixels that it takes."""
+        processor = self.processor
         numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
         need(numbers == [14, 2, 2], f"its sizes are {numbers}, not [14, 2, 2]")
         # one vision token: mean, deviation and the rest are sound if its pixels are numbers
         blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
         need(blank["pixel_values"].isfinite().all(), "it makes pixels that are no numbers")
-        for thumbnail in (False, True):
-            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
+        return int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
 
     # -- prompt files
 
     def template(self, name: str) -> str:
         """The text of a prompt file. Raises InputError if it is missing or lacks a placeholder."""
         if name not in self._prompts:
-            path = Path(self.cfg.prompts) / f"{name}.txt"
+            path = data.prompt_path(self.cfg.prompts) / f"{name}.txt"  # sought as a whole, not file by file
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
                 need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")

@@ -124,7 +124,8 @@ def questions_about(records: list[dict], files) -> dict[str, Question]:
     """The questions of conversations by id, in the order of these files. Left out is what is gone or another question
     by now: ids only name places in files. Raises InputError."""
     wanted = {r["question_id"] for r in records}
-    found = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
+    how = dict(skip_bad_rows=True, progress=False, match="em_unicode")  # answers that any match can compare
+    found = load_questions(files, only=wanted, **how) if wanted else []
     questions = {q.id: q for q in found}
     about = {q.id: (q.text, [picture_key(image) for image in q.images]) for q in found}
     for r in records:

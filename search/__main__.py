@@ -199,7 +199,7 @@ class ImagesOptions(Options):
 
 def images(options):
     out, written = Path(options.out), set()
-    questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
+    questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows, match="em_unicode")  # any answers
     out.mkdir(parents=True, exist_ok=True)
     for question in tqdm(questions, desc="images", disable=None):
         for image in question.images[:1]:

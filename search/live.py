@@ -25,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from config import Config, InputError, need
-from data import Call, Hit, Question, Result, Usage, decode_image, read_prompt
+from data import Call, Hit, Question, Result, Usage, decode_image, prompt_path, read_prompt
 from search.calls import Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
 from search.engine import SearchEngine
@@ -245,7 +245,7 @@ def _as_failure(error):
 
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
-    text = read_prompt("prompts/summarize.txt")
+    text = read_prompt(prompt_path("prompts/summarize.txt"))
     need("{query}" in text and "{page}" in text, "prompts/summarize.txt: expected {query} and {page}")
     return text
 
