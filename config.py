@@ -82,6 +82,8 @@ _QWEN = (
 _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
 PRESETS = {
     "toy": {},
+    "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
+    | dict(tool_limits=("text_search=0", "crop=1")),
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
@@ -321,7 +323,7 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     for name in ("tool_limits", "tool_results"):  # what is given of one tool leaves the others as they are
         if name in given:
             given[name] = [*defaults.get(name, getattr(Config, name)), *given[name]]
-    made = [from_dict(kind, {**(defaults if kind is Config else {}), **given}) for kind in kinds]
+    made = [from_dict(kind, {**defaults, **given}) for kind in kinds]
     return made[0] if len(made) == 1 else tuple(made)
 
 
