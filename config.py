@@ -82,6 +82,8 @@ _QWEN = (
 _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
 PRESETS = {
     "toy": {},
+    "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
+    | dict(tool_limits=("text_search=0", "crop=1")),
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
@@ -93,7 +95,7 @@ class Config(Options):
     """The options of a run. Defaults are the preset `toy`, which is what `torchrun train.py` runs."""
 
     # -- run
-    preset: str = option("toy", "named values, applied before the rest of the command line", tuple(PRESETS))
+    preset: str = option("toy", "values applied before the rest of the command line", tuple(PRESETS), marks="model")
     run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
     steps: int = option(100, "optimisation steps", "at least 0", marks="resume")
@@ -313,13 +315,13 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
         near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
         raise InputError(f"unknown argument {word!r}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
     given = vars(known)
-    defaults = PRESETS.get(given.get("preset"), {})
-    if as_trained:
-        defaults = defaults | _trained_as(given.get("model", ""))
+    trained = _trained_as(given.get("model", "")) if as_trained else {}
+    defaults = PRESETS.get(given.get("preset"), {}) | trained
+    of_world = PRESETS.get(given.get("preset", trained.get("preset")), {})  # an export remembers its toy world
     for name in ("tool_limits", "tool_results"):  # what is given of one tool leaves the others as they are
         if name in given:
             given[name] = [*defaults.get(name, getattr(Config, name)), *given[name]]
-    made = [from_dict(kind, {**(defaults if kind is Config else {}), **given}) for kind in kinds]
+    made = [from_dict(kind, {**(defaults if kind is Config else of_world), **given}) for kind in kinds]
     return made[0] if len(made) == 1 else tuple(made)
 
 

@@ -115,7 +115,7 @@ TOOLS = {
     ),
     "crop": Tool(
         tags=("<crop>", "</crop>"), answer=crop, limit=0, results=1, pictures=1, after=(None, "image_search"),
-        takes=("picture", "box"), key="crop", penalized=False, read=read_crop,
+        takes=("picture", "box"), key="crop", read=read_crop,
         does="Cuts a part out of a picture and returns it enlarged, as the next picture of the conversation.",
     ),
     "visit": Tool(

@@ -104,7 +104,7 @@ def test_the_default_is_the_preset_toy():
     assert parse([]) == Config() == parse(["--preset", "toy"]) and PRESETS["toy"] == {}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "toy"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("toy")])
 def test_presets_construct_with_an_index_and_say_so_without(name):
     cfg = parse([f"--preset={name}", "--search_index=web.sqlite"])
     assert cfg.preset == name and cfg.run_dir == f"runs/{name}"
@@ -417,8 +417,8 @@ def test_limits_and_results_of_tools():
                "search_budget search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir"),
     ("neutral", "run_dir resume accept_changes overwrite threads log concurrency tool_threads toy_dir "
                 "search_url search_budget search_deadline image_host allow_hosts out"),
-    ("model", "prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens dialect max_turns "
-              "tool_limits tool_results max_tokens_per_turn max_result_tokens max_tokens"),
+    ("model", "preset prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens dialect "
+              "max_turns tool_limits tool_results max_tokens_per_turn max_result_tokens max_tokens"),
 ])  # fmt: skip
 def test_marks(mark, names):
     """What a resumed run may change, what an interrupted evaluation may continue with, what an export keeps."""

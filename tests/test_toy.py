@@ -15,10 +15,12 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from conftest import ROOT, SHORT_WORLD
+from conftest import ROOT, SHORT_RUN, SHORT_WORLD
 
 import config
+import eval as evaluation
 import toy
+import train
 from chat import Chat
 from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
@@ -40,6 +42,15 @@ def questions(world):
 
 
 @pytest.fixture(scope="module")
+def crop(tmp_path_factory):
+    """A short world of the preset toy-crop: (its places, options of a run, recipe, things)."""
+    argv = ["--preset=toy-crop", *SHORT_WORLD, "--threads=1", f"--toy_dir={tmp_path_factory.mktemp('toy')}"]
+    cfg, recipe = parse(argv, Config, Recipe)
+    place = toy_build.build(toy.locate(recipe).folder, cfg, recipe)
+    return place, cfg, recipe, toy_world.make_things(random.Random("world 0"), crop=True)
+
+
+@pytest.fixture(scope="module")
 def things():
     return toy_world.make_things(random.Random("world 0"))
 
@@ -57,18 +68,20 @@ def needs_search(question):
 # ------------------------------------------------------------------------------------------------ honesty
 
 
-def test_need_cannot_be_read_off_the_wording(questions):
-    """A bag-of-words classifier (naive Bayes), trained on the training questions, is near chance on validation."""
-    train, val = questions
-    counts = {need: Counter(w for q in train if needs_search(q) == need for w in q.text.split()) for need in (0, 1)}
+def guessed_from_words(train, val, needs):
+    """How often a bag-of-words classifier (naive Bayes), trained on the training questions, is right on validation."""
+    counts = {need: Counter(w for q in train if needs(q) == need for w in q.text.split()) for need in (0, 1)}
     words = set(counts[0]) | set(counts[1])
 
     def score(question, need):
         total = sum(counts[need].values()) + len(words)
         return sum(math.log((counts[need][w] + 1) / total) for w in question.text.split())
 
-    right = sum((score(q, 1) > score(q, 0)) == needs_search(q) for q in val)
-    assert abs(right / len(val) - 0.5) < 0.1
+    return sum((score(q, 1) > score(q, 0)) == needs(q) for q in val) / len(val)
+
+
+def test_need_cannot_be_read_off_the_wording(questions):
+    assert abs(guessed_from_words(*questions, needs_search) - 0.5) < 0.1
 
 
 def test_pictures_give_need_away_only_by_what_they_show(questions):
@@ -170,6 +183,123 @@ def test_text_search_needs_the_name_and_the_fact(world, search, things):
     assert by_name_only < 40
 
 
+# ------------------------------------------------------------------------------------------- the world of crops
+
+
+def among(question):
+    return question.data_source.endswith("others")
+
+
+def test_neither_search_nor_crop_can_be_read_off_the_wording_of_the_world_of_crops(crop):
+    train, val = (load_questions([str(file)]) for file in (crop[0].train, crop[0].val))
+    for part, size in ((train, 400), (val, 60)):
+        assert Counter(q.data_source for q in part) == dict.fromkeys(toy_world.CROP_KINDS, size)
+    for needs in (needs_search, among, lambda q: needs_search(q) and among(q)):
+        some = [q for q in val if needs(q)]
+        balanced = some + [q for q in val if not needs(q)][: len(some)]
+        assert abs(guessed_from_words(train, balanced, needs) - 0.5) < 0.1
+    for others in (False, True):  # pictures of one kind are of one size
+        sizes = [[len(q.images[0]) for q in train if needs_search(q) == need and among(q) == others] for need in (0, 1)]
+        means = [sum(s) / len(s) for s in sizes]
+        assert abs(means[0] - means[1]) < 0.03 * means[0]
+
+
+def test_validation_s_unknown_things_are_in_no_lesson_and_no_training_picture_of_the_world_of_crops(crop, monkeypatch):
+    place, cfg, _, things = crop
+    shown = []
+    monkeypatch.setattr(toy_world, "draw", lambda look, rng: shown.append(look) or b"")
+    monkeypatch.setattr(toy_world, "draw_four", lambda looks, rng: shown.extend(looks) or b"")
+    known, hidden, val = things[: toy_world.KNOWN], things[-260:], things[-60:]
+    for group in (hidden[:200], val):
+        shown.clear()
+        toy_world.make_questions(known + group, 60, random.Random(0), crop=True)
+        assert {t.look for t in known} < set(shown) <= {t.look for t in known + group}
+        of_known = sum(look in {t.look for t in known} for look in shown) / len(shown)
+        assert abs(of_known - 0.5) < 0.1
+    monkeypatch.undo()
+    lessons = toy_lessons.Lessons(things, Chat(place.base, cfg), 0, crop=True)
+    assert not {t.look for t in hidden} & {*lessons.looks, *lessons.pool}
+    assert not set(hidden) & {*lessons.familiar, *lessons.unknown, *lessons.similar}
+    pairs = [Counter(t.look[:2] for t in group) for group in (known, hidden[:200], val)]
+    assert pairs[0].keys() == pairs[1].keys() == pairs[2].keys() and max(pairs[0].values()) == 1
+    assert all(max(p.values()) - min(p.values()) <= 1 for p in pairs)
+    assert all(toy_world.alike(t.look, k.look) < 3 for t in hidden for k in known)
+
+
+def test_only_the_right_part_of_a_picture_finds_the_thing(crop):
+    """Scripted conversations about things among others: search at once, or crop a quarter and search that."""
+    place, cfg, recipe, things = crop
+    chat, rng = Chat(place.base, cfg), random.Random(1)
+    policy = toy_lessons.SloppyPolicy(chat, recipe)
+    pool = toy_world.equally(things[: toy_world.KNOWN], things[-60:])
+    asked = [policy.question(thing, "name", rng, pool) for thing in rng.sample(things[-60:], 40)]
+    right = [policy.cells[chat.picture(q.images[0]).key] for q in asked]
+
+    def titles(first_turns):
+        def script(prompt, images, sampling):
+            done = prompt.count("<information>")
+            turns = [*first_turns[images[0].key], "<answer> unknown</answer>"]
+            return f"<reason> unknown.</reason>{turns[done]}"
+
+        episodes = run(
+            asked, ScriptedEngine(chat, script), OfflineSearch(SearchDB(place.index), results(cfg)), chat, cfg
+        )
+        assert all(score_episode(e, cfg).format_ok and e.stop == Stop.ANSWERED for e in episodes)
+        return [[hit.title for hit in e.calls[-1][1].hits] for e in episodes]
+
+    def found(how):
+        turns = {chat.picture(q.images[0]).key: how(cell) for q, cell in zip(asked, right, strict=True)}
+        names = [policy.asked[key][0].name for key in turns]
+        return sum(name in hits for name, hits in zip(names, titles(turns), strict=True)) / len(asked)
+
+    def crop_and_search(cell):
+        return [f"<crop> {cell}</crop>", "<search><img_2></search>"]
+
+    cells = toy_world.CELLS
+    assert found(lambda cell: ["<search><img></search>"]) <= 0.05
+    assert found(crop_and_search) >= 0.95
+    assert found(lambda cell: [f"<crop> {cell}</crop>", "<search><img></search>"]) <= 0.05
+    for turn in (1, 2, 3):
+        assert found(lambda cell: crop_and_search(cells[(cells.index(cell) + turn) % 4])) <= 0.05  # noqa: B023
+
+
+def test_the_scripted_policy_crops_and_searches_without_regard_to_need(crop):
+    place, cfg, recipe, things = crop
+    chat, rng = Chat(place.base, cfg), random.Random(0)
+    policy, pool = toy_lessons.SloppyPolicy(chat, recipe), [t.look for t in things[:200]]
+    asked = [policy.question(things[i % 48], "name", rng, pool if i < 400 else ()) for i in range(800)]
+    episodes = run(asked, ScriptedEngine(chat, policy), OfflineSearch(SearchDB(place.index), results(cfg)), chat, cfg)
+    called, boxes = defaultdict(list), []
+    for episode in episodes:
+        key = episode.images[0].key
+        called[policy.asked[key][0].known, key in policy.cells].append(" ".join(c.tool for c, _ in episode.calls))
+        assert episode.stop == Stop.ANSWERED and score_episode(episode, cfg).format_ok
+        boxes += [" ".join(f"{edge:.0f}" for edge in c.box) == policy.cells.get(key) for c, _ in episode.calls if c.box]
+    assert set(called[True, True]) == {"", "image_search", "crop image_search", "crop"}
+    for plan in set(called[True, True]):
+        shares = [plans.count(plan) / len(plans) for plans in called.values()]
+        assert len(shares) == 4 and max(shares) - min(shares) < 0.15
+    assert 0.4 < sum(boxes) / len(boxes) < 0.5  # mostly right where there is a right one, in half of the conversations
+
+
+def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp_path, monkeypatch, capsys):
+    place, cfg, recipe, _ = crop
+    here = [*SHORT_WORLD, f"--toy_dir={recipe.toy_dir}", "--threads=1"]
+    run_dir = tmp_path / "run"
+    argv = ["--preset=toy-crop", *here, *SHORT_RUN, "--max_turns=3", "--steps=2", f"--run_dir={run_dir}"]
+    train.Run(*parse(argv, Config, Recipe)).loop()
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
+    exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)
+    assert toy.locate(again) == place and exported.max_pixels == cfg.max_pixels
+    assert toy.answers_searches(exported) and exported.tool_limits == cfg.tool_limits
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"--model={run_dir / 'final'}", *here, "--val_limit=4"])
+    config.run_main(evaluation.main)
+    assert all(kind in capsys.readouterr().out for kind in toy_world.CROP_KINDS[:1])
+    other, first_world = parse([f"--model={run_dir / 'final'}", "--preset=toy", *here], Config, Recipe, as_trained=True)
+    assert other.preset == "toy" and not first_world.toy_crop  # the command line overrides it
+
+
 # ------------------------------------------------------------------------------------------------- the recipe
 
 
@@ -196,8 +326,9 @@ def test_options_stand_beside_those_of_a_run():
 
 def test_every_option_but_the_folder_makes_another_world():
     changed = dict(
-        toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False
-    )
+        toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False,
+        toy_crop=True,
+    )  # fmt: skip
     assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
     names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
     assert len(names - {toy.locate(Recipe()).folder.name}) == len(changed)

@@ -5,7 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
-from config import Config, InputError, lock
+from config import PRESETS, Config, InputError, from_dict, lock
 from policy import init_distributed
 from toy import Recipe, Toy
 from toy.lessons import make_base, warm_up
@@ -17,9 +17,10 @@ def build(folder: str | Path, cfg: Config, recipe: Recipe) -> Toy:
 
     Of cfg only threads and device are taken: a world depends on its recipe alone, not on the options of a run.
     """
-    toy, cfg = Toy(Path(folder)), Config(threads=cfg.threads, device=cfg.device)
+    options = PRESETS[recipe.preset] | dict(threads=cfg.threads, device=cfg.device)
+    toy, cfg = Toy(Path(folder)), from_dict(Config, options)
     device = init_distributed(cfg)
-    things = make_things(random.Random(f"world {recipe.toy_seed}"), recipe.toy_named)
+    things = make_things(random.Random(f"world {recipe.toy_seed}"), recipe.toy_named, recipe.toy_crop)
     stages = {
         toy.folder / "world": lambda path: write_world(path, things, recipe),
         toy.base: lambda path: make_base(path, things, recipe, cfg, device),

@@ -26,24 +26,46 @@ from rollout import run
 from search.index import OfflineSearch, SearchDB
 from toy import Recipe, Toy
 from toy.model import save_random_model
-from toy.world import FACTS, KNOWN, LOOKS, SEEING, SYLLABLES, TAUGHT, WORDINGS, Thing, alike, draw
+from toy.world import (
+    CELLS,
+    CROP_WORDINGS,
+    FACTS,
+    KNOWN,
+    LOOKING,
+    LOOKS,
+    SEEING,
+    SYLLABLES,
+    TAUGHT,
+    WORDINGS,
+    Look,
+    Thing,
+    alike,
+    apart,
+    draw,
+    draw_four,
+    equally,
+)  # fmt: skip
 
 PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
 SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
 SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
+CROP_PLANS = ((), ("image_search",), ("crop", "image_search"), ("crop",))  # with toy_crop
+CROP_SHARES = (0.3, 0.22, 0.38, 0.1)
+WRONG_CELL = 0.1  # how often the scripted policy crops just anywhere
 
 
 class Lessons:
     """Makes the short exchanges that the base model is trained on."""
 
-    def __init__(self, things: list[Thing], chat: Chat, seed: int | str):
+    def __init__(self, things: list[Thing], chat: Chat, seed: int | str, crop: bool = False):
         self.rng = random.Random(f"lessons {seed}")
-        self.chat = chat
+        self.chat, self.crop = chat, crop
         self.familiar = [t for t in things if t.named]
         self.unknown = [t for t in things[: KNOWN + TAUGHT] if not t.named]
         self.similar = [t for t in self.unknown if max(alike(t.look, f.look) for f in self.familiar) == 3]
         hidden = {t.look for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
         self.looks = [look for look in LOOKS if look not in hidden]
+        self.pool = equally(self.familiar, self.unknown)
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
         episode = Episode.start(Question("lesson", text, images), self.chat, template="{question}")
@@ -54,7 +76,20 @@ class Lessons:
     def seeing(self, n: int) -> list[Episode]:
         """Describe n random pictures: pattern, colour, shape and ground."""
         looks = self.rng.choices(self.looks, k=n)
-        return [self.lesson(SEEING, "{3} {1} {0} {2}".format(*look), draw(look, self.rng)) for look in looks]
+        return [self.lesson(SEEING, description(look), draw(look, self.rng)) for look in looks]
+
+    def looking(self, n: int) -> list[Episode]:
+        """n pictures of four things each: describe all, or one of them, or say where one is."""
+        lessons = []
+        for i in range(n):
+            look = self.rng.choice(self.looks)
+            looks = apart(look, self.looks, self.rng)
+            image = draw_four(looks, self.rng)
+            cell = CELLS[looks.index(look)]
+            text = (*LOOKING, SEEING)[i % 3].format(*look)
+            reply = (description(look), cell, " ".join(map(description, looks)))[i % 3]
+            lessons.append(self.lesson(text, reply, image))
+        return lessons
 
     def copying(self, n: int) -> list[Episode]:
         """Repeat words; read out what the first of up to three lines says, as it does in results of a search."""
@@ -72,14 +107,26 @@ class Lessons:
 
     def knowing(self, n: int) -> list[Episode]:
         """What is known of n things: name and a fact of the known ones (two of five), `unknown` for the others, half of
-        which differ from a known one in a single respect. The pictures are new."""
+        which differ from a known one in a single respect. The pictures are new. With toy_crop: names alone, of a thing
+        that is alone and of one among others."""
         lessons = []
         for group, count in ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10)):
             for thing in self.rng.choices(group, k=count):
+                if self.crop:
+                    looks = apart(thing.look, self.pool, self.rng)
+                    for image in (draw(thing.look, self.rng), draw_four(looks, self.rng)):
+                        text = self.rng.choice(CROP_WORDINGS["name"]).format(*thing.look)
+                        lessons.append(self.lesson(text, thing.belief("name"), image))
+                    continue
                 image = draw(thing.look, self.rng)
                 for what in ("name", self.rng.choice(FACTS)):
                     lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), thing.belief(what), image))
         return lessons
+
+
+def description(look: Look) -> str:
+    """Pattern, colour, shape and ground."""
+    return "{3} {1} {0} {2}".format(*look)
 
 
 class Muon(torch.optim.AdamW):
@@ -170,13 +217,14 @@ class _Packed(IterableDataset):
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
-    save_random_model(path, recipe.toy_seed)
+    save_random_model(path, recipe.toy_seed, recipe.toy_crop)
     student = Student(path, cfg, device)
-    first = Lessons(things, student.chat, recipe.toy_seed)
-    second = Lessons(things, student.chat, f"known {recipe.toy_seed}")
+    first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
+    second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
+    more, few = (48, 12) if recipe.toy_crop else (0, 0)
     # iter(make, None) calls make() without end
-    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24), None)
-    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12), None)
+    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24) + first.looking(more), None)
+    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12) + second.looking(few), None)
     student.imitate("base model: seeing, copying", seeing_and_copying, recipe.toy_pretrain_steps, 4e-3, 6e-3)
     student.imitate("base model: known things", known_things, recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
@@ -212,18 +260,28 @@ class SloppyPolicy:
 
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat = chat
-        self.shares = SHARES_NAMED if recipe.toy_named else SHARES
+        self.plans, self.shares = PLANS, SHARES_NAMED if recipe.toy_named else SHARES
+        self.wordings = WORDINGS
+        if recipe.toy_crop:
+            self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, CROP_WORDINGS
         self.thought = "{}" if recipe.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
+        self.cells: dict[str, str] = {}  # the picture's key -> where the thing is, among others
 
-    def question(self, thing: Thing, what: str, rng: random.Random) -> Question:
-        image = draw(thing.look, rng)
-        self.asked[self.chat.picture(image).key] = (thing, what)
-        return Question(id=f"warm-up {len(self.asked)}", text=rng.choice(WORDINGS[what]), images=(image,))
+    def question(self, thing: Thing, what: str, rng: random.Random, pool: Sequence[Look] = ()) -> Question:
+        """pool: the thing is shown among three others of these."""
+        looks = apart(thing.look, pool, rng) if pool else []
+        image = draw_four(looks, rng) if pool else draw(thing.look, rng)
+        key = self.chat.picture(image).key
+        self.asked[key] = (thing, what)
+        if pool:
+            self.cells[key] = CELLS[looks.index(thing.look)]
+        text = rng.choice(self.wordings[what]).format(*thing.look)
+        return Question(id=f"warm-up {len(self.asked)}", text=text, images=(image,))
 
     def plan(self, thing: Thing, what: str, rng: random.Random) -> tuple[str, ...]:
-        """The searches to make before answering."""
-        return rng.choices(PLANS, self.shares)[0]
+        """The tools to call before answering."""
+        return rng.choices(self.plans, self.shares)[0]
 
     def __call__(self, prompt: str, images: Sequence[Picture], sampling: Sampling) -> str:
         thing, what = self.asked[images[0].key]
@@ -232,7 +290,7 @@ class SloppyPolicy:
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.DOTALL)
         name, belief = thing.belief("name"), thing.belief(what)
         thought = belief
-        for tool, result in zip(plan, results, strict=False):  # the searches made so far
+        for tool, result in zip(plan, results, strict=False):  # the calls made so far
             if tool == "image_search":
                 thought = name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
@@ -241,28 +299,40 @@ class SloppyPolicy:
                 thought = belief = value[1] if value else "unknown"
         action = f"<answer> {belief}</answer>"
         if len(results) < len(plan):
-            query = f" {name} {rng.choice(FACTS) if what == 'name' else what}"
-            action = query.join(tools.TOOLS[plan[len(results)]].tags)  # a tool of a single tag takes no query
+            action = {
+                "image_search": "<search><img_2></search>" if "crop" in plan else "<search><img></search>",
+                "text_search": f"<text_search> {name} {rng.choice(FACTS) if what == 'name' else what}</text_search>",
+                "crop": f"<crop> {self._cell(images[0], rng)}</crop>",
+            }[plan[len(results)]]
         return f"<reason> {self.thought.format(thought)}.</reason>{action}"
+
+    def _cell(self, image, rng):
+        anywhere = image.key not in self.cells or rng.random() < WRONG_CELL
+        return rng.choice(CELLS) if anywhere else self.cells[image.key]
 
 
 def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """Supervised steps on conversations of the sloppy policy in the ordinary rollout, with replay of the lessons."""
     student = Student(toy.base, cfg, device)
     chat, seed = student.chat, f"warm-up {recipe.toy_seed}"
-    lessons, policy, rng = Lessons(things, chat, seed), SloppyPolicy(chat, recipe), random.Random(seed)
+    lessons, policy = Lessons(things, chat, seed, recipe.toy_crop), SloppyPolicy(chat, recipe)
+    rng = random.Random(seed)
 
     def ask(i):
         group = lessons.unknown if i % 8 < 4 else lessons.similar
         thing = rng.choice(lessons.familiar if i % 2 else group)
+        if recipe.toy_crop:
+            return policy.question(thing, "name", rng, lessons.pool if i % 4 < 2 else ())
         return policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng)
+
+    few = 6 if recipe.toy_crop else 0
 
     def batches():  # the index is opened here: a connection of SQLite must not be taken through a fork
         engine = ScriptedEngine(chat, policy)
         search = OfflineSearch(SearchDB(toy.index), tools.results(cfg))
         while True:
             episodes = run([ask(i) for i in range(32)], engine, search, chat, cfg, ordered=True)
-            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10)
+            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10) + lessons.looking(few)
 
     student.imitate("warm-up: a sloppy policy", batches(), recipe.toy_warmup_steps, 3e-3)
     export_hf(path, student.model, chat)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from toy.world import COLORS, FACTS, PATTERNS, SEEING, SHAPES, SYLLABLES, WORDINGS
+from toy.world import COLORS, CROP_WORDINGS, FACTS, LOOKING, PATTERNS, SEEING, SHAPES, SYLLABLES, WORDINGS
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -18,12 +18,13 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 TAGS = ("reason", "answer", "search", "text_search", "information")
+CROP_TAGS = ("<crop>", "</crop>", "<img_2>", " 0", " 500", " 1000")
 OTHER_WORDS = "user assistant system unknown say find think or answer the search failed found nothing"
 
 
-def save_tokenizer(path: Path) -> None:
+def save_tokenizer(path: Path, crop: bool = False) -> None:
     """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
-    else falls to pieces, but nothing is unknown."""
+    else falls to pieces, but nothing is unknown. crop: with the words, tags and numbers of the world of crops."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -35,6 +36,8 @@ def save_tokenizer(path: Path) -> None:
     trained.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trained.decoder = decoders.ByteLevel()
     sentences = " ".join([SEEING, *chain.from_iterable(WORDINGS.values())])
+    if crop:
+        sentences = " ".join(["crop", sentences, *LOOKING, *CROP_WORDINGS["name"]]).format("", "")
     words = {*SHAPES, *COLORS, *PATTERNS, *FACTS, *sentences.replace("?", "").split()}
     words = [*sorted(words), *OTHER_WORDS.split()]
     corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name
@@ -46,18 +49,19 @@ def save_tokenizer(path: Path) -> None:
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<img>"]
+    tags += CROP_TAGS if crop else ()
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(path)
 
 
-def save_random_model(path: Path, seed: int) -> None:
+def save_random_model(path: Path, seed: int, crop: bool = False) -> None:
     """Tokenizer, image processor and a random Qwen2.5-VL of about 1.2 million parameters."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    save_tokenizer(path)
+    save_tokenizer(path, crop)
     tokenizer = Qwen2Tokenizer.from_pretrained(path)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])

@@ -1,6 +1,7 @@
 """The toy world's things, their pictures, the questions about them, and the index that a search looks them up in."""
 
 import io
+import itertools
 import random
 from dataclasses import dataclass
 from itertools import product
@@ -32,7 +33,11 @@ WORDINGS = {
     "river": ("on which river is it?", "what is its river?"),
 }
 SEEING = "what do you see?"
+LOOKING = ("what does the {1} {0} look like?", "where is the {1} {0}?")  # with toy_crop
 KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact")  # the last only with toy_named
+CROP_KINDS = ("known alone", "known among others", "unknown alone", "unknown among others")  # with toy_crop
+CROP_WORDINGS = {"name": ("what is the {1} {0} called?", "what is the name of the {1} {0}?")}  # {1} {0}: colour, shape
+CELLS = ("0 0 500 500", "500 0 1000 500", "0 500 500 1000", "500 500 1000 1000")  # of a picture of four, as crop boxes
 
 
 @dataclass(frozen=True)
@@ -49,22 +54,34 @@ class Thing:
         """What the base model is taught to answer."""
         return getattr(self, what) if self.known or (self.named and what == "name") else "unknown"
 
-    @property
-    def kinds(self) -> tuple[str, str]:
+    def kinds(self, crop: bool) -> tuple[str, str]:
         """The kinds of question that are asked about it."""
+        if crop:
+            return CROP_KINDS[:2] if self.known else CROP_KINDS[2:]
         if self.named:
             return "known name", "known fact" if self.known else "named fact"
         return "unknown name", "unknown fact"
 
 
-def make_things(rng: random.Random, named: int = 0) -> list[Thing]:
+def make_things(rng: random.Random, named: int = 0, crop: bool = False) -> list[Thing]:
     """All things: first the known, then those `named` of which only the name is, then the unknown: of the lessons, of
     training, of validation. What training and validation ask about as unknown differs from every known thing in at
-    least two respects, so that no eye should take it for one. No word is used twice."""
+    least two respects, so that no eye should take it for one. No word is used twice.
+
+    crop: questions tell colour and shape. So no two known things share both, and the unknown ones that are asked about
+    have the known ones' in equal numbers."""
     looks = list(LOOKS)
     rng.shuffle(looks)
+    if crop:
+        first = {look[:2]: look for look in reversed(looks)}  # of each shape and colour
+        looks.sort(key=lambda look: look != first[look[:2]])
     familiar, others = looks[: KNOWN + named], looks[KNOWN + named :]
-    asked = [look for look in others if max(alike(look, other) for other in familiar) < 3][: TRAIN + VAL]
+    asked = [look for look in others if max(alike(look, other) for other in familiar) < 3]
+    if crop:
+        turns = {look[:2]: itertools.count() for look in familiar}
+        asked = [(next(turns[look[:2]]), look) for look in asked if look[:2] in turns]
+        asked = [look for _, look in sorted(asked, key=lambda pair: pair[0])]  # a round of all pairs, and so on
+    asked = asked[: TRAIN + VAL]
     taught = [look for look in others if look not in asked][: TAUGHT - named]
     looks = [*familiar, *taught, *asked]
     words = rng.sample([a + b for a, b in product(SYLLABLES, SYLLABLES)], 4 * len(looks))  # just enough
@@ -76,8 +93,34 @@ def alike(look: Look, other: Look) -> int:
     return sum(a == b for a, b in zip(look, other, strict=True))
 
 
+def apart(look: Look, pool: list[Look], rng: random.Random) -> list[Look]:
+    """The look and three others, in random order; no two have both colour and shape in common."""
+    found = {look[:2]: look}
+    while len(found) < len(CELLS):
+        other = rng.choice(pool)
+        found.setdefault(other[:2], other)
+    return rng.sample([*found.values()], len(found))
+
+
+def equally(known: list[Thing], unknown: list[Thing]) -> list[Look]:
+    """Looks to choose from, so that known and unknown things are about equally likely."""
+    return [t.look for t in [*known * (len(unknown) // len(known)), *unknown]]
+
+
 def draw(look: Look, rng: random.Random, size: int = 56, noise: float = 10.0) -> bytes:
     """A picture, size x size pixels, as JPEG bytes; position, scale, light and noise differ each time."""
+    return _jpeg(_paint(look, rng, size, noise))
+
+
+def draw_four(looks: list[Look], rng: random.Random) -> bytes:
+    """A picture of four things, in the order of CELLS; each quarter is drawn like a picture of its own."""
+    image = Image.new("RGB", (112, 112))
+    for cell, look in enumerate(looks):
+        image.paste(_paint(look, rng), (cell % 2 * 56, cell // 2 * 56))
+    return _jpeg(image)
+
+
+def _paint(look, rng, size=56, noise=10.0):
     shape, color, ground, pattern = look
     scale, light = 2, rng.uniform(0.9, 1.1)
     image = Image.new("RGB", (size * scale,) * 2, COLORS[ground])
@@ -90,7 +133,10 @@ def draw(look: Look, rng: random.Random, size: int = 56, noise: float = 10.0) ->
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     pixels = pixels * light + torch.randn(len(pixels), generator=generator) * noise
-    image = Image.frombytes("RGB", (size, size), pixels.clamp(0, 255).byte().numpy().tobytes())
+    return Image.frombytes("RGB", (size, size), pixels.clamp(0, 255).byte().numpy().tobytes())
+
+
+def _jpeg(image):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=95)
     return file.getvalue()
@@ -138,20 +184,24 @@ def write_world(path: Path, things: list[Thing], recipe: Recipe) -> None:
     documents = ({"title": f"{t.name} {fact}", "text": getattr(t, fact)} for t in things for fact in FACTS)
     build(path / "search.sqlite", documents, gallery)
     familiar, train, val = [t for t in things if t.named], things[-VAL - TRAIN : -VAL], things[-VAL:]
-    write_questions(path / "train.parquet", make_questions(familiar + train, TRAIN_QUESTIONS, rng), {})
-    write_questions(path / "val.parquet", make_questions(familiar + val, VAL_QUESTIONS, rng), {})
+    for name, group, count in (("train", train, TRAIN_QUESTIONS), ("val", val, VAL_QUESTIONS)):
+        questions = make_questions(familiar + group, count, rng, recipe.toy_crop)
+        write_questions(path / f"{name}.parquet", questions, {})
 
 
-def make_questions(things: list[Thing], per_kind: int, rng: random.Random) -> list[Question]:
+def make_questions(things: list[Thing], per_kind: int, rng: random.Random, crop: bool = False) -> list[Question]:
     """`per_kind` questions of each kind, evenly about the things, in random order; no picture is used twice."""
-    questions = []
-    for kind in KINDS:
-        of_kind = [t for t in things if kind in t.kinds]
+    questions, wordings = [], CROP_WORDINGS if crop else WORDINGS
+    pool = equally([t for t in things if t.known], [t for t in things if not t.known])
+    for kind in CROP_KINDS if crop else KINDS:
+        of_kind = [t for t in things if kind in t.kinds(crop)]
         for i in range(per_kind if of_kind else 0):
             thing = of_kind[i % len(of_kind)]
-            what = "name" if kind.endswith("name") else rng.choice(FACTS)
+            what = rng.choice(FACTS) if kind.endswith("fact") else "name"
             id = f"{thing.name}-{what}"
-            text, image = rng.choice(WORDINGS[what]), draw(thing.look, rng)
+            text = rng.choice(wordings[what]).format(*thing.look)
+            among = kind.endswith("others")
+            image = draw_four(apart(thing.look, pool, rng), rng) if among else draw(thing.look, rng)
             questions.append(Question(id, text, (image,), (getattr(thing, what),), kind, data_id=id))
     rng.shuffle(questions)
     return questions
