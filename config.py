@@ -84,6 +84,7 @@ PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
     | dict(tool_limits=("text_search=0", "crop=1")),
+    "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320),
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),

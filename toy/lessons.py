@@ -2,6 +2,7 @@
 warm-up) conversations of a scripted policy that searches without regard to need."""
 
 import itertools
+import json
 import random
 import re
 from collections import defaultdict
@@ -217,7 +218,7 @@ class _Packed(IterableDataset):
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
-    save_random_model(path, recipe.toy_seed, recipe.toy_crop)
+    save_random_model(path, recipe.toy_seed, recipe.toy_crop, recipe.toy_json)
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
@@ -299,12 +300,16 @@ class SloppyPolicy:
                 thought = belief = value[1] if value else "unknown"
         action = f"<answer> {belief}</answer>"
         if len(results) < len(plan):
-            action = {
-                "image_search": "<search><img_2></search>" if "crop" in plan else "<search><img></search>",
-                "text_search": f"<text_search> {name} {rng.choice(FACTS) if what == 'name' else what}</text_search>",
-                "crop": f"<crop> {self._cell(images[0], rng)}</crop>",
-            }[plan[len(results)]]
+            action = self._call(plan[len(results)], f" {name} {rng.choice(FACTS) if what == 'name' else what}")
+            if "crop" in plan:
+                action = f"<crop> {self._cell(images[0], rng)}</crop>" if not results else "<search><img_2></search>"
         return f"<reason> {self.thought.format(thought)}.</reason>{action}"
+
+    def _call(self, tool, query):
+        if self.chat.cfg.dialect == "json":
+            call = {"name": tool, "arguments": {"query": query} if tool == "text_search" else {}}
+            return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+        return f"<text_search>{query}</text_search>" if tool == "text_search" else "<search><img></search>"
 
     def _cell(self, image, rng):
         anywhere = image.key not in self.cells or rng.random() < WRONG_CELL
