@@ -35,8 +35,7 @@ OTHER_WORDS = "user assistant system unknown say find think or answer the search
 
 def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> None:
     """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
-    else falls to pieces, but nothing is unknown. crop: with the words, tags and numbers of the world of crops; json_calls: with
-    the pieces of calls in JSON."""
+    else falls to pieces, but nothing is unknown. crop, json_calls: with the tags, words and numbers of these worlds."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
