@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config, InputError, Options, need, option, parse, run_main
+from config import Config, InputError, Options, as_dict, need, option, parse, run_main
 from data import Call, Question, decode_image, first_line, load_questions
 from search import open_search
 from search.cache import CACHE_ID, SearchCache, export, snapshot_rows
@@ -67,7 +67,9 @@ def _kind(path):
 def _index_line(path):
     with closing(SearchDB(path)) as db:
         count = db.stats()
-    return f"{path}: {count['docs']:,} documents, {count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
+        vectors = f" with vectors of {db.text_embedding}" if count["vectors"] else ""
+    size = f"{count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
+    return f"{path}: {count['docs']:,} documents{vectors}, {size}"
 
 
 def verify(options):
@@ -134,12 +136,14 @@ class IndexOptions(Options):
     out: str = option("", "the index; an older one is replaced")
     skip_bad_rows: bool = option(False, "leave bad rows out and count them")
     image_embedding: str = option("", "vision encoder of transformers, by name or folder (none: of the pixels)")
+    text_embedding: str = option("", "sentence encoder of transformers, by name or folder (none: words alone)")
 
 
 def index(options):
     need(options.docs or options.images, "give --docs, --images or both")
-    how = {"skip_bad_rows": options.skip_bad_rows, "image_embedding": options.image_embedding}
-    if bad := build(options.out, options.docs or (), options.images or (), **how):
+    how = as_dict(options)
+    out, docs, images = (how.pop(name) for name in ("out", "docs", "images"))
+    if bad := build(out, docs or (), images or (), **how):
         print(f"left out {bad:,} bad rows")
     print(_index_line(options.out))
 
