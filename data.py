@@ -68,6 +68,7 @@ class Call:
     query: str = ""
     picture: str = ""  # a picture of the conversation, as img_2; "": the question's first
     box: tuple[float, ...] | None = None  # a part of it: left, top, right, bottom in thousandths of width and height
+    url: str = ""  # a page
     image: bytes | None = field(default=None, repr=False, compare=False)  # that picture, encoded, where it is named
 
 

@@ -33,7 +33,7 @@ class Tool:
     results: int  # results of a call shown to the model, at most, unless --tool_results says otherwise
     pictures: int  # pictures that each result may add to the conversation
     after: tuple[str | None, ...]  # tools it may follow in a well-formed conversation; None: it may come first
-    needs: str  # the field of `Call` without which it cannot be answered: "picture" or "query"
+    needs: str  # the field of `Call` without which it cannot be answered: "picture", "query" or "url"
     key: str  # names it in the keys of recorded results
     penalized: bool = True  # a right answer that called it pays the search penalty
     read: Callable[[str], dict] = lambda content: {"query": content.strip()}  # what is between the tags -> Call fields
@@ -79,7 +79,7 @@ def parse_call(text: str) -> Call | None:
     """The call that a turn of the model ends in; None if its last complete action is an answer, or if there is none.
 
     >>> parse_call("<reason>Whose flag?</reason> <text_search> flag of Nauru </text_search>")
-    Call(tool='text_search', query='flag of Nauru', picture='', box=None)
+    Call(tool='text_search', query='flag of Nauru', picture='', box=None, url='')
     """
     name, content = next(reversed(find_actions(text)), (ANSWER, ""))
     return None if name == ANSWER else Call(name, **TOOLS[name].read(content))
@@ -142,6 +142,8 @@ def problem_with(call: Call, question: Question) -> str:
         return "the question has no image"
     if TOOLS[call.tool].needs == "query" and not call.query.strip():
         return "the query is empty"
+    if TOOLS[call.tool].needs == "url" and not call.url.strip():
+        return "the address of the page is missing"
     return ""
 
 

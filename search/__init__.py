@@ -13,7 +13,7 @@ from search.index import OfflineSearch, SearchDB
 from search.live import WebSearch, engine_of
 from search.service import RemoteSearch
 from search.web import is_web_url
-from tools import allowed_calls, limits, results
+from tools import limits, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
@@ -57,9 +57,11 @@ def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
     if not cfg.searches_web:
         return ""
-    most, budget = conversations * allowed_calls(cfg), cfg.search_budget
+    engine, limit = engine_of(cfg), limits(cfg)
+    most = conversations * min(sum(limit[name] for name in engine.names), cfg.max_turns - 1)
+    budget = cfg.search_budget
     limit = f"search_budget={budget:,} ends them earlier" if budget else "no budget"
     limit = "within search_budget" if budget >= most else limit
-    price = max(engine_of(cfg).prices.values())
+    price = max(engine.prices.values())
     cost = f"{most * price:,.2f} at {price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

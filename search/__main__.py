@@ -2,6 +2,7 @@
 
     index --docs DOCS.jsonl --images IMAGES.jsonl --out INDEX    build an index; either input may be left out
     ask INDEX --text WORDS | --image FILE [--count N]            show what a search in it returns
+    ask INDEX --url URL [--text GOAL]                            show what a visit of a page in it returns
     stats FILE                                                   what an index or a cache holds: counts, ages, sizes
     verify FILE                                                  check every hash of an index, a cache or a snapshot
     export CACHE --out SNAPSHOT.parquet                          write a cache as a parquet file, to publish
@@ -152,14 +153,18 @@ def index(options):
 class AskOptions(FileOptions):
     """What is asked of an index."""
 
-    text: str = option("", "search with these words")
+    text: str = option("", "search with these words; with --url: what the page is read for")
     image: str = option("", "search with the picture in this file")
+    url: str = option("", "read the page with this URL")
     count: int = option(5, "results, at most", "above 0")
 
 
 def ask(options):
-    need(bool(options.text) != bool(options.image), "give --text WORDS or --image FILE")
-    if options.image:
+    asked = bool(options.text or options.url) != bool(options.image)
+    need(asked, "give --text WORDS, --image FILE, or --url URL [--text GOAL]")
+    if options.url:
+        call = Call("visit", options.text, url=options.url)
+    elif options.image:
         call = Call("image_search", image=Path(options.image).read_bytes())
     else:
         call = Call("text_search", options.text)
@@ -167,7 +172,7 @@ def ask(options):
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
     need(result.status != "error", result.error)
     for rank, hit in enumerate(result.hits, 1):
-        shown = hit.text.strip().partition("\n")[0][:200]
+        shown = hit.text if options.url else hit.text.strip().partition("\n")[0][:200]
         if hit.image is not None:
             shown = "thumbnail of {} x {} pixels".format(*decode_image(hit.image).size)
         print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {shown}")

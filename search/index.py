@@ -16,6 +16,7 @@ import sqlite3
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image, first_line
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
-from search.text import terms
+from search.text import PAGE_SENTENCES, passages, terms
 from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
@@ -152,6 +153,16 @@ class SearchDB(SQLiteFile):
                 close = _nearest(*self._vectors, self._embed_texts([query])[0], depth)
                 best = _fused(best, close)[:k]
             rows = [_row(db, "docs", rowid) for rowid in best]
+        return [Hit(title, url, text) for title, url, _, text in rows]
+
+    def page(self, url: str) -> list[Hit]:
+        """The documents with this url, in the order they were indexed: the parts of a page. Raises
+        sqlite3.DatabaseError as `text` does."""
+        if re.search("[\ud800-\udfff]", url):
+            return []  # SQLite takes no halves of characters, and no document has one
+        with self._connection() as db:
+            found = db.execute("SELECT rowid FROM docs WHERE url = ? ORDER BY rowid", (url,)).fetchall()
+            rows = [_row(db, "docs", rowid) for (rowid,) in found]
         return [Hit(title, url, text) for title, url, _, text in rows]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
@@ -286,6 +297,7 @@ def build(
             if encode:
                 _embed_documents(db, encode)
             db.execute("INSERT INTO words(words) VALUES ('optimize')")
+            db.execute("CREATE INDEX docs_by_url ON docs(url)")
             db.commit()  # FTS5 has written all of its tables
             settings |= {"common_terms": _common_terms(db), "words": _words_sum(db), "text_probe": probe.tobytes()}
             loaded = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
@@ -403,7 +415,7 @@ class OfflineSearch:
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search}
+        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
@@ -420,3 +432,8 @@ class OfflineSearch:
 
     def _text_search(self, call, question):
         return self.db.text(call.query, self.results[call.tool])
+
+    def _visit(self, call, question):
+        parts = self.db.page(call.url.strip())
+        text = passages("\n".join(part.text for part in parts), call.query, PAGE_SENTENCES)
+        return [replace(part, text=text) for part in parts[:1]]

@@ -1,6 +1,7 @@
 """The offline index: ranking against plain-Python loops, hostile queries, threads, builds that fail or are killed."""
 
 import collections
+import dataclasses
 import io
 import itertools
 import json
@@ -22,12 +23,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 from config import InputError
-from data import Call, Question, decode_image, load_questions
+from data import Call, Hit, Question, Result, decode_image, load_questions
 from search import __main__ as search_main
 from search import index as search_index
 from search.embedding import embed_image
 from search.index import OfflineSearch, SearchDB, build
 from search.text import passages, terms
+from tools import TOOLS
 
 ROOT = Path(search_index.__file__).parents[1]
 FIFTY = ROOT.parent / "shared" / "data" / "fvqa50"
@@ -712,12 +714,50 @@ def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
     assert capsys.readouterr().out == "1. t\n   (no URL)\n   first\n"
 
 
+def test_pages_are_read_by_their_url(tmp_path, monkeypatch, capsys):
+    """All documents with the URL, as one: the sentences that fit the goal, or without one the first. Nothing else."""
+    tool = dataclasses.replace(TOOLS["text_search"], tags=("<visit>", "</visit>"), key="page", limit=0, results=1)
+    if "visit" not in TOOLS:  # until the table has it
+        monkeypatch.setitem(TOOLS, "visit", dataclasses.replace(tool, needs="url"))
+    texts = [" ".join(f"Sentence {n} of part {part}." for n in range(15)) for part in range(3)]
+    docs = [{"title": f"part {part}", "url": "https://a.example/é", "text": text} for part, text in enumerate(texts)]
+    build(
+        tmp_path / "s", [*docs[:2], {"title": "b", "url": "b", "text": "Other."}, docs[2], {"title": "", "text": "No."}]
+    )
+    with closing(SearchDB(tmp_path / "s")) as db:
+        search = OfflineSearch(db)
+
+        def read(url, goal=""):
+            return search.search(Call("visit", goal, url=url), Question("q", ""))
+
+        first = " ".join([texts[0], *texts[1].split(" Sentence 5")[:1]])
+        assert read(" https://a.example/é ").hits == (Hit("part 0", "https://a.example/é", first),)
+        fitting = "Sentence 14 of part 0. Sentence 14 of part 1. Sentence 14 of part 2."
+        assert read("https://a.example/é", "where is 14?").hits[0].text == fitting
+        assert read("b", "nobody").hits == (Hit("b", "b", "Other."),)
+        for url in ("https://a.example/", "https://a.example/é#", "HTTPS://a.example/é", "part 0", "%", "b' OR 1"):
+            assert read(url) == Result("no_results")
+        assert read(" ").error_kind == "bad_call"
+        plan = "EXPLAIN QUERY PLAN SELECT rowid FROM docs WHERE url = 'b' ORDER BY rowid"
+        with db._connection() as connection:
+            assert "docs_by_url" in str(connection.execute(plan).fetchall())
+    search_main.main(["ask", str(tmp_path / "s"), "--url", "https://a.example/é", "--text", "14"])
+    assert capsys.readouterr().out == f"1. part 0\n   https://a.example/é\n   {fitting}\n"
+    with closing(sqlite3.connect(tmp_path / "s")) as connection:
+        connection.execute("UPDATE docs SET content = 'x' WHERE title = 'part 2'")
+        connection.commit()
+    with closing(SearchDB(tmp_path / "s")) as db:
+        result = OfflineSearch(db).search(Call("visit", url="https://a.example/é"), Question("q", ""))
+        assert result.error_kind == "index"
+
+
 @pytest.mark.parametrize(
     "args, why",
     [
         (["ask"], "FILE"),
-        (["ask", "s"], "--text WORDS or --image FILE"),
-        (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS or --image FILE"),
+        (["ask", "s"], "--text WORDS, --image FILE, or --url"),
+        (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS, --image FILE, or --url"),
+        (["ask", "s", "--url", "u", "--image", "b"], "--text WORDS, --image FILE, or --url"),
         (["ask", "s", "--image", "/dev/zero"], "/dev/zero: not a file"),
         (["ask", "s", "--image", "none.png"], "No such file.*none.png"),
         (["ask", "s", "--image", "in/docs.jsonl"], "not a whole picture"),

@@ -27,7 +27,7 @@ from config import Config, Options, as_dict, need, option
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ("after_image_search", "after_text_search", "question", "search_failed")  # it is warmed up with these
-VERSION = 2  # of the procedure: raise it when a change of the code makes another world
+VERSION = 3  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
