@@ -257,11 +257,7 @@ class CachedSearch:
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
-        self.methods = {
-            "image_search": self._image_request,
-            "text_search": self._text_request,
-            "visit": self._visit_request,
-        }
+        self.methods = {"image_search": self._image_request, "text_search": self._text_request, "visit": self._visit}
         self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
         self._empty: set[str] = set()  # requests for which this process has found nothing
@@ -269,8 +265,8 @@ class CachedSearch:
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self.methods)(call, question)
-        engine = engine_of(self.cfg).names.get(call.tool, "reader")
-        asked |= {"kind": TOOLS[call.tool].key, "engine": engine}
+        engines = {**engine_of(self.cfg).names, "visit": "reader"}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": engines[call.tool]}
         return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
     def _image_request(self, call, question):
@@ -279,7 +275,7 @@ class CachedSearch:
     def _text_request(self, call, question):
         return self._page_request(query_of(call))
 
-    def _visit_request(self, call, question):
+    def _visit(self, call, question):
         goal = clean(call.query, MAX_QUERY)
         return {"url": page_url(call.url), "sentences": PAGE_SENTENCES, **self._page_request(goal)}
 

@@ -143,13 +143,11 @@ def _pretrained(kind, name, building):
 
 
 def _pooling(name):
-    """mean_tokens or cls_token, as sentence-transformers writes it down."""
+    """mean_tokens or cls_token, as the model's sentence-transformers configuration says; "" if there is none."""
     from transformers.utils import cached_file
 
     path = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
     said = json.loads(Path(path).read_text()) if path else {}
     modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if on is True and "pooling_mode" in key]
-    need(
-        modes in ([], ["mean_tokens"], ["cls_token"]), f"pooling by {' and '.join(modes)}, not mean_tokens or cls_token"
-    )
+    need(modes in ([], ["mean_tokens"], ["cls_token"]), f"pooling by {modes}, not by mean_tokens or cls_token")
     return "".join(modes)

@@ -131,9 +131,7 @@ class WebSearch:
         name = picture_name(data)
         if "://" in host:
             if data not in question.images[:1]:
-                raise Failure(
-                    "no_url", "a picture of the conversation is not in the folder of --image_host: give a command"
-                )
+                raise Failure("no_url", "--image_host is a folder, which lacks pictures of a conversation")
             return f"{host.rstrip('/')}/{name}"
         if not host:
             raise Failure("no_url", "the image is only bytes; --image_host makes it public")
