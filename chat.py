@@ -29,7 +29,7 @@ from config import Config, InputError, need
 from data import Call, Question, Result, Stop, decode_image, picture_key, read_prompt, refusing, split_at_images
 
 SPECIAL = ("endoftext", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "again")}  # texts to find in a rendered template
+MARKS = {name: f"\0{name}\0" for name in ("system", "user", "model", "first", "second")}  # of a template
 SENTENCE_END = r"[.!?…][\"')\]”’»]*(?=\s)|[。！？｡।።۔]"  # the first only before white space: not in 3.5
 FIRST_PROMPTS = {"agent": "question", "direct": "direct", "pipeline": "pipeline_question"}  # mode -> prompt file
 MODE_PROMPTS = {  # of the evaluation's other modes, read when one of them is used: file -> what it has to hold
@@ -43,7 +43,8 @@ MODE_PROMPTS = {  # of the evaluation's other modes, read when one of them is us
 
 def agent_prompts(cfg: Config) -> dict[str, list[str]]:
     """The prompt files of a conversation with tools, and what each has to hold."""
-    after = {f"after_{name}": ["{results}", "{question}"] for name, limit in tools.limits(cfg).items() if limit}
+    holes = ["{results}", "{question}"] if cfg.dialect == "tags" else ["{results}"]
+    after = {f"after_{name}": holes for name in tools.offered(cfg)}
     return {"question": ["{question}"], "search_failed": ["{outcome}"]} | after
 
 
@@ -96,6 +97,9 @@ class Chat:
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
         for name in agent_prompts(cfg):
             self.template(name)
+        told = [tool.tags[0] for tool in tools.TOOLS.values() if re.search(tool.tags[0], self._prompts["question"])]
+        what = f"{cfg.prompts}/question.txt tells of {', '.join(told)}, but dialect=json has calls in JSON"
+        need(cfg.dialect == "tags" or not told, f"{what}: give other --prompts, such as prompts/json")
         self._sizes = Cache(2**16)
         self._pixels = Cache(2**28, size=lambda tensor: tensor.nbytes)
         self.layouts = Cache(2**26, size=lambda tensor: tensor.nbytes)  # see backbone.rope_positions
@@ -145,25 +149,30 @@ class Chat:
             text += "<image>" * run.count(self.vision_start) if is_vision else self._decode(run)
         return text
 
-    def frame(self, system: str | None = None) -> tuple[list, list, list]:
-        """The chat template's own parts as segments (ids of special tokens, texts): before the first user text, from
-        there to the model's turn, and from the model's turn, its end token included, to the next user text."""
-        roles = ("user", "model", "again") if system is None else ("system", "user", "model", "again")
-        names = {"model": "assistant", "again": "user"}
+    def frame(self, system: str | None = None) -> tuple[list, list, list, list, list]:
+        """The chat template's own parts as segments (ids of special tokens, texts): before the first user text; from
+        there to the model's turn; from the model's turn, its end token included, to the result of a tool, to the
+        result of another one called in that turn, and to the model's next turn. A result is a user's turn, or in the
+        dialect json what the template makes of a tool's."""
+        json = self.cfg.dialect == "json"
+        names = {"model": "assistant"} | dict.fromkeys(("first", "second"), "tool" if json else "user")
+        roles = ("user", "model", "first", "second") if system is None else tuple(MARKS)
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        declared = {"tools": tools.declarations(self.cfg)} if json else {}
         with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            parts = re.split("|".join(MARKS[role] for role in roles[-3:]), text)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **declared)
+            parts = re.split("|".join(MARKS[role] for role in roles[-4:]), text)
+            for name in tools.offered(self.cfg) if json else ():
+                need(name in parts[0], "it declares no tools (dialect=json needs a template that does)")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
-            head, to_model, to_user, _ = parts
-            need(to_user[0] == self.im_end, "the model's turn does not end in <|im_end|>")
-        head = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in head]
-        return head, to_model, to_user
+            need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
+        parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
+        return tuple(parts)
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
-        head, to_model, _ = self.frame(question.system)
+        head, to_model, *_ = self.frame(question.system)
         before, after = (template or self._prompts["question"]).split("{question}")
         texts = split_at_images(question.text, len(question.images))
         place = 0 if "<image>" in question.text else -1  # without placeholders the images go before everything
@@ -176,18 +185,21 @@ class Chat:
         return self._encode_segments([*segments, *to_model])
 
     def result_turn(
-        self, call: Call, result: Result, question: Question, last: int, most: int, template: str | None = None
+        self, call: Call, result: Result, episode: "Episode", template: str | None = None, more: bool = False
     ) -> tuple[list[int], list[Picture], bool]:
         """(expanded ids, pictures, was it cut) of the user turn that hands a result to the model, its results cut if it
-        has more than `most` tokens. The template's newline after <|im_end|> belongs to it, and so does <|im_end|> if
-        `last`, the token before, is another: then the model did not say it."""
-        _, to_model, to_user = self.frame(question.system)
-        if last == self.im_end:
-            to_user = to_user[1:]
+        has more tokens than `episode.room_for_result()`. The template's newline after <|im_end|> belongs to it, and so
+        does <|im_end|> if the token before is another: then the model did not say it. A turn of several calls gets one
+        user turn for all; more: this is not the last of them."""
+        _, _, before, between, after = self.frame(episode.question.system)
+        most = episode.room_for_result()
+        if episode.tokens[-1] == self.im_end:
+            before = before[1:]
+        before, after = between if episode.more_results else before, [] if more else after
 
         def render(hits):
-            segments = self._result_segments(call, replace(result, hits=hits), question, template)
-            return self._encode_segments([*to_user, *segments, *to_model])
+            segments = self._result_segments(call, replace(result, hits=hits), episode, template)
+            return self._encode_segments([*before, *segments, *after])
 
         ids, pictures = render(result.hits)
         cut = len(ids) > most and bool(result.hits)
@@ -220,16 +232,20 @@ class Chat:
         ends = [match.end() for match in re.finditer(SENTENCE_END, text)]
         return text[: ends[-1]] if ends and 2 * ends[-1] > len(text) else text
 
-    def _result_segments(self, call, result, question, template):
+    def _result_segments(self, call, result, episode, template):
         failed = ""
         if result.status != "ok":
             outcome = "found nothing" if result.status == "no_results" else "failed"
+            if result.error_kind in ("bad_call", "malformed"):  # what the model can do better
+                outcome += f": {result.error}"
             failed = self._prompts["search_failed"].replace("{outcome}", outcome)
             if template is None:
                 return [failed]
             failed += "\n"
-        before, after = (template or self._prompts[f"after_{call.tool}"]).split("{results}")
-        asked = question.text.replace("<image>", "").strip()
+        text = template or self._prompts[f"after_{call.tool}"]
+        text = text.replace("{picture}", f"img_{len(episode.images) + 1}")
+        before, after = text.split("{results}")
+        asked = episode.question.text.replace("<image>", "").strip()
         shown = itertools.chain.from_iterable(map(self._hit_segments, result.hits))
         return [before.replace("{question}", asked), failed, *shown, after.replace("{question}", asked)]
 
@@ -332,6 +348,7 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     calls: list[tuple[Call, Result]] = field(default_factory=list)
     results_cut: int = 0  # results that were shown in part, for want of room
+    more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
@@ -379,16 +396,17 @@ class Episode:
         self.logprobs += reply.logprobs
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
-    def add_result(self, call: Call, result: Result, template: str | None = None) -> bool:
+    def add_result(self, call: Call, result: Result, template: str | None = None, more: bool = False) -> bool:
         """Append what a tool returned as a user turn, ids and images together, cut to `room_for_result`. False if there
-        is no room even so: then only `calls` has grown. template: instead of the tool's prompt file."""
-        most = self.room_for_result()
-        ids, images, cut = self.chat.result_turn(call, result, self.question, self.tokens[-1], most, template)
+        is no room even so: then only `calls` has grown. template: instead of the tool's prompt file. more: the result
+        of another call of the same turn follows, in the same user turn."""
+        ids, images, cut = self.chat.result_turn(call, result, self, template, more)
         self.calls.append((call, result))
         self.results_cut += cut
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
         self._append(ids, images)
+        self.more_results = more
         return True
 
     def add_words(self, text: str) -> bool:
@@ -455,7 +473,7 @@ class Episode:
 
 
 def _call_record(call, result):
-    asked = {name: getattr(call, name) for name in ("tool", "query", "picture", "box")}
+    asked = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}
     outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
     hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
     return asked | outcome | {"usage": dict(vars(result.usage)), "hits": hits}

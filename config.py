@@ -103,7 +103,6 @@ class Config(Options):
     device: str = option("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool | None = option(None, "same seed, same bits (auto: on a CPU without vLLM, web or deadline)")
     threads: int = option(1, "CPU threads a process (0: cores / processes)", "at least 0", marks="resume neutral")
-    dist_timeout: float = option(30.0, "minutes a rank waits for the others", "above 0", marks="resume neutral")
     log: str = option("", "also log to this package", ("", "tensorboard", "wandb"), marks="resume neutral")
     shard_size: int = option(0, "ranks that share a copy of the weights, HSDP across them (0: all)", "at least 0")
 
@@ -130,6 +129,7 @@ class Config(Options):
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", "above 0")
     prompts_per_step: int = option(14, "questions a step, over all ranks", "above 0")
     samples_per_prompt: int = option(8, "conversations about each question: the group of GRPO", "above 0")
+    dialect: str = option("tags", "calls in the paper's tags, or in Qwen's JSON", ("tags", "json"), marks="model")
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
     tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
     tool_results: tuple[str, ...] = option(
@@ -245,8 +245,8 @@ def _checked(name, value, kind, allowed):
 
 def _check_combinations(c):
     need(c.samples_per_prompt > 1, "samples_per_prompt=1: a group of one has no advantage; give at least 2")
-    waits = max(c.dist_timeout, c.search_deadline, c.rollout_deadline)
-    need(waits <= 10**6, f"dist_timeout, search_deadline, rollout_deadline: {waits} is more than a million")
+    waits = max(c.search_deadline, c.rollout_deadline)
+    need(waits <= 10**6, f"search_deadline, rollout_deadline: {waits} is more than a million")
     for name in ("tool_limits", "tool_results"):  # which tools there are is known to `tools`
         for pair in getattr(c, name):
             need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")

@@ -69,6 +69,7 @@ class Call:
     picture: str = ""  # a picture of the conversation, as img_2; "": the question's first
     box: tuple[float, ...] | None = None  # a part of it: left, top, right, bottom in thousandths of width and height
     url: str = ""  # a page
+    problem: str = ""  # why the call cannot be understood
     image: bytes | None = field(default=None, repr=False, compare=False)  # that picture, encoded, where it is named
 
 
@@ -86,6 +87,7 @@ class Hit:
 # Why a call failed. In the order of a request's way: what the model asked, our own limits, the network, the answer.
 ERROR_KINDS = (
     "bad_call",  # no image, no query, an unknown tool
+    "malformed",  # not JSON, or not what the tool takes
     "no_url",  # the image is only bytes, and there is no place to show it from
     "budget",  # search_budget is used up
     "not_recorded",  # a replay in which this was never recorded

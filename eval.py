@@ -29,7 +29,7 @@ from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search
-from tools import limits, title
+from tools import offered, title
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class EvalOptions(Options):
 
 def main() -> None:
     cfg, options, recipe = parse(sys.argv[1:], Config, EvalOptions, toy.Recipe, as_trained=True)
-    allowed = limits(cfg)
-    both = allowed["image_search"] and allowed["text_search"]
+    both = {"image_search", "text_search"} <= set(offered(cfg))
     need(options.mode != "pipeline" or both, "mode=pipeline makes both searches: tool_limits must allow them")
     device = init_distributed(cfg)
     uses_index = options.mode != "direct" and toy.answers_searches(cfg)

@@ -40,6 +40,7 @@ from grpo import token_weights
 # Logits that exist at one time, in each of two forms: 110 or 882 tokens of a vocabulary of 152,064. On a GPU the
 # gradient of the head is summed in bf16, and each part costs it a rounding.
 HEAD_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+RANK_WAITS = timedelta(hours=3)  # for the slowest rank, in a rollout or a validation
 
 
 # ----------------------------------------------------------------------------------------------------- processes
@@ -65,7 +66,7 @@ def init_distributed(cfg: Config) -> torch.device:
     if not dist.is_initialized():
         where = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cuda:nccl,cpu:gloo" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **where)
+        dist.init_process_group(backend, timeout=RANK_WAITS, **where)
     for name in ("shard_size", "tensor_parallel"):
         size, ranks = getattr(cfg, name) or 1, dist.get_world_size()
         need(ranks % size == 0, f"{name}={size} does not divide the {ranks} ranks")

@@ -15,15 +15,16 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from chat import Episode
 from config import Config
 from data import Stop, normalize_answer
-from tools import ANSWER, ANSWER_TAGS, TOOLS, find_actions
+from tools import ANSWER, ANSWER_TAGS, CALL_TAGS, TOOLS, find_actions, parse_calls
 
 REASON_TAGS = ("<reason>", "</reason>")
 
@@ -44,7 +45,7 @@ class Score:
 
 def extract_answer(turn: str) -> str | None:
     """The text of the last `<answer>…</answer>` in a turn (it may span lines), stripped; None if there is none."""
-    answers = [content for name, content in find_actions(turn) if name == ANSWER]
+    answers = [action for action in find_actions(turn) if isinstance(action, str)]
     return answers[-1].strip() if answers else None
 
 
@@ -144,29 +145,50 @@ def turn_kind(turn: str) -> str | None:
     all_tags = {*REASON_TAGS}.union(*kinds.values())
     for kind, tags in kinds.items():
         tags = (*REASON_TAGS, *tags)
-        once_each = all(turn.count(tag) == (tag in tags) for tag in all_tags)
-        if once_each and re.fullmatch(".*".join(map(re.escape, tags)), turn, re.DOTALL):
+        once_each = all(len(re.findall(tag, turn)) == (tag in tags) for tag in all_tags)
+        if once_each and re.fullmatch(".*".join(tags), turn, re.DOTALL):
             return kind
     return None
 
 
-def format_ok(responses: Sequence[str], any_order: bool = False) -> bool:
+def turn_kinds(turn: str, dialect: str = "tags") -> list[str]:
+    """What a well-formed turn does: ["answer"], or the tools it calls, in the dialect json several; else []. In json,
+    too, it begins with its reasoning and ends in what it does, and nothing else in it looks like a call or an answer.
+    """
+    if dialect == "tags":
+        kind = turn_kind(turn)
+        return [kind] if kind else []
+    turn, calls = turn.strip(), parse_calls(turn, dialect)
+    opening, closing = CALL_TAGS if calls else ANSWER_TAGS
+    wanted = Counter(REASON_TAGS) + Counter({tag: max(1, len(calls)) for tag in (opening, closing)})
+    counted = all(turn.count(tag) == wanted[tag] for tag in (*REASON_TAGS, *ANSWER_TAGS, *CALL_TAGS))
+    ordered = re.fullmatch(f"<reason>.*</reason>.*{opening}.*{closing}", turn, re.DOTALL)
+    if not counted or not ordered or turn.index(opening) < turn.index("</reason>"):
+        return []
+    if any(call.problem or call.tool not in TOOLS for call in calls):
+        return []
+    return [call.tool for call in calls] or [ANSWER]
+
+
+def format_ok(responses: Sequence[str], any_order: bool = False, dialect: str = "tags") -> bool:
     """True if all turns are well-formed, the last is an answer and the others call tools: each tool once at most, and
     only after those that the table allows (`Tool.after`); with any_order, in any number and order."""
-    kinds = [turn_kind(turn) for turn in responses]
-    called = kinds[:-1]
-    if kinds[-1:] != [ANSWER] or not TOOLS.keys() >= {*called}:
+    kinds = [turn_kinds(turn, dialect) for turn in responses]
+    called = list(chain.from_iterable(kinds[:-1]))
+    if not all(kinds) or kinds[-1:] != [[ANSWER]] or not TOOLS.keys() >= {*called}:
         return False
     in_turn = all(previous in TOOLS[kind].after for previous, kind in pairwise([None, *called]))
     return any_order or (in_turn and len(set(called)) == len(called))
 
 
-def count_searches(responses: Sequence[str]) -> int:
-    """How many turns call a tool that costs the penalty, well-formed or not: they hold all of its tags. The last turn
-    counts only if it is the only one."""
+def count_searches(responses: Sequence[str], dialect: str = "tags") -> int:
+    """How many turns call a tool that costs the penalty, well-formed or not: they hold all of its tags (json: how many
+    calls of such tools there are). The last turn counts only if it is the only one."""
     asking = responses if len(responses) == 1 else responses[:-1]
-    penalized = [tool.tags for tool in TOOLS.values() if tool.penalized]
-    return sum(any(all(tag in turn for tag in tags) for tags in penalized) for turn in asking)
+    penalized = {name: tool.tags for name, tool in TOOLS.items() if tool.penalized}
+    if dialect == "json":
+        return sum(call.tool in penalized for turn in asking for call in parse_calls(turn, dialect))
+    return sum(any(all(re.search(tag, turn) for tag in tags) for tags in penalized.values()) for turn in asking)
 
 
 # ---------------------------------------------------------------------------------------------------------- score
@@ -187,11 +209,12 @@ def score(
     match: str = "em",
     per_search_penalty: bool = False,
     any_order: bool = False,
+    dialect: str = "tags",
 ) -> Score:
     """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
 
     search_penalty: a right answer that searched is multiplied by 1 - search_penalty, or by that once for each search
-    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`.
+    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`. dialect: of the calls.
     Raises ValueError for another match, TypeError if either list is a bare string.
     """
     if match not in MATCHES:
@@ -199,7 +222,7 @@ def score(
     responses = _listed(responses)
     answer = extract_answer(responses[-1]) if responses else None
     correct = MATCHES[match](answer, answers)
-    well_formed, searches = format_ok(responses, any_order), count_searches(responses)
+    well_formed, searches = format_ok(responses, any_order, dialect), count_searches(responses, dialect)
     s = correct * (1 - search_penalty) ** (searches if per_search_penalty else min(searches, 1))
     return Score((1 - format_weight) * s + format_weight * well_formed, correct, well_formed, searches, answer)
 
@@ -214,6 +237,7 @@ def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -
         match=cfg.match,
         per_search_penalty=cfg.per_search_penalty,
         any_order=cfg.any_order,
+        dialect=cfg.dialect,
     )
 
 

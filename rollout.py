@@ -29,7 +29,7 @@ from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
 from engines import Reply, Sampling
 from policy import all_gather, all_sum
 from reward import Score, record, score_episode
-from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, parse_call, run_tool
+from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,22 @@ def converse(
     """One conversation. Yields Generate or Call, is sent Reply or Result, or None when its rollout has run out of time;
     returns the Episode with its `stop` set. template: instead of the prompt file question.txt."""
     episode = Episode.start(question, chat, sample, template)
-    left = limits(cfg)
+    left = Counter(limits(cfg))
     while not episode.stop:
         text = yield from _speak(episode, cfg, step, temperature)
         if episode.stop:
             break
-        call = parse_call(text)
-        if call is None:
-            episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+        calls = parse_calls(text, cfg.dialect)
+        left.subtract(call.tool for call in calls)
+        if not calls:
+            episode.stop = Stop.ANSWERED if has_answer(text, cfg.dialect) else Stop.NO_ACTION
         elif len(episode.turns) == cfg.max_turns:
             episode.stop = Stop.MAX_TURNS
-        elif left[call.tool] == 0:
+        elif any(left[call.tool] < 0 for call in calls if call.tool in TOOLS):
             episode.stop = Stop.TOOL_LIMIT
-        else:
-            left[call.tool] -= 1
-            yield from _call_tool(episode, call)
+        for number, call in enumerate(calls, 1):
+            if not episode.stop:
+                yield from _call_tool(episode, call, more=number < len(calls))
     return episode
 
 
@@ -93,17 +94,21 @@ def _speak(episode, cfg, step, temperature):
     return episode.responses[-1]
 
 
-def _call_tool(episode, call, template=None):
-    """Have a call answered and append the result; sets the episode's stop if there is no time or no room for it."""
+def _call_tool(episode, call, template=None, more=False):
+    """Have a call answered and append the result; sets the episode's stop if there is no time or no room for it. more:
+    another call of the same turn follows."""
     picture = episode.picture(call.picture)
+    links = {hit.url for _, result in episode.calls for hit in result.hits}
     if call.picture and picture is None:
-        result = Result("error", error=f"there is no picture {call.picture}", error_kind="bad_call")
+        result = refused(f"there is no picture {call.picture[:20]}")
+    elif call.url and call.url not in links:  # the model does not make addresses up
+        result = refused("no search has returned this link")
     else:
         found_by_url = picture and picture.data in episode.question.images[:1]
         result = yield replace(call, image=picture.data) if picture and not found_by_url else call
     if result is None:
         episode.stop = Stop.ABORTED
-    elif not episode.add_result(call, result, template):
+    elif not episode.add_result(call, result, template, more):
         episode.stop = Stop.MAX_TOKENS
 
 
@@ -126,16 +131,16 @@ def converse_always_searching(
             text = yield from _speak(episode, cfg, step, temperature)
         if episode.stop:
             return episode
-        call = Call("text_search", query_in(text) or question.text)
-    episode.stop = Stop.ANSWERED if has_answer(text) else Stop.NO_ACTION
+        call = Call("text_search", query_in(text, cfg.dialect) or question.text)
+    episode.stop = Stop.ANSWERED if has_answer(text, cfg.dialect) else Stop.NO_ACTION
     return episode
 
 
-def query_in(text: str) -> str:
+def query_in(text: str, dialect: str) -> str:
     """The query of a turn that was to end in a text search; without one, what it says apart from reasoning and tags."""
-    call = parse_call(text)
-    if call and call.tool == "text_search":
-        return call.query
+    for call in parse_calls(text, dialect):
+        if call.tool == "text_search" and call.query:
+            return call.query
     said = re.sub(r"<reason>.*?</reason>", " ", text, flags=re.DOTALL)
     return " ".join(re.sub(r"</?\w+>", " ", said).split())
 
@@ -321,7 +326,7 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
         "accuracy": sum(s.correct for _, s in done),
         "format": sum(s.format_ok for _, s in done),
         "search_ratio": sum(c.total() for c in called) / max(1, allowed_calls(cfg)),
-        **{name: sum(c[name] > 0 for c in called) for name in TOOLS},
+        **{name: sum(c[name] > 0 for c in called) for name in offered(cfg)},
         "turns": sum(len(e.turns) for e, _ in done),
         "tokens": sum(len(e.tokens) for e, _ in done),
     }
@@ -360,8 +365,9 @@ FEW_FAILURES = 5  # by themselves no reason to stop
 def check_calls(episodes: list[Episode], device) -> None:
     """Raise SearchDown, on all ranks, if more than MAX_FAILED_CALLS of the step's searches failed, and more than a few.
     What the model asked wrongly is not counted."""
-    searches = [r for e in episodes for call, r in e.calls if TOOLS[call.tool].answer is ask_search]
-    kinds = Counter(r.error_kind for r in searches if r.error_kind != "bad_call")
+    asking = [name for name, tool in TOOLS.items() if tool.answer is ask_search]
+    searches = [r for e in episodes for call, r in e.calls if call.tool in asking]
+    kinds = Counter(r.error_kind for r in searches if r.error_kind not in ("bad_call", "malformed"))
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
     calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
     if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:

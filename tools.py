@@ -5,38 +5,68 @@ called, what may come before it in a well-formed conversation, whether it costs 
 add, the prompt file that introduces its result (`after_NAME.txt`), and the columns of metrics, tables and labels. A new
 tool is an entry here, the function that answers it, and a prompt file (docs/extending.md walks through one).
 
-A turn of the model ends in one action: a call of a tool, or an answer.
+A turn of the model ends in one action: a call of a tool, or an answer. In the dialect `tags`, the paper's:
 
-    <search><img></search>                 image_search: look for the question's first picture
-    <text_search>query</text_search>       text_search: look for words
-    <answer>the answer</answer>            no call: the conversation is over
+    <search><img></search>                          image_search: look for the question's first picture
+    <search><img_2></search>                        ... or for another one of the conversation
+    <text_search>query</text_search>                text_search: look for words
+    <crop>img_1 100 0 500 500</crop>                crop: enlarge a part of a picture
+    <visit>https://nauru.example its flag</visit>   visit: read a page that a search has found, for what it says of that
+    <answer>the answer</answer>                     no call: the conversation is over
+
+In the dialect `json`, Qwen's own, a turn ends in one or several calls, or in an answer:
+
+    <tool_call>
+    {"name": "crop", "arguments": {"picture": "img_1", "box": [100, 0, 500, 500]}}
+    </tool_call>
 """
 
+import io
+import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from config import Config, need
-from data import Call, Question, Result
+from data import MAX_ASPECT, Call, Hit, Question, Result, decode_image
 
 ANSWER = "answer"
 ANSWER_TAGS = ("<answer>", "</answer>")
+CALL_TAGS = ("<tool_call>", "</tool_call>")  # of the dialect json
+
+# What tools take: fields of `Call`, as JSON schemas.
+FIELDS = {
+    "picture": {
+        "type": "string",
+        "description": "a picture of this conversation: img_1, img_2, ... in order of appearance; without it, img_1",
+    },
+    "box": {
+        "type": "array",
+        "items": {"type": "number"},
+        "description": "left, top, right, bottom in thousandths of the picture's width and height",
+    },
+    "query": {"type": "string", "description": "what to look for, in words"},
+    "url": {"type": "string", "description": "the link of a result in this conversation"},
+}
 
 
 @dataclass(frozen=True)
 class Tool:
     """A tool. Its name, the key in `TOOLS`, also names its prompt file, its columns and its options."""
 
-    tags: tuple[str, ...]  # an opening and a closing tag around what it is asked, or one whole tag
+    tags: tuple[str, ...]  # regular expressions of an opening and a closing tag around what it is asked, or of one tag
     answer: Callable[[Call, Question, object], Result]  # (call, question, search); runs on a thread, never raises
     limit: int  # calls in a conversation, unless --tool_limits says otherwise
     results: int  # results of a call shown to the model, at most, unless --tool_results says otherwise
     pictures: int  # pictures that each result may add to the conversation
     after: tuple[str | None, ...]  # tools it may follow in a well-formed conversation; None: it may come first
-    needs: str  # the field of `Call` without which it cannot be answered: "picture", "query" or "url"
+    takes: tuple[str, ...]  # names of FIELDS
     key: str  # names it in the keys of recorded results
+    does: str  # for the model, in the dialect json
+    optional: tuple[str, ...] = ("picture",)  # of what it takes; a picture is the question's first by default
     penalized: bool = True  # a right answer that called it pays the search penalty
-    read: Callable[[str], dict] = lambda content: {"query": content.strip()}  # what is between the tags -> Call fields
+    read: Callable[[str], dict] = lambda content: {"query": content}  # what is in the tags -> Call fields; ValueError
 
 
 def ask_search(call: Call, question: Question, search) -> Result:
@@ -44,14 +74,56 @@ def ask_search(call: Call, question: Question, search) -> Result:
     return search.search(call, question)
 
 
+def crop(call: Call, question: Question, search) -> Result:
+    """The part of a picture inside call.box, at the size of a question's picture. What is outside of it is ignored."""
+    image = decode_image(picture_of(call, question))
+    left, top, right, bottom = (min(max(edge, 0.0), 1000.0) / 1000 for edge in call.box)
+    pixels = (
+        math.floor(left * image.width), math.floor(top * image.height),
+        math.ceil(right * image.width), math.ceil(bottom * image.height),
+    )  # fmt: skip
+    width, height = pixels[2] - pixels[0], pixels[3] - pixels[1]
+    if left >= right or top >= bottom or max(width, height) > MAX_ASPECT * min(width, height):
+        return refused("the box is empty or too narrow: left must be below right, top below bottom, inside 0 to 1000")
+    file = io.BytesIO()
+    image.crop(pixels).save(file, "PNG")
+    return Result("ok", (Hit("", image=file.getvalue(), full_size=True),))
+
+
+def read_crop(content: str) -> dict:
+    """Reads `img_2 100 0 500 500`; without a name it is the question's first picture."""
+    name, *_ = re.findall(r"img_\d+", content) or [""]
+    return {"picture": name, "box": re.findall(r"[-+\w.]+", content.replace(name, "", 1))}
+
+
+def read_visit(content: str) -> dict:
+    """Reads `https://a.example/page what to find there`."""
+    url, _, goal = content.strip().partition(" ")
+    return {"url": url, "query": goal}
+
+
 TOOLS = {
     "image_search": Tool(
-        tags=("<search><img></search>",), answer=ask_search, limit=1, results=5, pictures=1, after=(None,),
-        needs="picture", key="image",
+        tags=(r"<search><img(?:_\d+)?></search>",), answer=ask_search, limit=1, results=5, pictures=1,
+        after=(None, "crop"), takes=("picture",), key="image",
+        does="Looks for a picture on the web; returns similar ones with the titles of their pages.",
+        read=lambda tag: {"picture": "".join(re.findall(r"img_\d+", tag))},
     ),
     "text_search": Tool(
         tags=("<text_search>", "</text_search>"), answer=ask_search, limit=2, results=5, pictures=0,
-        after=(None, "image_search"), needs="query", key="text",
+        after=(None, "image_search", "crop"), takes=("query",), key="text",
+        does="Looks for words on the web; returns summaries of pages.",
+    ),
+    "crop": Tool(
+        tags=("<crop>", "</crop>"), answer=crop, limit=0, results=1, pictures=1, after=(None, "image_search"),
+        takes=("picture", "box"), key="crop", penalized=False, read=read_crop,
+        does="Cuts a part out of a picture and returns it enlarged, as the next picture of the conversation.",
+    ),
+    "visit": Tool(
+        tags=("<visit>", "</visit>"), answer=ask_search, limit=0, results=1, pictures=0,
+        after=("image_search", "text_search"), takes=("url", "query"), optional=("query",), key="page",
+        penalized=False, read=read_visit,
+        does="Reads a page that a search has found; returns what it says about the query, or else its beginning.",
     ),
 }  # fmt: skip
 
@@ -59,35 +131,75 @@ TOOLS = {
 # ------------------------------------------------------------------------------------------------ what a turn says
 
 
-def find_actions(text: str) -> list[tuple[str, str]]:
-    """(tool or "answer", what is between its tags) of each complete action in a turn, in the order in which they end.
-    An action runs from the last opening tag to the first closing tag after it, over lines too.
-    """
-    found = []
-    for name, tags in ({name: tool.tags for name, tool in TOOLS.items()} | {ANSWER: ANSWER_TAGS}).items():
+def find_actions(text: str, dialect: str = "tags") -> list[Call | str]:
+    """The complete actions in a turn, calls and answers (their text), in the order in which they end. An action runs
+    from the last opening tag to the first closing tag after it, over lines too."""
+    forms, found = {ANSWER: ANSWER_TAGS}, []
+    forms |= {"": CALL_TAGS} if dialect == "json" else {name: tool.tags for name, tool in TOOLS.items()}
+    for name, tags in forms.items():
         for match in re.finditer(_pattern(tags), text, re.DOTALL):
             found.append((match.end(), name, match[1]))
-    return [(name, content) for _, name, content in sorted(found)]
+    actions = []
+    for _, name, content in sorted(found):
+        if name != ANSWER:
+            content = _tag_call(name, content) if name else _json_call(content)
+        actions.append(content)
+    return actions
 
 
 def _pattern(tags):
-    opening, *closing = map(re.escape, tags)
-    return f"{opening}((?:(?!{opening}).)*?){closing[0]}" if closing else f"{opening}()"
+    opening, *closing = tags
+    return f"{opening}((?:(?!{opening}).)*?){closing[0]}" if closing else f"({opening})"
 
 
-def parse_call(text: str) -> Call | None:
-    """The call that a turn of the model ends in; None if its last complete action is an answer, or if there is none.
+def _tag_call(name, content):
+    return make_call(name, TOOLS[name].read(content.strip()))
 
-    >>> parse_call("<reason>Whose flag?</reason> <text_search> flag of Nauru </text_search>")
-    Call(tool='text_search', query='flag of Nauru', picture='', box=None, url='')
+
+def _json_call(content):
+    try:
+        asked = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return Call("", problem=f"the call is not JSON: {error}"[:200])
+    fields = asked if isinstance(asked, dict) else {}
+    name, arguments = fields.get("name"), fields.get("arguments", {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return Call("", problem='a call is {"name": a tool, "arguments": {...}}')
+    return make_call(name[:100], arguments)
+
+
+def make_call(name: str, arguments: dict) -> Call:
+    """A call from what a turn gives for the fields that the tool takes. What cannot be understood is its `problem`."""
+    fields, takes = {}, TOOLS[name].takes if name in TOOLS else arguments
+    for field, value in arguments.items():
+        try:
+            fields[field] = tuple(map(float, value)) if field == "box" else value
+            sound = len(value) == 4 and all(map(math.isfinite, fields[field])) if field == "box" else type(value) is str
+        except (TypeError, ValueError, OverflowError):
+            sound = False
+        if field not in takes:
+            return Call(name, problem=f"{title(name)} takes {', '.join(takes) or 'nothing'}, not {field[:50]}")
+        if not sound:
+            return Call(name, problem=f"{field} is not {'four numbers' if field == 'box' else 'text'}")
+    return Call(name, **fields) if name in TOOLS else Call(name)
+
+
+def parse_calls(text: str, dialect: str = "tags") -> list[Call]:
+    """The calls that a turn of the model ends in: one at most in the dialect `tags`, all that it makes in `json`. None
+    if its last complete action is an answer, or if there is none.
+
+    >>> parse_calls("<reason>Whose flag?</reason> <text_search> flag of Nauru </text_search>")
+    [Call(tool='text_search', query='flag of Nauru', picture='', box=None, url='', problem='')]
     """
-    name, content = next(reversed(find_actions(text)), (ANSWER, ""))
-    return None if name == ANSWER else Call(name, **TOOLS[name].read(content))
+    actions = find_actions(text, dialect)
+    if not actions or isinstance(actions[-1], str):
+        return []
+    return actions[-1:] if dialect == "tags" else [action for action in actions if isinstance(action, Call)]
 
 
-def has_answer(text: str) -> bool:
+def has_answer(text: str, dialect: str = "tags") -> bool:
     """True if the last complete action of a turn is an answer."""
-    return [name for name, _ in find_actions(text)][-1:] == [ANSWER]
+    return isinstance(next(reversed(find_actions(text, dialect)), None), str)
 
 
 # ---------------------------------------------------------------------------------------------- limits and calls
@@ -113,9 +225,27 @@ def _numbers(field, option, cfg):
     return numbers
 
 
+def offered(cfg: Config) -> list[str]:
+    """The tools that a conversation may call."""
+    return [name for name, limit in limits(cfg).items() if limit]
+
+
+def declarations(cfg: Config) -> list[dict]:
+    """The offered tools as a chat template takes them (`tools=`), in the dialect json."""
+    declared = []
+    for name in offered(cfg):
+        takes = TOOLS[name].takes
+        properties = {"type": "object", "properties": {field: FIELDS[field] for field in takes}}
+        properties["required"] = [field for field in takes if field not in TOOLS[name].optional]
+        function = {"name": name, "description": TOOLS[name].does, "parameters": properties}
+        declared.append({"type": "function", "function": function})
+    return declared
+
+
 def allowed_calls(cfg: Config) -> int:
     """How many calls a conversation can make: by the tools' limits, and a turn is left for the answer."""
-    return min(sum(limits(cfg).values()), cfg.max_turns - 1)
+    turns, calls = cfg.max_turns - 1, sum(limits(cfg).values())
+    return min(calls, calls * turns if cfg.dialect == "json" else turns)
 
 
 def most_pictures(cfg: Config) -> int:
@@ -135,20 +265,26 @@ def picture_of(call: Call, question: Question) -> bytes | None:
 
 
 def problem_with(call: Call, question: Question) -> str:
-    """Why nobody can answer this call, or "": its tool is unknown, or what the tool needs is missing."""
-    if call.tool not in TOOLS:
-        return f"there is no tool {call.tool!r}"
-    if TOOLS[call.tool].needs == "picture" and picture_of(call, question) is None:
+    """Why nobody can answer this call, or "": it makes no sense, its tool is unknown, or what that needs is missing."""
+    if call.problem or call.tool not in TOOLS:
+        return call.problem or f"there is no tool {call.tool!r}"
+    if "picture" in TOOLS[call.tool].takes and picture_of(call, question) is None:
         return "the question has no image"
-    if TOOLS[call.tool].needs == "query" and not call.query.strip():
-        return "the query is empty"
-    if TOOLS[call.tool].needs == "url" and not call.url.strip():
-        return "the address of the page is missing"
+    for field in TOOLS[call.tool].takes:
+        if field not in TOOLS[call.tool].optional and not (
+            getattr(call, field) if field == "box" else getattr(call, field).strip()
+        ):
+            return f"the {field} is empty"
     return ""
+
+
+def refused(problem: str, kind: str = "bad_call") -> Result:
+    """The result of a call that the model made wrongly, which is told why."""
+    return Result("error", error=problem, error_kind=kind)
 
 
 def run_tool(call: Call, question: Question, search) -> Result:
     """The answer to a call; one that nobody can answer is an error that says why."""
     if problem := problem_with(call, question):
-        return Result("error", error=problem, error_kind="bad_call")
+        return refused(problem, "malformed" if call.problem else "bad_call")
     return TOOLS[call.tool].answer(call, question, search)

@@ -12,7 +12,7 @@ import numpy as np
 
 from config import Config
 from data import Stop, Usage
-from tools import TOOLS, allowed_calls, title
+from tools import TOOLS, allowed_calls, offered, title
 
 RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
 
@@ -110,7 +110,7 @@ def _figures(records, cfg):
         **several(records),
         "reward": sum(r["reward"] for r in done) / n,
         "search_ratio": sum(c.total() for c in called) / (n * max(allowed_calls(cfg), 1)),
-        **{name: sum(c[name] > 0 for c in called) / n for name in TOOLS},
+        **{name: sum(c[name] > 0 for c in called) / n for name in offered(cfg)},
         "combined": sum(len(c) > 1 for c in called) / n,  # called two or more different tools
         "format": sum(r["format_ok"] for r in done) / n,
         "turns": sum(sum(t["role"] == "model" for t in r["turns"]) for r in done) / n,
@@ -143,7 +143,7 @@ def interval(figures: dict) -> str:
 def table(summary: dict[str, dict]) -> str:
     """The summary as text, one line for each data source. calls: share of those allowed; then shares of conversations
     that called each tool, and several of them; cost: of a question's searches; cached: share of recorded answers."""
-    shares = [*TOOLS, "combined", "format"]
+    shares = [*_tools_in(summary["all"]), "combined", "format"]
     head = ["", "n", "accuracy (95 %)", "calls", *map(title, shares), "turns", "failed", "cost", "cached", "stops"]
     rows, passed = [head], []
     for source, f in summary.items():
@@ -157,13 +157,18 @@ def table(summary: dict[str, dict]) -> str:
     return "\n".join([*aligned(rows, "<" + ">" * (len(head) - 2) + "<"), *passed])
 
 
+def _tools_in(figures):
+    return [name for name in TOOLS if name in figures]
+
+
 def before_and_after(log: list[dict]) -> str:
     """The table at the end of a run: first and last validation, by kind of question."""
-    names, lines = ("accuracy", *TOOLS, "format"), []
+    lines = []
     for mode in ("greedy", "sampled"):
         of_mode = [entry[mode] for entry in log if mode in entry]
         if of_mode:
             first, last = of_mode[0], of_mode[-1]
+            names = ("accuracy", *_tools_in(last["all"]), "format")
             rows = [[mode, *map(title, names)]]
             for kind in filter(last.__contains__, first):  # the questions may have changed in between
                 rows.append([kind, *(f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}  " for name in names)])

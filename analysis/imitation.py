@@ -13,7 +13,7 @@ from config import Config, need
 from data import Call, Hit, Question, Result, Stop, picture_key
 from engines import Reply
 from reward import score_episode
-from tools import run_tool
+from tools import parse_calls, run_tool
 
 
 def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> list[Episode]:
@@ -56,15 +56,18 @@ def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
     other results are the recorded ones. Raises InputError saying why a conversation cannot be imitated.
     """
     said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
-    need(r["stop"] == Stop.ANSWERED.value and len(r["calls"]) + 1 == len(said), "ended without an answer")
+    dialect, recorded = chat.cfg.dialect, iter(r["calls"])
+    calls = [parse_calls(text, dialect) for text in said]  # more than one of a turn only in the dialect json
+    sound = r["stop"] == Stop.ANSWERED.value and sum(map(len, calls)) == len(r["calls"]) and all(calls[:-1])
+    need(sound, "ended without an answer, or speaks another dialect")
     episode = Episode.start(question, chat, r["sample"])
-    for number, text in enumerate(said):
+    for text, asked in zip(said, calls, strict=True):
         ids = [*chat.encode(text), chat.im_end]
         need(len(ids) <= episode.room(), "longer than max_tokens")
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
-        if number < len(r["calls"]):
-            call, result = _recorded_call(r["calls"][number], episode, search)
-            need(episode.add_result(call, result), "longer than max_tokens")
+        for number, (_, made) in enumerate(zip(asked, recorded, strict=False), 1):
+            call, result = _recorded_call(made, episode, search)
+            need(episode.add_result(call, result, more=number < len(asked)), "longer than max_tokens")
     episode.stop = Stop.ANSWERED
     return episode
 
@@ -74,7 +77,8 @@ def _recorded_call(recorded, episode, search):
     name, box = recorded.get("picture", ""), recorded.get("box")
     picture = episode.picture(name)
     image = picture.data if picture and picture.data not in episode.question.images[:1] else None
-    call = Call(recorded["tool"], recorded["query"], name, box=tuple(box) if box else None, image=image)
+    words = dict(query=recorded["query"], url=recorded.get("url", ""))
+    call = Call(recorded["tool"], picture=name, box=tuple(box) if box else None, image=image, **words)
     hits = tuple(Hit(**hit) for hit in recorded["hits"])  # `image` is the key of the picture
     if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])

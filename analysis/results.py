@@ -37,8 +37,8 @@ def code_version() -> str:
 # object with these entries and others; {...: form}: with any names; (form,): null or missing, too.
 HIT = {"title": str, "url": str, "text": str, "image": (str,)}
 CALL = {
-    "tool": str, "query": str, "picture": (str,), "box": ([float],), "status": str, "error": str, "error_kind": str,
-    "usage": ({...: float},), "hits": [HIT],
+    "tool": str, "query": str, "picture": (str,), "box": ([float],), "url": (str,), "status": str, "error": str,
+    "error_kind": str, "usage": ({...: float},), "hits": [HIT],
 }  # fmt: skip
 CONVERSATION = {
     "question_id": str, "sample": int, "data_source": str, "question": str, "answers": [str], "pictures": ([str],),

@@ -84,7 +84,7 @@ class Work:
         toy_model.save_random_model(folder, seed=0)
         self.chat = Chat(folder, self.cfg)
         self.chat.stop_ids = (*self.chat.stop_ids, *range(300, 300 + len(self.chat) // STOP_SHARE))
-        rollout.parse_call = always_search
+        rollout.parse_calls = always_search
         Image.new("RGB", (60, 50), "teal").save(folder / "picture.png")
         picture = (folder / "picture.png").read_bytes()
         self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
@@ -95,9 +95,9 @@ class Work:
         self.engine = make(self.chat, self.cfg, device, limits)
 
 
-def always_search(text: str) -> Call:
-    """Stands for `tools.parse_call`: every turn asks for a search, whatever it says."""
-    return Call("text_search", "it")
+def always_search(text: str, dialect: str) -> list[Call]:
+    """Stands for `tools.parse_calls`: every turn asks for a search, whatever it says."""
+    return [Call("text_search", "it")]
 
 
 class Asleep:

@@ -13,7 +13,7 @@ from search.index import OfflineSearch, SearchDB
 from search.live import WebSearch, engine_of
 from search.service import RemoteSearch
 from search.web import is_web_url
-from tools import limits, results
+from tools import allowed_calls, limits, offered, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
@@ -42,7 +42,7 @@ def web_part(search) -> WebSearch | None:
 
 def check_questions(questions: list[Question], cfg: Config) -> None:
     """Raise InputError if image search would be live and could not be shown a question's image."""
-    if not cfg.searches_web or cfg.image_host or not limits(cfg)["image_search"]:
+    if not cfg.searches_web or cfg.image_host or "image_search" not in offered(cfg):
         return
     hidden = sum(bool(q.images) and not is_web_url(q.image_url) for q in questions)
     need(
@@ -57,9 +57,9 @@ def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
     if not cfg.searches_web:
         return ""
-    engine, limit = engine_of(cfg), limits(cfg)
-    most = conversations * min(sum(limit[name] for name in engine.names), cfg.max_turns - 1)
-    budget = cfg.search_budget
+    engine, budget = engine_of(cfg), cfg.search_budget
+    billed = sum(limits(cfg)[name] for name in engine.names)  # not what only reads a page
+    most = conversations * min(allowed_calls(cfg), billed)
     limit = f"search_budget={budget:,} ends them earlier" if budget else "no budget"
     limit = "within search_budget" if budget >= most else limit
     price = max(engine.prices.values())

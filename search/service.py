@@ -49,12 +49,12 @@ class RemoteSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
-        shown = call.tool in TOOLS and TOOLS[call.tool].needs == "picture" and call.image is None
+        shown = call.tool in TOOLS and "picture" in TOOLS[call.tool].takes and call.image is None
         picture = picture_of(call, question) if shown else None
         if len(picture or call.image or b"") > MAX_PICTURE:
             return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
-        if len(call.url) > MAX_URL:
-            return failed(Failure("bad_call", f"the address has more than {MAX_URL:,} characters"))
+        if len(call.url) > MAX_URL or not call.url.strip().isprintable():
+            return failed(Failure("bad_call", f"the address is no line of at most {MAX_URL:,} characters"))
         address = question.image_url if is_web_url(question.image_url) else None
         about = {"image": _encoded(picture), "image_url": address, "data_id": question.data_id}
         try:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.client import HTTPException
 from typing import ClassVar
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
@@ -342,8 +342,8 @@ def page_url(url: str) -> str:
         raise Failure("bad_call", "not an http or https address")
     url = _prepared("", url.strip()).url
     parts = urlsplit(url)
-    host = unquote(parts.hostname).rstrip(".")
-    with suppress(OSError, ValueError):
+    host = parts.hostname.rstrip(".")
+    with suppress(OSError):
         host = socket.inet_ntoa(socket.inet_aton(host))  # 127.1, 0x7f000001, 2130706433: browsers read them so
     try:
         public = is_public(host)

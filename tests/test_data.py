@@ -29,7 +29,6 @@ from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
 from reward import normalize_answer
-from tools import TOOLS
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
@@ -668,7 +667,6 @@ PROMPTS = {
     "after_text_search": "<information>\n{results}</information> {question} Go on.",
     "search_failed": "The search {outcome}.",
 }
-PROMPTS |= {f"after_{name}": PROMPTS["after_text_search"] for name in TOOLS if f"after_{name}" not in PROMPTS}
 
 
 def copy_of(folder: Path, target: Path) -> Path:

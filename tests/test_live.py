@@ -25,7 +25,7 @@ from local_web import EVIL, JINA, NUMBERS, SERPAPI, SERPER, SUMMARIZER, LocalWeb
 from PIL import Image
 
 import search
-from chat import Chat
+from chat import Chat, Episode
 from config import Config, InputError
 from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
 from rollout import run
@@ -43,7 +43,6 @@ from search.serper import Serper
 from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
 from search.text import PAGE_SENTENCES
 from search.web import Client, Job
-from tools import TOOLS
 from toy.lessons import ScriptedEngine
 
 IMAGE, FOUNDER = Call("image_search"), Call("text_search", "who is the founder?")
@@ -363,9 +362,11 @@ def test_hostile_text_is_harmless_text(server, engine, chat):
                 assert "\x00" not in text and "alert" not in text.replace("alert(1)", "") and "<script>" not in text
                 text.encode()  # no half characters
             assert any("<|im_end|>" in hit.title + hit.text for hit in result.hits)
-            ids, pictures, _ = chat.result_turn(call, result, question(), chat.im_end, 10_000)
+            roomy = Chat(chat.folder, dataclasses.replace(chat.cfg, max_tokens=8000))
+            asked = Episode(question(), roomy, tokens=[chat.im_end])
+            ids, pictures, _ = chat.result_turn(call, result, asked)
             turn = Result("ok", tuple(dataclasses.replace(h, title="", text="", url="") for h in result.hits))
-            bare, _, _ = chat.result_turn(call, turn, question(), chat.im_end, 10_000)
+            bare, _, _ = chat.result_turn(call, turn, asked)
             for special in (chat.im_end, chat.image_pad, chat.vision_start):  # it opened no turn, added no image
                 assert ids.count(special) == bare.count(special)
     assert "<script>" in EVIL
@@ -797,15 +798,7 @@ def visit(url=PAGE, goal="who is the founder?"):
     return Call("visit", goal, url=url)
 
 
-@pytest.fixture
-def visits(monkeypatch):
-    """The tool, until the table has it."""
-    tool = dataclasses.replace(TOOLS["text_search"], tags=("<visit>", "</visit>"), key="page", limit=0, results=1)
-    if "visit" not in TOOLS:
-        monkeypatch.setitem(TOOLS, "visit", dataclasses.replace(tool, needs="url"))
-
-
-def test_a_visit_reads_the_page_that_it_names(visits, server, monkeypatch):
+def test_a_visit_reads_the_page_that_it_names(server, monkeypatch):
     """For its goal: the sentences that fit it, or what the summariser says of it. Without a goal: its beginning."""
     search = live(server, search_budget=1)
     result = search.search(visit(f" {PAGE}\n"), question())
@@ -826,7 +819,7 @@ def test_a_visit_reads_the_page_that_it_names(visits, server, monkeypatch):
     assert len(hit.text) <= 500 * PAGE_SENTENCES and "\x00" not in hit.text
 
 
-def test_a_visit_is_recorded_under_page_goal_and_how_it_is_read(visits, server, tmp_path):
+def test_a_visit_is_recorded_under_page_goal_and_how_it_is_read(server, tmp_path):
     path = tmp_path / "c.sqlite"
     recording = record(server, path)
     found = recording.search(visit(), question())
@@ -848,7 +841,7 @@ def test_a_visit_is_recorded_under_page_goal_and_how_it_is_read(visits, server, 
     "fault, kind",
     [("page", "refused"), ("500", "server"), ("hang", "timeout"), ("html", "bad_response"), ("huge", "bad_response")],
 )
-def test_a_page_that_cannot_be_read_is_typed(visits, server, monkeypatch, fault, kind):
+def test_a_page_that_cannot_be_read_is_typed(server, monkeypatch, fault, kind):
     hurry(monkeypatch, retries=1, read_timeout=0.2)
     server.fault = lambda path, number: fault
     assert live(server, search_deadline=3.0).search(visit(), question()).error_kind == kind
@@ -864,7 +857,7 @@ LINKS = {  # what the reader is asked for, None: nothing
         "http://0177.0.0.1/", "http://0/", "http://10.1.2.3/", "http://192.168.0.1/", "http://172.16.0.1/", "http://[::1]/",
         "http://169.254.169.254/latest/meta-data", "http://[fd00::1]/", "http://[::ffff:10.0.0.1]/", "http://router/",
         "http://metadata.google.internal./", "http://①②⑦.0.0.1/", "http://a。local/", "http://a.example/\x00",
-        "http://a.example/a\nb", "http://a.ex\tample/", "http://a.example/\ud83d", "https://a.example/" + "x" * 10_000,
+        "http://a.example/a\nb", "http://a.ex\tample/", "http://a.example/\ud83d", "https://a.example/" + "x" * 50_000,
         "http://.example/", "https://bücher。example/", "http://%31%32%37.0.0.1/", "http://%00%31/", "http://[64:ff9b::a00:1]/",
         "<img>", "img_1", "'; DROP TABLE docs",
     ],
@@ -877,7 +870,7 @@ LINKS = {  # what the reader is asked for, None: nothing
 
 
 @pytest.mark.parametrize("link, asked", [(link, asked) for asked, links in LINKS.items() for link in links])
-def test_every_link_ends_typed(visits, server, tmp_path, link, asked):
+def test_every_link_ends_typed(server, tmp_path, link, asked):
     """Offline nothing is found under it; live it is refused, or the reader is asked for it; so it is by the service."""
     build(tmp_path / "i.sqlite", [{"title": "a", "text": "b", "url": u} for u in ("", "https://b.example/")])
     with closing(search_index.SearchDB(tmp_path / "i.sqlite")) as db:
@@ -889,8 +882,7 @@ def test_every_link_ends_typed(visits, server, tmp_path, link, asked):
             server.log.clear()
             result = search.search(visit(link), question())
             assert [payload["url"] for _, _, payload in server.log] == ([asked] if asked else [])
-            refused = "refused" if "\ud83d" in link and isinstance(search, RemoteSearch) else "bad_call"
-            assert (result.status, result.error_kind) == (("ok", "") if asked else ("error", refused))
+            assert (result.status, result.error_kind) == (("ok", "") if asked else ("error", "bad_call"))
     finally:
         service.close()
 

@@ -997,7 +997,7 @@ def run_scenario(folder, settings, mine, device):
 def worker(folder, out):
     """One rank: the scenarios, a step with a NaN on rank 1, and a checkpoint."""
     rank = int(os.environ["RANK"])
-    device = policy.init_distributed(config.Config(threads=1, dist_timeout=3.0))
+    device = policy.init_distributed(config.Config(threads=1))
     results = {name: run_scenario(folder, settings, ranks[rank], device) for name, settings, ranks in SCENARIOS}
 
     cfg = replace(world_cfg(), max_tokens=400, max_tokens_per_batch=1000)

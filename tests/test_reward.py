@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reward
-from tools import TOOLS, has_answer, parse_call
+from tools import TOOLS, has_answer, parse_calls
 
 IMG = "<search><img></search>"
 ANSWER = "<reason>I know it.</reason><answer>Paris</answer>"
@@ -86,7 +86,7 @@ MENTIONED = "<reason>put it in <answer> tags</reason><answer>Paris</answer>"
 
 def test_the_reward_reads_the_answer_that_ended_the_conversation():
     """A tag that reasoning mentions confuses neither the rollout nor the reward; it only breaks the format."""
-    assert has_answer(MENTIONED) and parse_call(MENTIONED) is None
+    assert has_answer(MENTIONED) and not parse_calls(MENTIONED)
     assert reward.score([MENTIONED], ["Paris"]) == reward.Score(0.9, True, False, 0, "Paris")
     pieces = ["<answer>", "</answer>", "<text_search>", "</text_search>", IMG, "Paris", " ", "<reason>", "</reason>"]
     rng, seen = random.Random(0), set()
@@ -94,9 +94,9 @@ def test_the_reward_reads_the_answer_that_ended_the_conversation():
         turn = "".join(rng.choices(pieces, k=rng.randrange(9)))
         if has_answer(turn):
             assert reward.extract_answer(turn) is not None, turn
-        elif parse_call(turn) is None:
+        elif not parse_calls(turn):
             assert reward.extract_answer(turn) is None, turn
-        seen.add((has_answer(turn), parse_call(turn) is None))
+        seen.add((has_answer(turn), not parse_calls(turn)))
     assert seen == {(True, True), (False, True), (False, False)}
 
 

@@ -35,7 +35,6 @@ PROMPTS = {
     "after_text_search": "<information>\n{results}</information> again: {question}",
     "search_failed": "the search {outcome}.",
 }
-PROMPTS |= {f"after_{name}": PROMPTS["after_text_search"] for name in TOOLS if f"after_{name}" not in PROMPTS}
 IMAGE, TEXT, ANSWER = "<search><img></search>", "<text_search> bako river</text_search>", "<answer> bako</answer>"
 
 
@@ -586,7 +585,7 @@ def engine(sharp, wide, device):
 
 def always_search(monkeypatch):
     """Every finished turn asks for an image search, whatever it says."""
-    monkeypatch.setattr(rollout, "parse_call", lambda text: Call("image_search"))
+    monkeypatch.setattr(rollout, "parse_calls", lambda *_: [Call("image_search")])
 
 
 def thumbnails(call, about):
@@ -1028,7 +1027,10 @@ def test_the_pipeline_can_be_aborted(modes, folder):
 def read_place(content):
     """<zoom>img_2 0 0 500 500</zoom>: a picture's name, and perhaps a box."""
     name, *box = content.split()
-    return {"picture": name, "box": tuple(map(float, box)) or None}
+    return {"picture": name, "box": box}
+
+
+WHOLE = (0.0, 0.0, 1000.0, 1000.0)
 
 
 @pytest.fixture
@@ -1040,7 +1042,8 @@ def zooming(cfg, tmp_path, monkeypatch):
         asked.append((call, picture_of(call, about)))
         return Result("ok", tuple(hits))
 
-    tool = Tool(("<zoom>", "</zoom>"), zoom, 2, 1, 1, (None, "image_search"), "picture", "zoom", read=read_place)
+    takes = ("picture", "box")
+    tool = Tool(("<zoom>", "</zoom>"), zoom, 2, 1, 1, (None, "image_search"), takes, "zoom", "", read=read_place)
     monkeypatch.setitem(TOOLS, "zoom", tool)
     for name, text in (PROMPTS | {"after_zoom": "<information>\n{results}</information> closer: {question}"}).items():
         (tmp_path / f"{name}.txt").write_text(text)
@@ -1048,13 +1051,13 @@ def zooming(cfg, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "box"), [("img_1", None), ("img_2", None), ("img_3", (0.0, 250.0, 500.0, 1000.0)), ("img_4", None)]
+    ("place", "box"), [(f"img_{n}", box) for n, box in enumerate([WHOLE, WHOLE, (0.0, 250.0, 500.0, 1000.0), WHOLE], 1)]
 )
 def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, box):
     """Two of the question, then those of searches, in order of appearance; the result is as large as a question's."""
     cfg, asked, _ = zooming
     two = Search(lambda *_: Result("ok", (Hit("bako", image=PICTURES["small"]), Hit("lupo", image=PICTURES["high"]))))
-    words = " ".join([place, *(f"{edge:.0f}" for edge in box or ())])
+    words = " ".join([place, *(f"{edge:.0f}" for edge in box)])
     about = question(0, images=2)
     episode, _ = hold(cfg, folder, [IMAGE, f"<zoom>{words}</zoom>", ANSWER], two, about)
     named = dict(img_1=about.images[0], img_2=about.images[1], img_3=PICTURES["small"], img_4=PICTURES["high"])[place]
@@ -1062,7 +1065,7 @@ def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, bo
     assert asked[0][0].image == (None if place == "img_1" else named)  # the question's first may be found by its URL
     assert [p.thumbnail for p in episode.images] == [False, False, True, True, False] and episode.stop == Stop.ANSWERED
     record = json.loads(json.dumps(episode.record()))["calls"][1]
-    assert (record["tool"], record["picture"], record["box"]) == ("zoom", place, list(box) if box else None)
+    assert (record["tool"], record["picture"], record["box"]) == ("zoom", place, list(box))
     assert [hit["full_size"] for hit in record["hits"]] == [True]
 
 
@@ -1070,11 +1073,11 @@ def test_a_call_is_answered_with_the_picture_it_names(zooming, folder, place, bo
 def test_a_picture_that_is_not_there_is_told_to_the_model(zooming, folder, device, place):
     """Nobody is asked, it is no fault of the tools, and the conversation continues."""
     cfg, asked, _ = zooming
-    episode, search = hold(cfg, folder, [IMAGE, f"<zoom>{place}</zoom>", ANSWER])
+    episode, search = hold(cfg, folder, [IMAGE, f"<zoom>{place} 0 0 1000 1000</zoom>", ANSWER])
     call, result = episode.calls[1]
-    assert (call, result.status, result.error_kind) == (Call("zoom", picture=place), "error", "bad_call")
+    assert (call, result.status, result.error_kind) == (Call("zoom", picture=place, box=WHOLE), "error", "bad_call")
     assert result.error == f"there is no picture {place}" and not asked and len(search.calls) == 1
-    assert layout(episode).endswith(failed("failed") + said(ANSWER)) and episode.stop == Stop.ANSWERED
+    assert layout(episode).endswith(failed(f"failed: {result.error}") + said(ANSWER)) and episode.stop == Stop.ANSWERED
     again = imitated(json.loads(json.dumps(episode.record())), question(0), episode.chat, search)
     assert again.tokens == episode.tokens and again.record() == episode.record()
     rollout.check_calls([episode] * 20, device)

@@ -1,7 +1,6 @@
 """The offline index: ranking against plain-Python loops, hostile queries, threads, builds that fail or are killed."""
 
 import collections
-import dataclasses
 import io
 import itertools
 import json
@@ -29,7 +28,6 @@ from search import index as search_index
 from search.embedding import embed_image
 from search.index import OfflineSearch, SearchDB, build
 from search.text import passages, terms
-from tools import TOOLS
 
 ROOT = Path(search_index.__file__).parents[1]
 FIFTY = ROOT.parent / "shared" / "data" / "fvqa50"
@@ -714,11 +712,8 @@ def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
     assert capsys.readouterr().out == "1. t\n   (no URL)\n   first\n"
 
 
-def test_pages_are_read_by_their_url(tmp_path, monkeypatch, capsys):
+def test_pages_are_read_by_their_url(tmp_path, capsys):
     """All documents with the URL, as one: the sentences that fit the goal, or without one the first. Nothing else."""
-    tool = dataclasses.replace(TOOLS["text_search"], tags=("<visit>", "</visit>"), key="page", limit=0, results=1)
-    if "visit" not in TOOLS:  # until the table has it
-        monkeypatch.setitem(TOOLS, "visit", dataclasses.replace(tool, needs="url"))
     texts = [" ".join(f"Sentence {n} of part {part}." for n in range(15)) for part in range(3)]
     docs = [{"title": f"part {part}", "url": "https://a.example/é", "text": text} for part, text in enumerate(texts)]
     build(
@@ -988,7 +983,7 @@ def test_what_is_no_sentence_encoder_is_one_line(tmp_path, text_encoder, encoder
     "sql",
     [
         "UPDATE vectors SET embedding = zeroblob(64) WHERE rowid = 2",
-        "UPDATE vectors SET rowid = 9 WHERE rowid = 2",
+        "UPDATE vectors SET rowid = 9 WHERE rowid = 3",
         "UPDATE vectors SET embedding = x'00' WHERE rowid = 2",
         "DELETE FROM vectors",
         "UPDATE settings SET value = '' WHERE name = 'text_embedding'",

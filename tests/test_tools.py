@@ -16,7 +16,7 @@ import tools
 from config import Config
 from data import Call, Question, Result, decode_image, load_questions
 from search.index import OfflineSearch, SearchDB, build
-from tools import TOOLS, has_answer, parse_call
+from tools import TOOLS, has_answer, parse_calls
 
 IMAGE, ANSWER = Call("image_search"), "answer"
 IMG = "<search><img></search>"
@@ -81,14 +81,14 @@ def text(query):
     ],
 )
 def test_parse_call(turn, action):
-    assert parse_call(turn) == (action if isinstance(action, Call) else None)
+    assert parse_calls(turn) == ([action] if isinstance(action, Call) else [])
     assert has_answer(turn) == (action == ANSWER)
 
 
 @pytest.mark.parametrize("piece", ["<text_search>", "</text_search>", "<answer>", IMG[:-1], "<text_search>a</answer>"])
 def test_parse_call_takes_linear_time(piece):
     start = time.perf_counter()
-    parse_call(piece * 50_000)
+    parse_calls(piece * 50_000)
     assert time.perf_counter() - start < 2
 
 

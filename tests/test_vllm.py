@@ -85,7 +85,7 @@ class Alone:
     def __init__(self, folder, out, of_engine=None):
         self.cfg, self.chat = setting(folder)
         self.device = policy.init_distributed(self.cfg)
-        rollout.parse_call = lambda text: Call("image_search")  # every finished turn asks for one, whatever it says
+        rollout.parse_calls = lambda *_: [Call("image_search")]  # every finished turn asks for one, whatever it says
         self.model = policy.load_policy(folder, self.chat, self.cfg, self.device)
         if not of_engine:
             of_engine = out / "export"
@@ -227,7 +227,7 @@ def together(folder, out, tensor_parallel):
     """Two ranks under torchrun's variables: FSDP2 beside an engine each, or beside one engine that they share."""
     cfg, chat = setting(folder, tensor_parallel=tensor_parallel)
     device = policy.init_distributed(cfg)
-    rollout.parse_call = lambda text: Call("image_search")
+    rollout.parse_calls = lambda *_: [Call("image_search")]
     model = policy.load_policy(folder, chat, cfg, device)
     questions = pictured(range(5))  # uneven: three for one engine, two for the other
     engine = VLLMEngine(str(folder), chat, cfg, device, engine_limits(folder, cfg, device, questions))
