@@ -92,8 +92,8 @@ def crop(call: Call, question: Question, search) -> Result:
 
 def read_crop(content: str) -> dict:
     """Reads `img_2 100 0 500 500`; without a name it is the question's first picture."""
-    name, *_ = re.findall(r"img_\d+", content) or [""]
-    return {"picture": name, "box": re.findall(r"[-+\w.]+", content.replace(name, "", 1))}
+    name, box = re.fullmatch(r"(img_\d+)?(.*)", content, re.DOTALL).groups()
+    return {"picture": name or "", "box": box.split()}
 
 
 def read_visit(content: str) -> dict:
@@ -271,9 +271,8 @@ def problem_with(call: Call, question: Question) -> str:
     if "picture" in TOOLS[call.tool].takes and picture_of(call, question) is None:
         return "the question has no image"
     for field in TOOLS[call.tool].takes:
-        if field not in TOOLS[call.tool].optional and not (
-            getattr(call, field) if field == "box" else getattr(call, field).strip()
-        ):
+        given = str(getattr(call, field) or "").strip()
+        if not given and field not in TOOLS[call.tool].optional:
             return f"the {field} is empty"
     return ""
 

@@ -153,7 +153,7 @@ BAD_JSON = [
 ]  # fmt: skip
 EMPTY_CALLS = [
     '{"name": "text_search"}', '{"name": "text_search", "arguments": {"query": " "}}', '{"name": "crop"}',
-    '{"name": "crop", "arguments": {"picture": "img_1"}}', '{"name": "visit", "arguments": {"url": "https://a.b"}}',
+    '{"name": "crop", "arguments": {"picture": "img_1"}}', '{"name": "visit", "arguments": {"query": "a"}}',
     '{"name": "", "arguments": {}}', '{"name": "image_search\\n"}', '{"name": "' + "x" * 5000 + '"}',
 ]  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_crop_search_the_crop_read_the_page_answer(request, dialect, device):
     assert "img_2" in chat.show(episode.tokens[: episode.turns[1].start])
 
     score = score_episode(episode, chat.cfg)
-    assert (score.correct, score.format_ok, score.searches) == (True, True, 1)  # crop and visit are free
+    assert (score.correct, score.format_ok, score.searches) == (True, True, 2)  # a visit is free
     metrics = rollout_metrics([episode], [score], chat.cfg, device)
     assert [metrics[name] for name in tools.TOOLS] == [1, 0, 1, 1]
     r = json.loads(json.dumps({**record(episode, score)}))
@@ -385,9 +385,9 @@ def test_well_formed_turns_in_json(turn, kinds):
 @pytest.mark.parametrize("turns, right, ordered, searches", [
     ([f"{R}<answer>bako</answer>"], 1.0, True, 0),
     ([R + SEARCH, f"{R}<answer>bako</answer>"], 0.91, True, 1),
-    ([R + CALL + SEARCH, f"{R}<answer>bako</answer>"], 0.91, True, 1),
+    ([R + CALL + SEARCH, f"{R}<answer>bako</answer>"], 0.91, True, 2),
     ([R + SEARCH + SEARCH, f"{R}<answer>bako</answer>"], 0.81, False, 2),  # twice: only with any_order
-    ([R + CALL, f"{R}<answer>no</answer>"], 0.1, True, 0), ([CALL, f"{R}<answer>bako</answer>"], 0.9, False, 0),
+    ([R + CALL, f"{R}<answer>no</answer>"], 0.1, True, 1), ([CALL, f"{R}<answer>bako</answer>"], 0.81, False, 1),
     ([R + SEARCH], 0.0, False, 1),
 ])  # fmt: skip
 def test_rewards_in_json(turns, right, ordered, searches):
