@@ -1071,10 +1071,14 @@ def test_the_command_serves_until_ctrl_c(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "search", "serve", "--address", address, f"--search_index={tmp_path}/i.sqlite"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
-        found = open_search(Config(search_url=f"http://{address}")).search(Call("text_search", "founders"), question())
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(30), process.stderr.read()) == (130, "")
+        try:
+            assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
+            client = open_search(Config(search_url=f"http://{address}"))
+            found = client.search(Call("text_search", "founders"), question())
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(30), process.stderr.read()) == (130, "")
+        finally:
+            process.kill()  # a test that fails would wait for it
     assert [hit.title for hit in found.hits] == ["t"]
 
 
