@@ -19,6 +19,7 @@ from conftest import ROOT, SHORT_RUN, SHORT_WORLD
 
 import config
 import eval as evaluation
+import tools
 import toy
 import train
 from chat import Chat
@@ -292,7 +293,7 @@ def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp
     assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
     exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)
     assert toy.locate(again) == place and exported.max_pixels == cfg.max_pixels
-    assert toy.answers_searches(exported) and exported.tool_limits == cfg.tool_limits
+    assert toy.answers_searches(exported) and tools.limits(exported) == tools.limits(cfg)
     monkeypatch.setattr(sys, "argv", ["eval.py", f"--model={run_dir / 'final'}", *here, "--val_limit=4"])
     config.run_main(evaluation.main)
     assert all(kind in capsys.readouterr().out for kind in toy_world.CROP_KINDS[:1])
@@ -327,7 +328,7 @@ def test_options_stand_beside_those_of_a_run():
 def test_every_option_but_the_folder_makes_another_world():
     changed = dict(
         toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False,
-        toy_crop=True,
+        toy_crop=True, toy_json=True,
     )  # fmt: skip
     assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
     names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
