@@ -171,6 +171,8 @@ def test_a_bad_call_is_typed_and_the_model_is_told(json_chat, content):
         episode = hold(json_chat, [said, "<reason>r</reason><answer>bako</answer>"], search)
         assert episode.stop == Stop.ANSWERED and not search.calls and len(episode.calls) == 1
         assert "The call failed: " in json_chat.show(episode.tokens)
+        named = call.tool in tools.TOOLS  # what the model makes up is no label
+        assert label_of(json.loads(json.dumps(episode.record()))) == (call.tool if named else "search_free")
         again = imitated(json.loads(json.dumps(episode.record())), ASKED, json_chat, None)
         assert again.tokens == episode.tokens
 
