@@ -252,10 +252,8 @@ def _check_combinations(c):
         for pair in getattr(c, name):
             need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")
     for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
-        largest = getattr(c, high) // 784 * 784  # sides are multiples of 28 pixels, and 28 x 28 are one vision token
-        need(getattr(c, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
-    least, most, batch = c.min_pixels // 784, c.max_tokens, c.max_tokens_per_batch
-    need(least < most, f"a picture of min_pixels={c.min_pixels} takes {least} tokens, max_tokens is less")
+        need(getattr(c, low) <= getattr(c, high), f"{low} is above {high}")  # `Chat` knows which sizes are possible
+    most, batch = c.max_tokens, c.max_tokens_per_batch
     need(c.max_tokens_per_turn < most, "max_tokens_per_turn must be below max_tokens")
     need(c.max_prompt_tokens < most, "max_prompt_tokens must be below max_tokens: no room for a reply")
     need(batch >= most, f"max_tokens_per_batch={batch} cannot hold a conversation of max_tokens={most}")
