@@ -92,10 +92,8 @@ class Chat:
             inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
             need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
         for thumbnail in (False, True):
-            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
-        least = cfg.min_pixels // self.factor**2
-        what = f"a picture of min_pixels={cfg.min_pixels} takes {least} tokens"
-        need(least < cfg.max_tokens, f"{what}, max_tokens is less")
+            with refusing("thumb_min_pixels, thumb_max_pixels" if thumbnail else "min_pixels, max_pixels"):
+                self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
         end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
         self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
@@ -179,6 +177,7 @@ class Chat:
             need(not missing, "it declares no tools: dialect=json needs a chat_template.jinja that does")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
+            need(parts[1][-1] == parts[4][-1], "its last turn begins unlike the others, as if thinking")
         parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
         return tuple(parts)
 
