@@ -81,8 +81,9 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def cfg():
-    """The toy configuration without its entropy bonus; `dataclasses.replace(cfg, ...)` changes it."""
-    return config.Config(threads=1, entropy_coef=0.0)
+    """The toy configuration without its entropy bonus, thumbnails of one vision token of either family;
+    `dataclasses.replace(cfg, ...)` changes it."""
+    return config.Config(threads=1, entropy_coef=0.0, thumb_max_pixels=32 * 32)
 
 
 @pytest.fixture

@@ -599,7 +599,7 @@ def test_the_largest_pictures_stay_within_the_aspect_that_processors_take():
 @both_families
 @pytest.mark.parametrize("thumbnail", [False, True])
 @pytest.mark.parametrize("ranges", [
-    dict(thumb_max_pixels=50**2),
+    {},
     dict(min_pixels=112**2, max_pixels=336**2, thumb_min_pixels=56**2, thumb_max_pixels=112**2),
 ])  # fmt: skip
 def test_processors_resize_the_final_image_by_identity(cfg, folder, thumbnail, ranges):
@@ -1240,7 +1240,6 @@ def test_ranges_of_pixels_beyond_the_image_processor_s(folder, cfg, tmp_path, na
 @pytest.mark.parametrize("what", ["", "thumb_"])
 def test_ranges_of_pixels_that_fit_no_picture(folder, cfg, what):
     """Sides are multiples of patch x merge: 28 or 32 pixels."""
-    cfg = replace(cfg, thumb_max_pixels=50**2)
     side = Chat(folder, cfg).factor
     between = {f"{what}min_pixels": side**2 + 1, f"{what}max_pixels": 2 * side**2 - 1}
     message = refused(Chat, folder, replace(cfg, **between))
