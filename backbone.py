@@ -3,8 +3,7 @@
 The rest of the code reaches a model's inside only through these functions.
 
 Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden size, D head dimension, F features of a
-vision token: H, and in a Qwen3-VL H more for each decoder layer to which the vision tower's inner layers speak
-(deepstack).
+vision token: H, and in a Qwen3-VL as many again for each decoder layer that adds some (deepstack).
 """
 
 import copy

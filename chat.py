@@ -177,7 +177,7 @@ class Chat:
             need(not missing, "it declares no tools: dialect=json needs a chat_template.jinja that does")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
-            need(parts[1][-1] == parts[4][-1], "its last turn begins unlike the others, as if thinking")
+            need(parts[1][-1] == parts[4][-1], "a new turn begins unlike earlier ones, as a thinking model's does")
         parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
         return tuple(parts)
 

@@ -473,8 +473,8 @@ def test_an_optimiser_on_the_cpu_has_its_threads(monkeypatch, device, offload, t
 
 
 @both_families
-def test_patches_are_embedded_as_by_the_convolution(monkeypatch, model):
-    embed = model.model.visual.patch_embed
+def test_patches_are_embedded_as_by_the_convolution(monkeypatch, sharp_model):
+    embed = sharp_model.model.visual.patch_embed
     pixels = torch.randn(12, embed.proj.weight[0].numel())
     expected = embed(pixels)
     assert torch.equal(expected, type(embed).forward(embed, pixels))  # on a CPU: to the bit
@@ -628,6 +628,7 @@ def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_chat, e
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
 
 
+@both_families
 def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, device, monkeypatch):
     half = policy.load_policy(sharp, sharp_chat, replace(wide, dtype="bf16"), device)
     cosines = []

@@ -925,6 +925,7 @@ def test_what_does_not_fit_is_refused(engine, excess, fits):
     assert not engine.queue
 
 
+@both_families
 def test_bf16_rounds_weights_and_not_positions(sharp, wide, device):
     engine = make_engine(sharp, replace(wide, dtype="bf16"), device)
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
