@@ -148,14 +148,14 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
 
 
 def prepare(model, chat: Chat, cfg: Config) -> None:
-    """Give a plain Qwen2.5-VL what this code needs: packed attention, the root method, the ids it may not say."""
+    """Give a plain model what this code needs: packed attention, the root method, the ids it may not say."""
     available = cfg.attention != "flash" or backbone.has_flash_attn()
     need(available, "attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
     backbone.register_attention(cfg.attention)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = backbone.ATTENTION
     model.config.use_cache, vocabulary = False, model.config.text_config.vocab_size
-    need(len(chat) <= vocabulary, f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
+    backbone.check_chat(model.config, chat)
     model.banned_ids = torch.zeros(vocabulary, dtype=torch.bool)
     model.banned_ids[chat.banned_ids(vocabulary)] = True
     model.packed_logprobs = MethodType(packed_logprobs, model)

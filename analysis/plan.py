@@ -51,7 +51,7 @@ class Sizes:
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
-    """Sizes of a Qwen2.5-VL of this configuration (transformers' own) when it computes in `dtype`."""
+    """Sizes of a model of this configuration (transformers' own) when it computes in `dtype`."""
     from transformers import AttentionInterface
 
     with torch.device("meta"):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import question, replace
+from conftest import both_families, question, replace
 
 import backbone
 import checkpoint
@@ -24,6 +24,7 @@ def sizes(folder):
     return plan.measure(read_config(folder), torch.float32)
 
 
+@both_families
 def test_counts_are_those_of_the_model(sizes, model):
     count = sum(p.numel() for p in model.parameters())  # the tied head once
     assert sizes.total == count and sizes.root + sizes.layers * layer_size(model) + block_sizes(model) == count
@@ -38,6 +39,7 @@ def block_sizes(model):
     return sum(p.numel() for p in model.model.visual.blocks.parameters())
 
 
+@both_families
 def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, model, chat, cfg):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     episodes = []
