@@ -973,6 +973,8 @@ SCENARIOS = [
     ("one idle", {"loss_norm": "sequence"}, ([0, 1, 2, 3, 4, 5], [])),
     ("hsdp", {"shard_size": 1}, ([1, 2], [0, 3, 4, 5])),
     ("frozen", {"freeze_vision": True, "gradient_checkpointing": True}, ([2], [0, 1, 3, 4, 5])),
+    ("adapters", {"lora_rank": 1}, ([0, 1, 2, 4, 5], [3])),  # one of two shards of A is empty
+    ("decoder's", {"lora_rank": 4, "freeze_vision": True, "shard_size": 1}, ([0, 1, 2, 3, 4, 5], [])),
 ]
 
 
@@ -988,6 +990,8 @@ def run_scenario(folder, settings, mine, device):
     chat = Chat(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
     model = policy.load_policy(folder, chat, cfg, device)
     chosen = [some_episodes(chat)[i] for i in mine]
+    if cfg.lora_rank:  # before it, A has no gradient
+        step(model, chosen, chat, cfg, device, cfg.loss_norm, mine, lr=0.1)
     sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
     batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model, device)
     policy.logprobs(model, batches, 1.0, device)  # leaves nothing behind that full_weights would trip over

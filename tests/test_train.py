@@ -279,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
 def test_learning_rate(cfg, schedule):
-    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, min_lr_factor=0.05)
+    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100)
     rates = [policy.learning_rate(step, cfg) for step in range(101)]
     if schedule == "constant":
         assert set(rates) == {2.0}
