@@ -1,4 +1,4 @@
-"""The model and the processes: loading and sharding (FSDP2), packing, log-probs, the optimiser step.
+"""The model and the processes: loading and sharding (FSDP2), adapters, packing, log-probs, the optimiser step.
 
 Parallelism is applied from outside: the model is transformers' own, its blocks are wrapped by `fully_shard`, and one
 extra root method (`packed_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses the
@@ -205,11 +205,10 @@ def full_weights(model, dtype: torch.dtype | None = None):
     layers = adapted_layers(model)
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
-        dtype_here = dtype or parameter.dtype
         if kind == "weight" and path in layers:
-            yield name, layers[path].merged().to(dtype_here)
+            yield name, layers[path].merged().to(dtype or parameter.dtype)
         elif kind not in ("lora_A", "lora_B"):
-            yield name, whole(parameter.to(dtype_here))
+            yield name, whole(parameter.to(dtype or parameter.dtype))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -426,9 +425,8 @@ class HeadLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         """z: tempered logits. d logp / dz_j = [j is the target] - p_j, d entropy / dz_j = -p_j (logp_j + entropy)"""
         hidden, weight, target, banned, entropy = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for part in chunks(len(target), weight):
             all_logp, p = distributions(hidden[part], weight, banned, ctx.temperature)
             g = grad_logp[part, None]

@@ -164,8 +164,7 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
     owned = {name: size / shards for name, size in sizes.owned(cfg, width).items()}
     reference = owned.pop("reference")
-    models = 2 if reference else 1
-    gathered = width * (sizes.root + 2 * sizes.largest) * models if shards > 1 or width < 4 else 0
+    gathered = width * (sizes.root + 2 * sizes.largest) * (1 + bool(reference)) if shards > 1 or width < 4 else 0
     engine = width * sizes.total / cfg.tensor_parallel
     on_gpu, reference_on_gpu = cfg.offload != "all", cfg.offload == "none"
     gpu = {

@@ -38,8 +38,10 @@ def block_sizes(model):
     return sum(p.numel() for p in model.model.visual.blocks.parameters())
 
 
-def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, model, chat, cfg):
+@pytest.mark.parametrize("rank", [0, 8])
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, chat, cfg, device, rank):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
+    model = policy.load_policy(folder, chat, replace(cfg, lora_rank=rank), device)
     episodes = []
     for length in (30, 70, 90):
         episode = Episode.start(question(), chat)
