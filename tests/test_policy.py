@@ -1027,6 +1027,11 @@ def worker(folder, out):
     reference = policy.load_policy(folder, chat, cfg, device, trainable=False, like=model)
     results["reference"] = dict(policy.full_weights(reference))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+    adapted = policy.load_policy(folder, chat, replace(cfg, lora_rank=1), device)
+    optimizer = policy.adamw(adapted, cfg, device)
+    policy.update(adapted, optimizer, batches, good, cfg, device)
+    checkpoint.save_state(out / "adapters", adapted, optimizer, {"step": 1})
+    results["merged"] = dict(policy.full_weights(adapted))
     if rank == 0:
         torch.save(results, out / "results.pt")
     dist.destroy_process_group()
@@ -1079,6 +1084,17 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     assert all(torch.equal(value, results["final"][name]) for name, value in results["reference"].items())
     exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
+
+
+def test_adapters_of_two_ranks_load_on_one(two_ranks, folder, chat, cfg, device):
+    (results, out), cfg = two_ranks, replace(cfg, lora_rank=1)
+    model = policy.load_policy(folder, chat, cfg, device)
+    optimizer = policy.adamw(model, cfg, device)
+    assert checkpoint.load_state(out / "adapters", model, optimizer)["step"] == 1
+    assert all(torch.equal(value, results["merged"][name]) for name, value in policy.full_weights(model))
+    assert len(optimizer.state) == 2 * len(policy.adapted_layers(model))
+    q = "model.language_model.layers.0.self_attn.q_proj"
+    assert not torch.equal(results["merged"][f"{q}.weight"], model.get_submodule(q).weight)  # they have learned
 
 
 if __name__ == "__main__":
