@@ -145,6 +145,14 @@ def blocks(model) -> list:
     return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
+def linear_layers(model, vision: bool) -> dict[str, torch.nn.Linear]:
+    """The decoder's linear layers by name (attention and MLP; the head is none of them); vision: also those of the
+    vision tower and its merger."""
+    within = ("model.language_model.", "model.visual.")[: 1 + vision]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: layer for name, layer in layers.items() if name.startswith(within)}
+
+
 def plain_config(model):
     """The model's configuration as transformers knows it, for building another one of its kind."""
     config = copy.deepcopy(model.config)

@@ -117,7 +117,8 @@ class Config(Options):
     model: str = option("toy", "'toy' (built on first use), a Hugging Face folder, or a hub id")
     dtype: str = option("auto", "compute type (master weights: fp32); auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
     attention: str = option("auto", "kernel; auto: the best available", ("auto", "flash", "varlen", "segments"))
-    freeze_vision: bool = option(False, "do not train the vision tower")
+    freeze_vision: bool = option(False, "do not train the vision tower, nor adapters on it")
+    lora_rank: int = option(0, "train adapters (LoRA) of this rank on linear layers (0: all weights)", "at least 0")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass to save memory")
 
     # -- data
@@ -197,7 +198,6 @@ class Config(Options):
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "above 0")
     schedule: str = option("constant", "learning rate over the steps", ("constant", "cosine", "sigmoid"))
     warmup_steps: int = option(0, "steps of linear learning-rate warm-up", "at least 0")
-    min_lr_factor: float = option(0.05, "floor of the cosine and sigmoid schedules, share of lr", "from 0 to 1")
     max_tokens_per_batch: int = option(8192, "tokens of a packed batch: one forward and backward pass", "above 0")
     offload: str = option("none", "to CPU memory: the reference model, or all but activations", OFFLOADS)
 

@@ -996,6 +996,8 @@ SCENARIOS = [
     ("hsdp", {"shard_size": 1}, ([1, 2], [0, 3, 4, 5])),
     ("qwen3-vl", {}, ([0, 1, 3, 4, 5], [2])),  # the second has no picture
     ("frozen", {"freeze_vision": True, "gradient_checkpointing": True}, ([2], [0, 1, 3, 4, 5])),
+    ("adapters", {"lora_rank": 1}, ([0, 1, 2, 4, 5], [3])),  # one of two shards of A is empty
+    ("decoder's", {"lora_rank": 4, "freeze_vision": True, "shard_size": 1}, ([0, 1, 2, 3, 4, 5], [])),
 ]
 
 
@@ -1011,6 +1013,8 @@ def run_scenario(folder, settings, mine, device):
     chat = Chat(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
     model = policy.load_policy(folder, chat, cfg, device)
     chosen = [some_episodes(chat)[i] for i in mine]
+    if cfg.lora_rank:  # before it, A has no gradient
+        step(model, chosen, chat, cfg, device, cfg.loss_norm, mine, lr=0.1)
     sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
     batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model, device)
     policy.logprobs(model, batches, 1.0, device)  # leaves nothing behind that full_weights would trip over
@@ -1050,6 +1054,11 @@ def worker(folder, out):
     reference = policy.load_policy(folder, chat, cfg, device, trainable=False, like=model)
     results["reference"] = dict(policy.full_weights(reference))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+    adapted = policy.load_policy(folder, chat, replace(cfg, lora_rank=1), device)
+    optimizer = policy.adamw(adapted, cfg, device)
+    policy.update(adapted, optimizer, batches, good, cfg, device)
+    checkpoint.save_state(out / "adapters", adapted, optimizer, {"step": 1})
+    results["merged"] = dict(policy.full_weights(adapted))
     if rank == 0:
         torch.save(results, out / "results.pt")
     dist.destroy_process_group()
@@ -1104,6 +1113,17 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     assert all(torch.equal(value, results["final"][name]) for name, value in results["reference"].items())
     exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
+
+
+def test_adapters_of_two_ranks_load_on_one(two_ranks, folder, chat, cfg, device):
+    (results, out), cfg = two_ranks, replace(cfg, lora_rank=1)
+    model = policy.load_policy(folder, chat, cfg, device)
+    optimizer = policy.adamw(model, cfg, device)
+    assert checkpoint.load_state(out / "adapters", model, optimizer)["step"] == 1
+    assert all(torch.equal(value, results["merged"][name]) for name, value in policy.full_weights(model))
+    assert len(optimizer.state) == 2 * len(policy.adapted_layers(model))
+    q = "model.language_model.layers.0.self_attn.q_proj"
+    assert not torch.equal(results["merged"][f"{q}.weight"], model.get_submodule(q).weight)  # they have learned
 
 
 if __name__ == "__main__":
