@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import question, replace
+from conftest import both_families, question, replace
 from safetensors.torch import load_file
 from test_policy import (
     ADVANTAGES,
@@ -115,6 +115,7 @@ def test_adapters_are_what_the_paper_says(sharp, chat, wide, device, freeze_visi
         torch.testing.assert_close(layer(x).double(), expected, atol=1e-4, rtol=1e-5)
 
 
+@both_families
 @WHERE
 def test_merged_weights_say_what_the_adapters_say(sharp, chat, episodes, wide, device, tmp_path, freeze_vision):
     """In the engine, in a trainer without adapters, and in transformers, which reads the export."""
