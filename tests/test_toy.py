@@ -27,7 +27,7 @@ from data import Call, Stop, load_questions
 from reward import score_episode
 from rollout import run
 from search.index import OfflineSearch, SearchDB
-from tools import results
+from tools import offered, results
 from toy import Recipe
 from toy import build as toy_build
 from toy import lessons as toy_lessons
@@ -233,7 +233,8 @@ def test_only_the_right_part_of_a_picture_finds_the_thing(crop):
     policy = toy_lessons.SloppyPolicy(chat, recipe)
     pool = toy_world.equally(things[: toy_world.KNOWN], things[-60:])
     asked = [policy.question(thing, "name", rng, pool) for thing in rng.sample(things[-60:], 40)]
-    right = [policy.cells[chat.picture(q.images[0]).key] for q in asked]
+    keys = [chat.picture(q.images[0]).key for q in asked]
+    right = [toy_world.seek(policy.asked[key][0].look, policy.shown[key])[1] for key in keys]
 
     def titles(first_turns):
         def script(prompt, images, sampling):
@@ -248,8 +249,8 @@ def test_only_the_right_part_of_a_picture_finds_the_thing(crop):
         return [[hit.title for hit in e.calls[-1][1].hits] for e in episodes]
 
     def found(how):
-        turns = {chat.picture(q.images[0]).key: how(cell) for q, cell in zip(asked, right, strict=True)}
-        names = [policy.asked[key][0].name for key in turns]
+        turns = {key: how(cell) for key, cell in zip(keys, right, strict=True)}
+        names = [policy.asked[key][0].name for key in keys]
         return sum(name in hits for name, hits in zip(names, titles(turns), strict=True)) / len(asked)
 
     def crop_and_search(cell):
@@ -269,17 +270,17 @@ def test_the_scripted_policy_crops_and_searches_without_regard_to_need(crop):
     policy, pool = toy_lessons.SloppyPolicy(chat, recipe), [t.look for t in things[:200]]
     asked = [policy.question(things[i % 48], "name", rng, pool if i < 400 else ()) for i in range(800)]
     episodes = run(asked, ScriptedEngine(chat, policy), OfflineSearch(SearchDB(place.index), results(cfg)), chat, cfg)
-    called, boxes = defaultdict(list), []
+    called = defaultdict(list)
     for episode in episodes:
-        key = episode.images[0].key
-        called[policy.asked[key][0].known, key in policy.cells].append(" ".join(c.tool for c, _ in episode.calls))
+        (thing, _), looks = policy.asked[episode.images[0].key], policy.shown[episode.images[0].key]
+        called[thing.known, len(looks) > 1].append(" ".join(c.tool for c, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and score_episode(episode, cfg).format_ok
-        boxes += [" ".join(f"{edge:.0f}" for edge in c.box) == policy.cells.get(key) for c, _ in episode.calls if c.box]
+        boxes = {" ".join(f"{edge:.0f}" for edge in call.box) for call, _ in episode.calls if call.box}
+        assert boxes <= {toy_world.CELLS[looks.index(thing.look)]}
     assert set(called[True, True]) == {"", "image_search", "crop image_search", "crop"}
     for plan in set(called[True, True]):
         shares = [plans.count(plan) / len(plans) for plans in called.values()]
         assert len(shares) == 4 and max(shares) - min(shares) < 0.15
-    assert 0.4 < sum(boxes) / len(boxes) < 0.5  # mostly right where there is a right one, in half of the conversations
 
 
 def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp_path, monkeypatch, capsys):
@@ -292,7 +293,7 @@ def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp
     assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
     exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)
     assert toy.locate(again) == place and exported.max_pixels == cfg.max_pixels
-    assert toy.answers_searches(exported) and exported.tool_limits == cfg.tool_limits
+    assert toy.answers_searches(exported) and offered(exported) == ["image_search", "crop"]
     monkeypatch.setattr(sys, "argv", ["eval.py", f"--model={run_dir / 'final'}", *here, "--val_limit=4"])
     config.run_main(evaluation.main)
     assert all(kind in capsys.readouterr().out for kind in toy_world.CROP_KINDS[:1])
