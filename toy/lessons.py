@@ -50,7 +50,7 @@ PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",
 SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
 SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
 CROP_PLANS = ((), ("image_search",), ("crop", "image_search"), ("crop",))  # with toy_crop
-CROP_SHARES = (0.3, 0.22, 0.38, 0.1)
+CROP_SHARES = (0.25, 0.2, 0.5, 0.05)
 
 
 class Lessons:
