@@ -81,13 +81,18 @@ class Chat:
 
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        with refusing(f"{folder}: not a Qwen2.5-VL's tokenizer", Exception):  # transformers raises about anything
+        with refusing(f"{folder}: cannot read a Qwen2.5-VL tokenizer", Exception):  # transformers raises about anything
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
             self._check_tokenizer()
-        with refusing(f"{folder}: not a Qwen2.5-VL's image processor", Exception):
+        with refusing(f"{folder}: cannot read a Qwen2.5-VL image processor", Exception):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-            self._check_image_processor()
+            low, high = self._check_image_processor()
+        for name in ("min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"):
+            inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
+            need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
+        for thumbnail in (False, True):
+            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
         end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
         self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
@@ -95,6 +100,8 @@ class Chat:
         self.frame()
         self._prompts: dict[str, str] = {}
         self._prompt_files = agent_prompts(cfg) | MODE_PROMPTS
+        if cfg.dialect == "json":
+            self._prompt_files["pipeline_image_search"] = ["<tool_call>"]
         for name in agent_prompts(cfg):
             self.template(name)
         told = [tool.tags[0] for tool in tools.TOOLS.values() if re.search(tool.tags[0], self._prompts["question"])]
@@ -149,22 +156,24 @@ class Chat:
             text += "<image>" * run.count(self.vision_start) if is_vision else self._decode(run)
         return text
 
-    def frame(self, system: str | None = None) -> tuple[list, list, list, list, list]:
+    def frame(self, system: str | None = None, declare: bool = True) -> tuple[list, list, list, list, list]:
         """The chat template's own parts as segments (ids of special tokens, texts): before the first user text; from
         there to the model's turn; from the model's turn, its end token included, to the result of a tool, to the
         result of another one called in that turn, and to the model's next turn. A result is a user's turn, or in the
-        dialect json what the template makes of a tool's."""
+        dialect json what the template makes of a tool's. declare: offer the tools (json; the prompt does in tags)."""
         json = self.cfg.dialect == "json"
         names = {"model": "assistant"} | dict.fromkeys(("first", "second"), "tool" if json else "user")
         roles = ("user", "model", "first", "second") if system is None else tuple(MARKS)
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        declared = {"tools": tools.declarations(self.cfg)} if json else {}
+        declared = tools.declarations(self.cfg) if json and declare else None
         with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **declared)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, tools=declared
+            )
             parts = re.split("|".join(MARKS[role] for role in roles[-4:]), text)
-            for name in tools.offered(self.cfg) if json else ():
-                need(name in parts[0], "it declares no tools (dialect=json needs a template that does)")
+            missing = [tool for tool in declared or () if tool["function"]["name"] not in parts[0]]
+            need(not missing, "it declares no tools: dialect=json needs a chat_template.jinja that does")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
         parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
@@ -172,12 +181,10 @@ class Chat:
 
     def prompt(self, question: Question, template: str | None = None) -> tuple[list[int], list[Picture]]:
         """(expanded ids, pictures) up to where the model's first turn begins."""
-        head, to_model, *_ = self.frame(question.system)
-        before, after = (template or self._prompts["question"]).split("{question}")
-        texts = split_at_images(question.text, len(question.images))
-        place = 0 if "<image>" in question.text else -1  # without placeholders the images go before everything
-        texts[place] = before + texts[place]
-        texts[-1] += after
+        head, to_model, *_ = self.frame(question.system, template is None)
+        template, images = template or self._prompts["question"], len(question.images)
+        places = "" if "<image>" in question.text else "<image>" * images  # the question's own go first
+        texts = split_at_images(template.replace("<image>", places).replace("{question}", question.text), images)
         segments = [*head, texts[0]]
         sizes = question.sizes or [None] * len(question.images)
         for image, size, text in zip(question.images, sizes, texts[1:], strict=True):
@@ -304,27 +311,26 @@ class Chat:
         return final_size(size[1], size[0], factor, low, high)
 
     def _check_image_processor(self):
-        cfg, processor = self.cfg, self.processor
-        low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-        inside = low <= min(cfg.min_pixels, cfg.thumb_min_pixels) and max(cfg.max_pixels, cfg.thumb_max_pixels) <= high
-        need(inside, f"the options' ranges of pixels must lie within its own, {low} to {high}")
+        """Returns the least and the most pixels that it takes."""
+        processor = self.processor
         numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
         need(numbers == [14, 2, 2], f"its sizes are {numbers}, not [14, 2, 2]")
         # one vision token: mean, deviation and the rest are sound if its pixels are numbers
         blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
         need(blank["pixel_values"].isfinite().all(), "it makes pixels that are no numbers")
-        for thumbnail in (False, True):
-            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
+        return int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
 
     # -- prompt files
 
     def template(self, name: str) -> str:
         """The text of a prompt file. Raises InputError if it is missing or lacks a placeholder."""
         if name not in self._prompts:
-            path = Path(self.cfg.prompts) / f"{name}.txt"
+            path = data.prompt_path(self.cfg.prompts) / f"{name}.txt"  # sought as a whole, not file by file
             text = read_prompt(path)
             for placeholder in self._prompt_files[name]:
                 need(text.count(placeholder) == 1, f"{path}: expected {placeholder} exactly once")
+            places = text.count("<image>") if name in FIRST_PROMPTS.values() else 0  # elsewhere it is text
+            need(places < 2, f"{path}: expected <image> once, or not at all")
             self._prompts[name] = text
         return self._prompts[name]
 
@@ -347,6 +353,7 @@ class Episode:
     images: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     calls: list[tuple[Call, Result]] = field(default_factory=list)
+    call_turns: list[int] = field(default_factory=list)  # of each call, the number of the turn that made it, from 1
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
@@ -402,6 +409,7 @@ class Episode:
         of another call of the same turn follows, in the same user turn."""
         ids, images, cut = self.chat.result_turn(call, result, self, template, more)
         self.calls.append((call, result))
+        self.call_turns.append(len(self.turns))
         self.results_cut += cut
         if len(ids) >= self.room():  # at least one token must be left to say
             return False
@@ -464,9 +472,11 @@ class Episode:
         for sampled, ids in self.pieces():
             text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
             turns.append({"role": "model" if sampled else "context", "text": text})
-        asked, calls = self.question, [_call_record(call, result) for call, result in self.calls]
+        asked, made = self.question, zip(self.calls, self.call_turns, strict=True)
+        calls = [{"turn": turn, **_call_record(*pair)} for pair, turn in made]
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
         record |= dict(pictures=[picture_key(image) for image in asked.images])
+        record |= dict(images=[picture_key(image.data) for image in self.images])  # img_1, img_2 ...
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
         record |= dict(stop=self.stop.value if self.stop else None, results_cut=self.results_cut)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))

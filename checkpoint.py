@@ -32,7 +32,7 @@ import config
 from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
-from data import file_id, first_line, path_of, prompt_path, read_jsonl, to_json
+from data import Question, file_id, first_line, path_of, picture_key, prompt_path, to_json
 from policy import NonFinite, all_gather, all_max, full_weights
 from tools import limits, results
 
@@ -81,14 +81,20 @@ def digest_of(value) -> str:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a finished folder. One that is there already is renamed away first: deleting it takes longer than a kill,
-    and half of it would look like a whole one."""
-    old = Path(f"{path}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
+    """Rename a finished folder; one that is there already goes first."""
+    old = put_away(path)
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_away(folder: Path) -> Path:
+    """Rename a folder, if it is there, to a name that is deleted when it is met; returns that. Deleting it takes longer
+    than a kill, and half of it would look like a whole one."""
+    old = Path(f"{folder}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    return old
 
 
 def read_state(path: Path) -> dict:
@@ -143,6 +149,7 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
             save_trained_as(temporary, chat)
             put_in_place(temporary, path)
         except Exception as error:  # safetensors and tokenizers have their own classes
+            shutil.rmtree(temporary, ignore_errors=True)
             raise InputError(f"{path}: cannot write the model ({first_line(error)})") from None
     dist.barrier()
 
@@ -157,10 +164,12 @@ def save_trained_as(folder: Path, chat: Chat) -> None:
     (folder / config.TRAINED_AS).write_text(json.dumps({**options, "prompts": "prompts"}, indent=1) + "\n")
 
 
-def input_ids(paths: list[str | Path]) -> dict[str, str]:
-    """Path -> id of the content (`data.file_id`) of those that are there, as rank 0 sees them; all must call."""
-    here = [str(path) for path in paths if dist.get_rank() == 0 and path and Path(path).exists()]
-    return dict(all_gather([(path, file_id(path)) for path in here]))
+def input_ids(inputs: dict[str, str | Path], questions: list[Question]) -> dict[str, str | None]:
+    """Role -> id of the content (`data.file_id`) of the path that has it, as rank 0 sees it, None where nothing is (a
+    hub id); and one id of the questions' pictures, which their files may name by path. All ranks must call it."""
+    here = [(role, path) for role, path in inputs.items() if path and dist.get_rank() == 0]
+    ids = all_gather([(role, file_id(path) if Path(path).exists() else None) for role, path in here])
+    return dict(ids) | {"pictures": digest_of([picture_key(image) for q in questions for image in q.images])}
 
 
 # --------------------------------------------------------------------------------------------------- run directory
@@ -186,9 +195,26 @@ class RunDir:
             self._check_used()
         self.first_step = state.get("step", 0)
         self.keep_bytes = 0 if self.elsewhere else state.get("metrics_bytes", 0)  # of metrics.jsonl
+        self.spent = 0  # live searches made so far, also those of steps that a resume makes again; 0 on other ranks
+        if dist.get_rank() == 0:  # other nodes may not see the files
+            self._check_files()
+
+    def _check_files(self):
+        """Raise InputError if a file that a resumed run goes on writing is damaged; later would be too late."""
+        way = f"--resume {self.resume_from} with a new --run_dir continues"
         lost = self.position() < self.keep_bytes
-        what = f"{self.metrics} is shorter than when {self.resume_from} was made: lines are lost"
-        need(not lost or dist.get_rank() > 0, f"{what}; --resume with that path and a new --run_dir continues")
+        need(not lost, f"{self.metrics} is shorter than when the checkpoint was made: lines are lost; {way}")
+        kept = self.metrics.read_bytes()[: self.keep_bytes] if self.keep_bytes else b""
+        for number, line in enumerate(kept.splitlines(keepends=True), 1):
+            sound = False
+            with suppress(ValueError, AttributeError, RecursionError):
+                sound = line.endswith(b"\n") and json.loads(line).keys() >= {"step", "phase"}
+            need(sound, f"line {number} of {self.metrics} is damaged; {way}")
+        note = self.path / "searches_spent"
+        spent = note.read_bytes() if self.cfg.resume and note.is_file() else b"0"
+        sound = re.fullmatch(rb"\s*\d{1,15}\s*", spent)
+        need(sound, f"{note}: not a number; write there how many live searches the run has made")
+        self.spent = int(spent)
 
     def _check_used(self):
         cfg, path, now = self.cfg, self.path, config.as_dict(*self.options)
@@ -199,44 +225,55 @@ class RunDir:
             Path(before["run_dir"])  # a model folder has a config.json, too
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path} is not empty and holds no run of this program; give another --run_dir") from None
+        if cfg.resume == "auto" and not self.resume_from:
+            self._check_begun(before)
         mixed = self.elsewhere and self.saved()
         need(not mixed, f"{path} is not empty and {self.resume_from} is another run's: give a new --run_dir")
         may_change = config.marked("resume", *map(type, self.options))
         for name in (name for name in now if cfg.resume and name in before and name not in may_change):
             was, is_ = before[name], now[name]
             need(was == is_, f"{path} was started with {name}={was!r}, this is {name}={is_!r}")
-        inputs = [now.get(name) for name in ("model", "search_index", "search_cache", "toy_dir")]
-        for read in filter(None, (*inputs, *map(path_of, (*cfg.train_files, *cfg.val_files)))):
+        inputs = [now.get(name) for name in ("model", "prompts", "search_index", "search_cache", "toy_dir")]
+        for read in filter(None, (*inputs, *map(path_of, (*cfg.train_files, *cfg.val_files, *cfg.sft_questions)))):
             doomed = cfg.overwrite and path.resolve() in Path(read).resolve().parents
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 
+    def _check_begun(self, before):
+        """Raise InputError if a run without a checkpoint had one before (it made more steps than it took to its first),
+        or began at another run's."""
+        begun, what = before.get("resume", "auto"), f"{self.path} has no checkpoint"
+        need(begun in ("", "auto"), f"{what}, and began at {begun}: --resume that, or --overwrite")
+        steps = self.metrics.read_bytes().count(b'"phase": "train"') if self.metrics.exists() else 0
+        lost = 0 < before.get("save_every", 0) < steps
+        need(not lost, f"{what}, though {self.metrics} holds {steps} steps: --overwrite starts without them")
+
     def prepare(self) -> None:
         """Make the directory ready: all of it new, or cut back to the checkpoint. Rank 0's part; the others wait."""
+        if self.used and self.cfg.resume and not self.resume_from:
+            say(f"{self.path} has no checkpoint yet: the run starts again at step 0")
         if dist.get_rank() == 0:
+            real = self.path.resolve()  # a link stays one
             if self.used and self.cfg.overwrite:
-                fresh = Path(f"{self.path}.tmp")
-                fresh.mkdir(exist_ok=True)
-                put_in_place(fresh, self.path)  # killed half-way, it leaves nothing that looks like a run
-            self.path.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(put_away(real), ignore_errors=True)
+            real.mkdir(parents=True, exist_ok=True)
             config.save(self.path / "config.json", *self.options)  # first: a folder without it is no run
             self.rollouts.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.metrics.touch()
             self.also_log = open_log(self.cfg, self.path, self.first_step)
-            # what came after the checkpoint will happen again
+            # What came after the checkpoint will happen again. Later checkpoints go first: they count on all the rest.
+            late = [folder for folder in self.saved() if _step_of(folder) > self.first_step]
+            for folder in [*map(put_away, late), *self.checkpoints.glob("*.tmp")]:
+                shutil.rmtree(folder, ignore_errors=True)
             os.truncate(self.metrics, self.keep_bytes)
             for file in self.rollouts.iterdir():
-                if _step_of(file) >= self.first_step or file.suffix == ".tmp":
+                if file.is_file() and (_step_of(file) >= self.first_step or file.suffix == ".tmp"):
                     file.unlink()
-            for folder in self.checkpoints.iterdir():
-                if _step_of(folder) > self.first_step or folder.suffix == ".tmp":
-                    shutil.rmtree(folder)
         dist.barrier()
 
     def saved(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        found = [p for p in self.checkpoints.glob("step-*") if (p / "state.json").exists() and _step_of(p) >= 0]
-        return sorted(found, key=_step_of)
+        """The checkpoints, oldest first. A damaged one is one, too: to resume from it is refused, not passed over."""
+        return sorted((p for p in self.checkpoints.glob("step-*") if p.is_dir() and _step_of(p) >= 0), key=_step_of)
 
     def log(self, entry: dict) -> None:
         if dist.get_rank() == 0:
@@ -248,22 +285,16 @@ class RunDir:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
         return self.metrics.stat().st_size if dist.get_rank() == 0 and self.metrics.exists() else 0
 
-    def read_log(self) -> list[dict]:
-        return list(read_jsonl(self.metrics))
-
-    def searches_spent(self, total: int | None = None) -> int:
-        """Rank 0's note of the live searches made so far, also those of steps that a resume makes again; total: write
-        it. 0 on the other ranks."""
-        path = self.path / "searches_spent"
-        if total is not None and dist.get_rank() == 0:
-            with replacing(path) as temporary:
+    def searches_spent(self, total: int) -> None:
+        """Write down the live searches made so far."""
+        if dist.get_rank() == 0:
+            with replacing(self.path / "searches_spent") as temporary:
                 temporary.write_text(f"{total}\n")
-        return int(path.read_text()) if dist.get_rank() == 0 and path.is_file() else 0
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""
         path = self.checkpoints / f"step-{step:06d}"
-        if not path.exists():
+        if not path.is_dir():
             if dist.get_rank() == 0:
                 with open(self.metrics) as file:  # its length in the state must not reach the disk before its lines
                     os.fsync(file.fileno())
@@ -272,7 +303,7 @@ class RunDir:
             best = self.checkpoints / f"step-{state['best']['step']:06d}"
             for old in self.saved()[: -self.cfg.keep_last]:
                 if old != best:
-                    shutil.rmtree(old)
+                    shutil.rmtree(put_away(old), ignore_errors=True)
         dist.barrier()
 
 

@@ -84,6 +84,7 @@ PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
     | dict(tool_limits=("text_search=0", "crop=1")),
+    "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320),
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
@@ -103,7 +104,7 @@ class Config(Options):
     accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
     device: str = option("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
-    deterministic: bool | None = option(None, "same seed, same bits (auto: on a CPU without vLLM, web or deadline)")
+    deterministic: bool | None = option(None, "same seed, same bits; auto: CPU, no vLLM, web, deadline", marks="resume")
     threads: int = option(1, "CPU threads a process (0: cores / processes)", "at least 0", marks="resume neutral")
     log: str = option("", "also log to this package", ("", "tensorboard", "wandb"), marks="resume neutral")
     shard_size: int = option(0, "ranks that share a copy of the weights, HSDP across them (0: all)", "at least 0")
@@ -134,9 +135,7 @@ class Config(Options):
     dialect: str = option("tags", "calls in the paper's tags, or in Qwen's JSON", ("tags", "json"), marks="model")
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
     tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
-    tool_results: tuple[str, ...] = option(
-        ("image_search=3", "text_search=3"), "results of a call, TOOL=N", marks="model"
-    )
+    tool_results: tuple[str, ...] = option(("image_search=3", "text_search=3"), "results of a call", marks="model")
     max_tokens_per_turn: int = option(32, "tokens the model may generate in a turn", "above 0", marks="model")
     max_result_tokens: int = option(0, "tokens of a result (0: as many as leave room)", "at least 0", marks="model")
     max_tokens: int = option(250, "tokens of a conversation, results and images included", "above 0", marks="model")

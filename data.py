@@ -132,7 +132,7 @@ class Result:
 # ---------------------------------------------------------------------------------------------- question files
 
 
-def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] | None = None) -> list[Question]:
+def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, match="em") -> list[Question]:
     """Read questions from parquet, JSONL or JSON files (a list), each PATH in veRL layout or BENCHMARK=PATH.
 
     veRL layout: `prompt` [{role, content}], `images` [{bytes}, {path}, or either as it is, or base64], `reward_model`
@@ -141,8 +141,9 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
     Paths of images start at the file's folder. Images stay encoded, but each is decoded once to see that it can be.
     A file in which no question has a picture has to be meant: text=PATH (veRL layout).
 
-    only: the ids to read (all rows are, without it). Raises InputError naming file, row (from 0) and field, or a file
-    of which nothing is left; with skip_bad_rows bad rows are left out and counted.
+    only: a set of the ids to read (None: all rows). match: the option; an answer has to be one that it can compare.
+    Raises InputError naming file, row (from 0) and field, or a file of which nothing is left; with skip_bad_rows bad
+    rows are left out and counted.
     """
     import pyarrow as pa
 
@@ -152,7 +153,7 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only: set[str] 
         for index, file in enumerate(files):
             label = names[index] if names.count(names[index]) == 1 else f"{index}/{names[index]}"
             benchmark, path = _split(file)
-            read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark)
+            read = partial(_read_row, label=label, folder=Path(path).parent, benchmark=benchmark, match=match)
             rows = ((n, row) for n, row in enumerate(_rows(path, benchmark)) if only is None or f"{label}:{n}" in only)
             found, before = [], len(bad)
             while batch := list(islice(rows, 64)):  # few at once: they hold images
@@ -301,7 +302,7 @@ def first_line(error: Exception) -> str:
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
-def _read_row(numbered, label, folder, benchmark):
+def _read_row(numbered, label, folder, benchmark, match):
     """(number of the row, a Question or what is wrong with the row)"""
     number, row = numbered
     try:
@@ -314,7 +315,7 @@ def _read_row(numbered, label, folder, benchmark):
         split_at_images(text, len(images))
         url = next(iter(urls), None) if isinstance(urls, list) else urls
         need(isinstance(url, str | None), "field image_urls: expected text, or a list of it")
-        answers, source = _answers(row.get("reward_model")), str(row.get("data_source") or "unknown")
+        answers, source = _answers(row.get("reward_model"), match), str(row.get("data_source") or "unknown")
         source = benchmark if benchmark in BENCHMARKS else source
         data_id = None if data_id is None else str(data_id)
         return number, Question(f"{label}:{number}", text, images, answers, source, data_id, url, system, sizes)
@@ -380,7 +381,7 @@ def _find(path, folder):
     return next((place for place in places if place.is_file()), folder / path)
 
 
-def _answers(reward_model):
+def _answers(reward_model, match="em"):
     need(isinstance(reward_model, dict), "field reward_model: expected {ground_truth, candidate_answers}")
     candidates = reward_model.get("candidate_answers")
     if isinstance(candidates, str):
@@ -392,7 +393,8 @@ def _answers(reward_model):
     answers = [a for a in answers if not isinstance(a, float) or math.isfinite(a)]  # NaN: pandas' missing value
     whole = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # pandas' 1998.0 is "1998"
     answers = tuple(dict.fromkeys(map(str, whole)))
-    need(any(map(normalize_answer, answers)), "field reward_model: no usable answer")
+    usable = any(map(normalize_answer if match == "em" else str.strip, answers))  # "A" is one of vitamins
+    need(usable, f"field reward_model: no usable answer for match={match}")
     return answers
 
 
@@ -530,4 +532,4 @@ def prompt_path(path: str | Path) -> Path:
 def read_prompt(path: str | Path) -> str:
     """The text of a prompt file. Raises InputError."""
     with refusing(f"{path}: cannot read this prompt"):
-        return prompt_path(path).read_text(encoding="utf-8").strip("\n")
+        return Path(path).read_text(encoding="utf-8").strip("\n")

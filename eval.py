@@ -140,7 +140,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     from analysis.results import ResultFile
 
     files = options.files or (str(world.val),)
-    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
+    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
     questions, dropped = drop_overlong(loaded, chat, options.mode)
     questions = thinned(questions, cfg.val_limit)
     need(questions, "there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))

@@ -75,7 +75,8 @@ def _listed(texts):
 # Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
 UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218b])")  # 5² is not 52; m² is m2
-THOUSANDS = re.compile(r"(?<=\d),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of India: 1,00,000
+THOUSANDS = re.compile(r"(?<=\d)(?<!\b0),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of India: 1,00,000; 0,500 is not 0500
+NEGATIVE = re.compile(r"\b[a-z]{1,2}-(?!\S*\w)")  # AB- and Cl- are not AB and Cl; a word's hyphen is nothing
 NOTHING = "'\"`\u02b9\u02bb\u02bc\u02bd\u2032\u2033."  # with quotes and invisible characters: O’Brien is OBrien
 WRITTEN_AS = str.maketrans("\u00b4\u066b\u066c", "'.,")  # an acute accent for a quote; Arabic points
 ARTICLES = ("a", "an", "the")
@@ -83,17 +84,18 @@ ARTICLES = ("a", "an", "the")
 
 def normalize_unicode(text: str) -> str:
     """A text without what is only a way of writing: forms of a character (NFKC), case, punctuation, white space, and
-    articles but for the last word (vitamin A). Numbers stay numbers: 3.5, -5, and 1000 for 1,000. C++ and C# are not C.
-    A text of nothing but punctuation stays as it is."""
+    articles but for the last word (vitamin A). Numbers stay numbers: 3.5, -5, and 1000 for 1,000. C++ and C# are not C,
+    AB- is not AB, B♭ not B. A text of nothing but punctuation stays as it is."""
     text = RAISED.sub(" ", text.translate(WRITTEN_AS))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = "".join("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in THOUSANDS.sub("", text))
-    written = ""
-    for before, char, after in zip(f" {text}", text, f"{text[1:]} ", strict=False):
+    written, negative = "", {found.end() - 1 for found in NEGATIVE.finditer(text)}
+    for place, (before, char, after) in enumerate(zip(f" {text}", text, f"{text[1:]} ", strict=False)):
         kind = unicodedata.category(char)
         point = char == "." and after.isdecimal() and not before.isalpha()
         minus = char == "-" and (after.isdecimal() or after == ".") and not before.isalnum()
-        if point or minus or (char in "+#" and (before.isalnum() or before == "+")):  # C++ and C#
+        minus = minus or place in negative
+        if point or minus or (char in "+#♭♮" and (before.isalnum() or before == "+")):  # C++ and C#
             written += char
         elif kind == "Sm" and char not in "+~|\u2044":  # <5 and √2 are not 5 and 2
             written += f" {char} "

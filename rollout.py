@@ -212,8 +212,8 @@ class Rollout:
             if self.calling:
                 self._collect(deadline)
 
-    def _advance(self, index, answer):
-        """Send a conversation what it waited for, and start what it asks for next."""
+    def _advance(self, index, answer, ask=True):
+        """Send a conversation what it waited for, and start what it asks for next, if we are to ask for it."""
         question, conversation = self.conversations[index]
         try:
             request = conversation.send(answer)
@@ -221,6 +221,8 @@ class Rollout:
             self.episodes[index] = end.value
             if self.progress:
                 self.progress(end.value)
+            return
+        if not ask:
             return
         if isinstance(request, Call):
             self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
@@ -248,8 +250,8 @@ class Rollout:
         for reply in self._command("abort", list(self.generating)):
             self._advance(self.generating.pop(reply.request_id), reply)
         for index in waiting:
-            next(self.conversations[index][1])  # up to its first request, which is not submitted
-        for index in [*self.calling.values(), *waiting]:
+            self._advance(index, None, ask=False)  # up to its first request, or to its end
+        for index in [*self.calling.values(), *(i for i in waiting if i not in self.episodes)]:
             self._advance(index, None)
 
     def _command(self, name, *arguments):

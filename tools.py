@@ -61,9 +61,10 @@ class Tool:
     results: int  # results of a call shown to the model, at most, unless --tool_results says otherwise
     pictures: int  # pictures that each result may add to the conversation
     after: tuple[str | None, ...]  # tools it may follow in a well-formed conversation; None: it may come first
-    takes: tuple[str, ...]  # names of FIELDS; none may be missing, but a picture is the question's first by default
+    takes: tuple[str, ...]  # names of FIELDS
     key: str  # names it in the keys of recorded results
     does: str  # for the model, in the dialect json
+    optional: tuple[str, ...] = ("picture",)  # of what it takes; a picture is the question's first by default
     penalized: bool = True  # a right answer that called it pays the search penalty
     read: Callable[[str], dict] = lambda content: {"query": content}  # what is in the tags -> Call fields; ValueError
 
@@ -91,8 +92,8 @@ def crop(call: Call, question: Question, search) -> Result:
 
 def read_crop(content: str) -> dict:
     """Reads `img_2 100 0 500 500`; without a name it is the question's first picture."""
-    name, *_ = re.findall(r"img_\d+", content) or [""]
-    return {"picture": name, "box": re.findall(r"[-+\w.]+", content.replace(name, "", 1))}
+    name, box = re.fullmatch(r"(img_\d+)?(.*)", content, re.DOTALL).groups()
+    return {"picture": name or "", "box": box.split()}
 
 
 def read_visit(content: str) -> dict:
@@ -120,8 +121,9 @@ TOOLS = {
     ),
     "visit": Tool(
         tags=("<visit>", "</visit>"), answer=ask_search, limit=0, results=1, pictures=0,
-        after=("image_search", "text_search"), takes=("url", "query"), key="page", penalized=False, read=read_visit,
-        does="Reads a page that a search has found; returns what it says about the query.",
+        after=("image_search", "text_search"), takes=("url", "query"), optional=("query",), key="page",
+        penalized=False, read=read_visit,
+        does="Reads a page that a search has found; returns what it says about the query, or else its beginning.",
     ),
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ def declarations(cfg: Config) -> list[dict]:
     for name in offered(cfg):
         takes = TOOLS[name].takes
         properties = {"type": "object", "properties": {field: FIELDS[field] for field in takes}}
-        properties["required"] = [field for field in takes if field != "picture"]
+        properties["required"] = [field for field in takes if field not in TOOLS[name].optional]
         function = {"name": name, "description": TOOLS[name].does, "parameters": properties}
         declared.append({"type": "function", "function": function})
     return declared
@@ -269,7 +271,8 @@ def problem_with(call: Call, question: Question) -> str:
     if "picture" in TOOLS[call.tool].takes and picture_of(call, question) is None:
         return "the question has no image"
     for field in TOOLS[call.tool].takes:
-        if field != "picture" and not (getattr(call, field) if field == "box" else getattr(call, field).strip()):
+        given = str(getattr(call, field) or "").strip()
+        if not given and field not in TOOLS[call.tool].optional:
             return f"the {field} is empty"
     return ""
 

@@ -33,18 +33,9 @@ import grpo
 import policy
 import toy
 from chat import Chat, Episode, drop_overlong
-from checkpoint import (
-    RunDir,
-    Stopper,
-    check_log,
-    export_hf,
-    input_ids,
-    load_state,
-    peak_memory_gb,
-    say,
-)
+from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb, say
 from config import Config, need, parse, run_main
-from data import Question, Stop, load_questions, path_of, prompt_path, thinned, write_jsonl
+from data import Question, Stop, load_questions, path_of, prompt_path, read_jsonl, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
 from reward import Score, ramped_penalty, record, score_episode
@@ -107,17 +98,11 @@ def advantage_metrics(samples: list[Sample], device) -> dict[str, float]:
     for sample in samples:
         if sample.advantage is not None:
             groups[sample.number].append(abs(sample.advantage))
-    sums = {
-        "advantage": sum(sum(group) for group in groups.values()),
-        "n": sum(len(group) for group in groups.values()),
-        "zero_variance": sum(not any(group) for group in groups.values()),
-        "groups": len(groups),
-    }
+    sums = {"advantage": sum(map(sum, groups.values())), "n": sum(map(len, groups.values()))}
+    sums |= {"zero_variance": sum(not any(group) for group in groups.values()), "groups": len(groups)}
     sums = all_sum(sums, device)
-    return {
-        "advantage_abs": sums["advantage"] / max(sums["n"], 1.0),
-        "zero_variance_groups": sums["zero_variance"] / max(sums["groups"], 1.0),
-    }
+    zero_variance = sums["zero_variance"] / max(sums["groups"], 1.0)
+    return {"advantage_abs": sums["advantage"] / max(sums["n"], 1.0), "zero_variance_groups": zero_variance}
 
 
 def rebalance(
@@ -285,7 +270,7 @@ class Run:
         self.cfg, self.chat = cfg, Chat(folder, cfg)
         index = cfg.search_index or world.index
         self.search = open_search(cfg, index)
-        self._load_data(recipe, world)
+        val = self._load_data(recipe, world)
         limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
         say(f"engine {cfg.engine}: {limits}")
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
@@ -302,7 +287,8 @@ class Run:
         self.checkpoint_seconds = 0.0
         self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
         searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
-        inputs = input_ids([folder, prompt_path(cfg.prompts), searched, *self.files, *cfg.sft_questions])
+        self.inputs |= {"model": folder, "prompts": prompt_path(cfg.prompts), f"search {cfg.search}": searched}
+        inputs = input_ids(self.inputs, [*self.questions.values(), *val])
         self.state |= dict(threads=torch.get_num_threads(), inputs=inputs)
         if self.dir.resume_from:
             self._resume(ordered)
@@ -310,7 +296,7 @@ class Run:
         self.dir.prepare()
         self.web = web_part(self.search)
         if self.web:
-            spent = all_sum({"spent": self.dir.searches_spent()}, self.device)["spent"]
+            spent = all_sum({"spent": self.dir.spent}, self.device)["spent"]
             self.web.spent = math.ceil(spent / dist.get_world_size())
         self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
         what = "conversations" if cfg.loss == "sft" else "training questions"
@@ -318,10 +304,12 @@ class Run:
         say(estimate(self._conversations_to_come(), cfg))
 
     def _load_data(self, recipe, world):
-        """train (questions, or episodes to imitate), val, and all that the training is about by id."""
+        """train (questions, or episodes to imitate), val, and all that the training is about by id; returns val before
+        val_limit."""
         cfg = self.cfg
         train_files, val_files = toy.question_files(cfg, recipe)
-        self.files = [path_of(file) for file in (*train_files, *val_files)]
+        files = {"train_files": train_files, "val_files": val_files, "sft_questions": cfg.sft_questions}
+        self.inputs = {f"{role} {n}": path_of(file) for role, group in files.items() for n, file in enumerate(group)}
         if cfg.loss == "sft":
             from analysis.imitation import load_conversations
 
@@ -335,6 +323,7 @@ class Run:
         need(len(about) >= cfg.updates_per_step, what)
         self.questions = {q.id: q for q in about}
         check_questions([*about, *self.val], cfg)
+        return val
 
     def _conversations_to_come(self):
         steps = self.cfg.steps - self.state["step"]
@@ -348,10 +337,12 @@ class Run:
         then, now = saved["threads"], self.state["threads"]
         ways = f"give --threads {then}, or --deterministic false"
         need(not ordered or then == now, f"{self.dir.resume_from} was made with {then} threads, this is {now}: {ways}")
-        for path, id in saved["inputs"].items():
-            same = self.cfg.accept_changes or self.state["inputs"].get(path, id) == id
-            need(same, f"{path} has changed since {self.dir.resume_from} was made: --accept_changes true continues")
-        own = ("metrics_bytes", "best", "inputs") if self.dir.elsewhere else ("inputs",)
+        for role, id in self.state["inputs"].items():  # what is not read any more, or only now, is the options' doing
+            same = self.cfg.accept_changes or saved["inputs"].get(role, id) == id
+            what = f"{self.inputs.get(role, 'a picture of the questions')} has changed since {self.dir.resume_from}"
+            need(same, f"{what} was made: --accept_changes true continues")
+        self.state["inputs"] = saved["inputs"] | self.state["inputs"]
+        own = {"inputs", "threads"} | ({"metrics_bytes", "best"} if self.dir.elsewhere else set())
         self.state |= {key: saved[key] for key in self.state if key not in own}
 
     def loop(self) -> None:
@@ -376,7 +367,7 @@ class Run:
         if dist.get_rank() == 0:
             from analysis.figures import before_and_after
 
-            print(before_and_after(self.dir.read_log()))
+            print(before_and_after(list(read_jsonl(self.dir.metrics))))
             print(f"model: {self.dir.path / 'final'}   metrics: {self.dir.metrics}")
 
     def step(self, step: int) -> dict:
@@ -531,7 +522,7 @@ class Run:
 
 def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> list[Question]:
     """The questions of files whose prompts are not too long. Raises InputError if none is left."""
-    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0)
+    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
     questions, dropped = drop_overlong(loaded, chat)
     if dropped:
         say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")

@@ -6,6 +6,7 @@
     compare A B [--judge NAME]                                 two result files on the same questions
     judge RESULTS [--judges em sub_em llm] [--judge_url URL]   verdicts of several judges, kept in the result file
     label RESULTS --out FILE [--balance SHARE] [--seed N]      questions with the tools that they need, as parquet
+    prompts PICKLE [PICKLE...] --out DIR                       the prompts of MMSearch-R1's authors as a prompt folder
 
 `python -m analysis COMMAND --help` lists the options of one command.
 """
@@ -78,7 +79,16 @@ def _label(argv):
     write_labels(path, options)
 
 
-COMMANDS = dict(report=_report, curves=_curves, plan=_plan, compare=_compare, judge=_judge, label=_label)
+def _prompts(argv):
+    from analysis.prompts import PromptsOptions, write_prompts
+
+    pickles, options = _read("prompts PICKLE ...", argv, PromptsOptions)
+    write_prompts(pickles, options)
+
+
+COMMANDS = dict(
+    report=_report, curves=_curves, plan=_plan, compare=_compare, judge=_judge, label=_label, prompts=_prompts
+)
 
 
 def _read(usage, argv, kind):

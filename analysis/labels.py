@@ -31,8 +31,8 @@ class LabelOptions(Options):
 
 
 def label_of(record: dict) -> str:
-    """The tools that a conversation called."""
-    called = {call["tool"] for call in record["calls"]}
+    """The tools that a conversation called; not what it made up."""
+    called = {call["tool"] for call in record["calls"] if call["tool"] in TOOLS or call["status"] != "error"}
     unknown = sorted(called - TOOLS.keys())  # recorded by another version of the table
     return "+".join([name for name in TOOLS if name in called] + unknown) or FREE
 

@@ -23,12 +23,13 @@ import toy
 from analysis import picture_url
 from analysis.results import CONVERSATION, checked, questions_about, read_log
 from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
-from data import picture_key, to_json
+from data import Call, Question, picture_key, to_json
 from search.index import SearchDB
-from tools import TOOLS
+from tools import TOOLS, ask_search, run_tool
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 QUESTION_SIDE, THUMBNAIL_SIDE = 384, 128  # pixels, at most
+LOCAL = [name for name, tool in TOOLS.items() if tool.answer is not ask_search]
 PICTURE_BYTES = 48 * 2**20  # of a page's pictures, as data URLs, at most
 
 
@@ -145,10 +146,22 @@ class Pictures:
         return key
 
 
+def add_made_pictures(record: dict, sources: dict[str, bytes], pictures: Pictures) -> None:
+    """Add what tools made of pictures that are at hand, such as a crop: it is made again, and is at hand for the next
+    one. sources: key -> encoded picture."""
+    named = {f"img_{number}": key for number, key in enumerate(record.get("images") or [], 1)}
+    for call in record["calls"]:
+        source = sources.get(named.get(call.get("picture") or "img_1"))
+        if call["tool"] in LOCAL and call["hits"] and source:
+            asked = Call(call["tool"], call["query"], box=tuple(call.get("box") or ()), image=source)
+            for hit in run_tool(asked, Question("", ""), None).hits:
+                sources[pictures.add(hit.image, QUESTION_SIDE)] = hit.image
+
+
 def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures: Pictures) -> list[str]:
     """Add the pictures of questions and hits, and to each record the keys of its question's as `pictures`. Returns a
     message for each source of pictures that could not be read, or that holds others by now: these are not shown."""
-    problems = []
+    problems, sources = [], {}
     for what, files in zip(("training", "validation"), toy.question_files(cfg, recipe), strict=True):
         some = [r for r in records if (r["part"] == "training") == (what == "training")]
         try:
@@ -156,13 +169,15 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
             for r in some:
                 if question := questions.get(r["question_id"]):
                     r["pictures"] = [pictures.add(image, QUESTION_SIDE) for image in question.images]
+                    sources |= dict(zip(r["pictures"], question.images, strict=True))
             if lost := {r["question_id"] for r in some} - questions.keys():
                 where = f"{min(lost)} first, of {', '.join(files)}: gone, or something else is there now"
                 problems.append(f"pictures of {len(lost)} {what} questions are not shown, {where}")
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
     index = cfg.search_index or toy.locate(recipe).index
-    hits = [hit for r in records for call in r["calls"] for hit in call["hits"] if hit.get("image")]
+    calls = [call for r in records for call in r["calls"] if call["tool"] not in LOCAL]
+    hits = [hit for call in calls for hit in call["hits"] if hit.get("image")]
     wanted = {hit["image"] for hit in hits}
     try:
         if hits:
@@ -170,8 +185,11 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
                 found = {picture_key(t): t for t in db.thumbnails({(hit["title"], hit["url"]) for hit in hits})}
             for key in sorted(wanted & found.keys()):
                 pictures.add(found[key], THUMBNAIL_SIDE)
+                sources[key] = found[key]
             if lost := wanted - found.keys():
                 problems.append(f"{len(lost)} pictures of results are not in {index}, and not shown")
     except (ValueError, sqlite3.Error) as error:
         problems.append(f"no thumbnails: {error}")
+    for r in records:
+        add_made_pictures(r, sources, pictures)
     return problems

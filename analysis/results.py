@@ -37,14 +37,14 @@ def code_version() -> str:
 # object with these entries and others; {...: form}: with any names; (form,): null or missing, too.
 HIT = {"title": str, "url": str, "text": str, "image": (str,)}
 CALL = {
-    "tool": str, "query": str, "picture": (str,), "box": ([float],), "url": (str,), "status": str, "error": str,
-    "error_kind": str, "usage": ({...: float},), "hits": [HIT],
+    "tool": str, "query": str, "picture": (str,), "box": ([float],), "url": (str,), "turn": (int,), "status": str,
+    "error": str, "error_kind": str, "usage": ({...: float},), "hits": [HIT],
 }  # fmt: skip
 CONVERSATION = {
     "question_id": str, "sample": int, "data_source": str, "question": str, "answers": [str], "pictures": ([str],),
     "turns": [{"role": str, "text": str}], "calls": [CALL], "answer": (str,), "stop": str, "correct": bool,
     "format_ok": bool, "reward": (float,), "tokens": (int,), "sampled_tokens": (int,), "judged": ({...: (bool,)},),
-    "mode": (str,), "advantage": (float,), "logp_gap": (float,),
+    "images": ([str],), "mode": (str,), "advantage": (float,), "logp_gap": (float,),
 }  # fmt: skip
 HEADER = {"config": {"mode": (str,), "files": ([str],)}}
 LOGGED = {"step": int, "phase": str, "greedy": ({...: {...: object}},), "sampled": ({...: {...: object}},)}
@@ -124,7 +124,8 @@ def questions_about(records: list[dict], files) -> dict[str, Question]:
     """The questions of conversations by id, in the order of these files. Left out is what is gone or another question
     by now: ids only name places in files. Raises InputError."""
     wanted = {r["question_id"] for r in records}
-    found = load_questions(files, skip_bad_rows=True, progress=False, only=wanted) if wanted else []
+    how = dict(skip_bad_rows=True, progress=False, match="em_unicode")  # answers that any match can compare
+    found = load_questions(files, only=wanted, **how) if wanted else []
     questions = {q.id: q for q in found}
     about = {q.id: (q.text, [picture_key(image) for image in q.images]) for q in found}
     for r in records:

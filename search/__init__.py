@@ -13,7 +13,7 @@ from search.index import OfflineSearch, SearchDB
 from search.live import WebSearch, engine_of
 from search.service import RemoteSearch
 from search.web import is_web_url
-from tools import allowed_calls, offered, results
+from tools import allowed_calls, limits, offered, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
@@ -57,9 +57,11 @@ def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
     if not cfg.searches_web:
         return ""
-    most, budget = conversations * allowed_calls(cfg), cfg.search_budget
+    engine, budget = engine_of(cfg), cfg.search_budget
+    billed = sum(limits(cfg)[name] for name in engine.names)  # not what only reads a page
+    most = conversations * min(allowed_calls(cfg), billed)
     limit = f"search_budget={budget:,} ends them earlier" if budget else "no budget"
     limit = "within search_budget" if budget >= most else limit
-    price = max(engine_of(cfg).prices.values())
+    price = max(engine.prices.values())
     cost = f"{most * price:,.2f} at {price} each"
     return f"live search: at most {most:,} searches in {conversations:,} conversations, {cost}; {limit}"

@@ -2,6 +2,7 @@
 
     index --docs DOCS.jsonl --images IMAGES.jsonl --out INDEX    build an index; either input may be left out
     ask INDEX --text WORDS | --image FILE [--count N]            show what a search in it returns
+    ask INDEX --url URL [--text GOAL]                            show what a visit of a page in it returns
     stats FILE                                                   what an index or a cache holds: counts, ages, sizes
     verify FILE                                                  check every hash of an index, a cache or a snapshot
     export CACHE --out SNAPSHOT.parquet                          write a cache as a parquet file, to publish
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config, InputError, Options, need, option, parse, run_main
+from config import Config, InputError, Options, as_dict, need, option, parse, run_main
 from data import Call, Question, decode_image, first_line, load_questions
 from search import open_search
 from search.cache import CACHE_ID, SearchCache, export, snapshot_rows
@@ -67,7 +68,9 @@ def _kind(path):
 def _index_line(path):
     with closing(SearchDB(path)) as db:
         count = db.stats()
-    return f"{path}: {count['docs']:,} documents, {count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
+        vectors = f" with vectors of {db.text_embedding}" if count["vectors"] else ""
+    size = f"{count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
+    return f"{path}: {count['docs']:,} documents{vectors}, {size}"
 
 
 def verify(options):
@@ -134,12 +137,14 @@ class IndexOptions(Options):
     out: str = option("", "the index; an older one is replaced")
     skip_bad_rows: bool = option(False, "leave bad rows out and count them")
     image_embedding: str = option("", "vision encoder of transformers, by name or folder (none: of the pixels)")
+    text_embedding: str = option("", "sentence encoder of transformers, by name or folder (none: words alone)")
 
 
 def index(options):
     need(options.docs or options.images, "give --docs, --images or both")
-    how = {"skip_bad_rows": options.skip_bad_rows, "image_embedding": options.image_embedding}
-    if bad := build(options.out, options.docs or (), options.images or (), **how):
+    how = as_dict(options)
+    out, docs, images = (how.pop(name) for name in ("out", "docs", "images"))
+    if bad := build(out, docs or (), images or (), **how):
         print(f"left out {bad:,} bad rows")
     print(_index_line(options.out))
 
@@ -148,14 +153,18 @@ def index(options):
 class AskOptions(FileOptions):
     """What is asked of an index."""
 
-    text: str = option("", "search with these words")
+    text: str = option("", "search with these words; with --url: what the page is read for")
     image: str = option("", "search with the picture in this file")
+    url: str = option("", "read the page with this URL")
     count: int = option(5, "results, at most", "above 0")
 
 
 def ask(options):
-    need(bool(options.text) != bool(options.image), "give --text WORDS or --image FILE")
-    if options.image:
+    asked = bool(options.text or options.url) != bool(options.image)
+    need(asked, "give --text WORDS, --image FILE, or --url URL [--text GOAL]")
+    if options.url:
+        call = Call("visit", options.text, url=options.url)
+    elif options.image:
         call = Call("image_search", image=Path(options.image).read_bytes())
     else:
         call = Call("text_search", options.text)
@@ -163,7 +172,7 @@ def ask(options):
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
     need(result.status != "error", result.error)
     for rank, hit in enumerate(result.hits, 1):
-        shown = hit.text.strip().partition("\n")[0][:200]
+        shown = hit.text if options.url else hit.text.strip().partition("\n")[0][:200]
         if hit.image is not None:
             shown = "thumbnail of {} x {} pixels".format(*decode_image(hit.image).size)
         print(f"{rank}. {hit.title}\n   {hit.url or '(no URL)'}\n   {shown}")
@@ -199,7 +208,7 @@ class ImagesOptions(Options):
 
 def images(options):
     out, written = Path(options.out), set()
-    questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows)
+    questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows, match="em_unicode")  # any answers
     out.mkdir(parents=True, exist_ok=True)
     for question in tqdm(questions, desc="images", disable=None):
         for image in question.images[:1]:

@@ -21,10 +21,12 @@ from pathlib import Path
 
 from config import Config, InputError, replacing
 from data import Call, Hit, Question, Result, Usage, decode_image, first_line
-from search.calls import Failure, failed, method_for, query_of
+from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile, sha256
 from search.live import PAGE_CHARACTERS, WebSearch, engine_of, summarizer_prompt
+from search.text import PAGE_SENTENCES, clean
+from search.web import page_url
 from tools import TOOLS, picture_of, results, title
 
 CACHE_ID, CACHE_VERSION = 0x4D4D5343, 1  # in the file's header, as those of an index
@@ -255,7 +257,7 @@ class CachedSearch:
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
-        self.methods = {"image_search": self._image_request, "text_search": self._text_request}
+        self.methods = {"image_search": self._image_request, "text_search": self._text_request, "visit": self._visit}
         self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
         self._empty: set[str] = set()  # requests for which this process has found nothing
@@ -263,15 +265,24 @@ class CachedSearch:
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self.methods)(call, question)
-        asked |= {"kind": TOOLS[call.tool].key, "engine": engine_of(self.cfg).names[call.tool]}
+        engines = {**engine_of(self.cfg).names, "visit": "reader"}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": engines[call.tool]}
         return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
     def _image_request(self, call, question):
         return {"image": sha256([picture_of(call, question)]), "thumbnail_side": THUMBNAIL_SIDE}
 
     def _text_request(self, call, question):
-        asked = {"query": query_of(call), "characters": PAGE_CHARACTERS, "summarizer": "passages"}
-        if self.cfg.summarizer_url:
+        return self._page_request(query_of(call))
+
+    def _visit(self, call, question):
+        goal = clean(call.query, MAX_QUERY)
+        return {"url": page_url(call.url), "sentences": PAGE_SENTENCES, **self._page_request(goal)}
+
+    def _page_request(self, query):
+        """What the text that is told of a page depends on; without a query nothing is summarised."""
+        asked = {"query": query, "characters": PAGE_CHARACTERS, "summarizer": "passages"}
+        if self.cfg.summarizer_url and query:
             asked |= {"summarizer": self.cfg.summarizer_model, "prompt": self._prompt}
         return asked
 

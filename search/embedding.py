@@ -1,17 +1,19 @@
-"""What pictures look like, as vectors: a handmade embedding of the pixels, or a vision encoder of transformers.
+"""Pictures and texts as vectors: a handmade embedding of the pixels, or an encoder of transformers.
 
 The handmade one needs no download and is good at finding the same thing pictured again; it is blind to meaning. Here
 are also the thumbnails that an index and a cache keep.
 """
 
 import io
+import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from config import InputError
+from config import InputError, need
 from data import decode_image, first_line
 
 THUMBNAIL_SIDE = 336  # pixels, at most
@@ -19,6 +21,8 @@ LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
 WEB_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # of thumbnails that are fetched; Pillow's other readers are less tried
 WEB_PIXELS = 20_000_000  # of a fetched thumbnail; more is a decompression bomb
 WEB_IMAGE_BYTES = 8_000_000
+MAX_TOKENS = 512  # of a text that are encoded, where the tokenizer takes as many
+PROBE = "What is the name of this lake?"  # its vector tells one encoder from another
 
 
 def embed_image(image: Image.Image) -> np.ndarray:
@@ -79,12 +83,10 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
     It runs on the CPU, so that searching takes no memory of a training GPU; building an index may use one.
     """
     import torch
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor
 
-    device = "cuda" if building and torch.cuda.is_available() else "cpu"
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        processor, model, device = _pretrained(AutoImageProcessor, name, building)
     except Exception as error:  # on what it cannot load, transformers raises about anything
         raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
     lock, see = threading.Lock(), getattr(model, "get_image_features", model)  # the first of models that also read text
@@ -100,3 +102,52 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
         return vector / max(np.linalg.norm(vector), np.float32(1e-6))
 
     return encode
+
+
+def load_text_encoder(name: str, building: bool = False) -> tuple[Callable[[list[str]], np.ndarray], np.ndarray]:
+    """A sentence encoder of transformers, by hub name or folder: a function from N texts to float32 [N, D], each of
+    length 1, and what it makes of PROBE. A vector is the mean over the tokens, or the first token's where the model's
+    sentence-transformers configuration says so. It runs where `load_encoder` does."""
+    import torch
+    from transformers import AutoTokenizer
+
+    lock = threading.Lock()  # a tokenizer that pads is not for two threads at once
+
+    def encode(texts):
+        how = {"padding": True, "padding_side": "right", "truncation": True, "max_length": limit}
+        with lock, torch.inference_mode():
+            inputs = tokenizer(texts, **how, return_tensors="pt").to(device)
+            states = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        vectors = states[:, 0] if first else (states * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
+
+    try:
+        tokenizer, model, device = _pretrained(AutoTokenizer, name, building)
+        first = _pooling(name) == "cls_token"
+        limit = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
+        limit = min(limit, tokenizer.model_max_length, MAX_TOKENS)
+        return encode, encode([PROBE])[0]
+    except Exception as error:
+        raise InputError(f"text_embedding {name!r}: cannot load it ({first_line(error)})") from None
+
+
+def _pretrained(kind, name, building):
+    """(processor or tokenizer, model, device)"""
+    import torch
+    from transformers import AutoModel
+
+    device = "cuda" if building and torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    return kind.from_pretrained(name), model, device
+
+
+def _pooling(name):
+    """mean_tokens or cls_token, as the model's sentence-transformers configuration says; "" if there is none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+    said = json.loads(Path(path).read_text()) if path else {}
+    modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if on is True and "pooling_mode" in key]
+    need(modes in ([], ["mean_tokens"], ["cls_token"]), f"pooling by {modes}, not by mean_tokens or cls_token")
+    return "".join(modes)

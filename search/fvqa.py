@@ -42,7 +42,7 @@ def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = No
     Hits without a picture keep their title. In a replay an entry answers image searches about questions with its
     data_id where nothing is kept under the picture itself. Raises InputError.
     """
-    entries = _entries(path)
+    entries = read_plain(path)
     need(isinstance(entries, dict), f"{path}: expected a dictionary by data_id")
     missing, now, found = [], time.time(), partial(_found_picture, client, Path(path).parent)
 
@@ -68,7 +68,8 @@ def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = No
     return len(entries), missing
 
 
-def _entries(path):
+def read_plain(path: str | Path):
+    """What a pickle of plain data holds, or a JSON file. Nothing in it is run. Raises InputError."""
     with open(path, "rb") as file:
         try:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,10 +1,11 @@
 """The offline search: an SQLite file of documents, found by BM25, and of pictures, found by what they look like.
 
 A document is {"title", "text", "url"?, "id"?}, a picture {"image", "title", "url"?, "id"?}. Text search is SQLite's
-FTS5 over the terms (search/text.py) of title and text; image search compares embeddings (search/embedding.py). An index
-is built once and only read from then on, by any number of threads and processes. Every row is read with its hash.
+FTS5 over the terms (search/text.py) of title and text; where documents have embeddings, too, its ranks and those of
+the embeddings are fused. Image search compares embeddings (search/embedding.py). An index is built once and only read
+from then on, by any number of threads and processes. Every row is read with its hash.
 
-Legend: N pictures of an index, D numbers of an embedding.
+Legend: N pictures or documents of an index, D numbers of an embedding.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ import json
 import re
 import secrets
 import sqlite3
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,14 +27,17 @@ from tqdm import tqdm
 from config import InputError, need
 from data import Call, Hit, Question, Result, decode_image, first_line
 from search.calls import Failure, failed, method_for
-from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, thumbnail
-from search.text import terms
+from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
+from search.text import PAGE_SENTENCES, passages, terms
 from tools import TOOLS, picture_of
 
 APPLICATION_ID = 0x4D4D5331  # in the file's header: tells an index from other SQLite files
-INDEX_VERSION = 3  # rises when the tables, `embed_image` or `terms` change
+INDEX_VERSION = 4  # rises when the tables, `embed_image` or `terms` change
 MAX_QUERY_TERMS = 64  # different terms of a query that count; a model may well say ten thousand
 LARGE_INDEX = 100_000  # documents from which on terms that a tenth of them hold are left out of queries
+FUSED = 100  # best documents by words and by embedding, of each, whose ranks are fused
+RANK_OFFSET = 60  # of reciprocal rank fusion: how little the first ranks stand out
+BATCH, READ = 32, 10_000  # documents that are embedded at once; characters of each: more than are encoded
 
 # A build that fails is thrown away whole: it needs no journal. FTS5 gets terms in a row: to its tokenizer `ascii`, all
 # that is not ASCII is a letter.
@@ -42,6 +47,7 @@ PRAGMA user_version = {INDEX_VERSION};
 PRAGMA journal_mode = OFF;
 CREATE TABLE docs(title TEXT, url TEXT, id TEXT, content TEXT, sha256 TEXT);
 CREATE TABLE images(title TEXT, url TEXT, id TEXT, content BLOB, sha256 TEXT, embedding BLOB);
+CREATE TABLE vectors(embedding BLOB);  -- of the documents, by rowid; float16, those of images float32
 CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', tokenize = 'ascii');
 CREATE TABLE settings(name TEXT PRIMARY KEY, value TEXT);
 """
@@ -110,19 +116,29 @@ class SearchDB(SQLiteFile):
         try:
             with self._connection() as db:
                 self._settings = dict(db.execute("SELECT name, value FROM settings"))
-                self._rowids, self._embeddings = _load_embeddings(db)
-            need(self._settings.get("sha256") == _head_sum(self._settings, self._embeddings), "a wrong hash")
+                self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
+            sum = _head_sum(self._settings, self._images, self._vectors)
+            need(self._settings.get("sha256") == sum, "a wrong hash")
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:  # TypeError: a number where bytes should be
             self.close()
             raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
-        self.embedding = self._settings["image_embedding"]
+        self.embedding, self.text_embedding = self._settings["image_embedding"], self._settings["text_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
-        self._embed = load_encoder(self.embedding) if self.embedding and len(self._rowids) else embed_image
+        self._embed = load_encoder(self.embedding) if self.embedding and len(self._images[0]) else embed_image
+        self._embed_texts = self._text_encoder() if len(self._vectors[0]) else None
+
+    def _text_encoder(self):
+        encode, probe = load_text_encoder(self.text_embedding)
+        built = np.frombuffer(self._settings["text_probe"], np.float32)
+        same = len(probe) == len(built) and probe @ built > 0.999  # a GPU and a CPU differ by less
+        need(same, f"text_embedding {self.text_embedding!r}: not the model that {self.path} was built with")
+        return encode
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
         Any string is a valid query: there are no operators, and no terms find nothing. Of the different terms, the
-        first MAX_QUERY_TERMS count, in a large index without common ones if there are others. Raises
+        first MAX_QUERY_TERMS count, in a large index without common ones if there are others. In an index with
+        embeddings of the documents, those with embeddings close to the query's count as much. Raises
         sqlite3.DatabaseError if the file cannot be read or is damaged."""
         wanted = dict.fromkeys(terms(query))
         wanted = [term for term in wanted if term not in self._common] or list(wanted)
@@ -130,23 +146,36 @@ class SearchDB(SQLiteFile):
             return []
         match = " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS])  # terms are letters and digits alone
         sql = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
+        depth = max(k, FUSED) if self._embed_texts else k
         with self._connection() as db:
-            rows = [_row(db, "docs", rowid) for (rowid,) in db.execute(sql, (match, k)).fetchall()]
+            best = [rowid for (rowid,) in db.execute(sql, (match, depth))]
+            if self._embed_texts:
+                close = _nearest(*self._vectors, self._embed_texts([query])[0], depth)
+                best = _fused(best, close)[:k]
+            rows = [_row(db, "docs", rowid) for rowid in best]
+        return [Hit(title, url, text) for title, url, _, text in rows]
+
+    def page(self, url: str) -> list[Hit]:
+        """The documents with this url, in the order they were indexed: the parts of a page. Raises
+        sqlite3.DatabaseError as `text` does."""
+        if re.search("[\ud800-\udfff]", url):
+            return []  # SQLite takes no halves of characters, and no document has one
+        with self._connection() as db:
+            found = db.execute("SELECT rowid FROM docs WHERE url = ? ORDER BY rowid", (url,)).fetchall()
+            rows = [_row(db, "docs", rowid) for (rowid,) in found]
         return [Hit(title, url, text) for title, url, _, text in rows]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
         """The k pictures that look most like the encoded picture `data`, with thumbnails, best first (equals: in the
         order they were indexed). Raises InputError if `data` is not a picture, sqlite3.DatabaseError as `text` does."""
         query = self._embed(decode_image(data))
-        if not len(self._rowids):
+        rowids, embeddings = self._images
+        if not len(rowids):
             return []
-        fits = len(query) == self._embeddings.shape[1]
+        fits = len(query) == embeddings.shape[1]
         need(fits, f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
-        # einsum adds up each row in the same order, so equal pictures score equally; BLAS promises no such thing.
-        scores = np.einsum("nd,d->n", self._embeddings, query)
-        best = self._rowids[np.argsort(-scores, kind="stable")[:k]]
         with self._connection() as db:
-            rows = [_row(db, "images", rowid) for rowid in best.tolist()]
+            rows = [_row(db, "images", rowid) for rowid in _nearest(rowids, embeddings, query, k)]
         return [Hit(title, url, image=thumbnail) for title, url, _, thumbnail in rows]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
@@ -157,10 +186,11 @@ class SearchDB(SQLiteFile):
                 yield _row(db, "images", row)[3]
 
     def stats(self) -> dict[str, int]:
-        """How much there is: docs, images, bytes (of the file)."""
+        """How much there is: docs, vectors (of documents), images, bytes (of the file)."""
         with self._connection() as db:
             ((docs,),) = db.execute("SELECT count(*) FROM docs")
-        return {"docs": docs, "images": len(self._rowids), "bytes": self.path.stat().st_size}
+        vectors, images = len(self._vectors[0]), len(self._images[0])
+        return {"docs": docs, "vectors": vectors, "images": images, "bytes": self.path.stat().st_size}
 
     def _wrong_hashes(self, db):
         for table in ("docs", "images"):
@@ -187,20 +217,39 @@ def _row_sum(row):
     return sha256(part for value in row for part in (type(value).__name__, value))
 
 
-def _load_embeddings(db):
+def _load_embeddings(db, table):
     """int64 [N], float32 [N, D]; filled row by row, so that nothing is held twice."""
-    ((count, size, least),) = db.execute("SELECT count(*), max(length(embedding)), min(length(embedding)) FROM images")
+    kind = np.dtype(np.float16 if table == "vectors" else np.float32)
+    sql = f"SELECT count(*), max(length(embedding)), min(length(embedding)) FROM {table}"
+    ((count, size, least),) = db.execute(sql)
     need(size == least, "embeddings of different lengths")
-    rowids, embeddings = np.empty(count, np.int64), np.empty((count, (size or 0) // 4), np.float32)
-    for n, (rowid, blob) in enumerate(db.execute("SELECT rowid, embedding FROM images ORDER BY rowid")):
-        rowids[n], embeddings[n] = rowid, np.frombuffer(blob, np.float32)
+    rowids, embeddings = np.empty(count, np.int64), np.empty((count, (size or 0) // kind.itemsize), np.float32)
+    for n, (rowid, blob) in enumerate(db.execute(f"SELECT rowid, embedding FROM {table} ORDER BY rowid")):
+        rowids[n], embeddings[n] = rowid, np.frombuffer(blob, kind)
     return rowids, embeddings
 
 
-def _head_sum(settings, embeddings):
+def _nearest(rowids, embeddings, query, k):
+    """The rowids of the k embeddings that are closest to the query's, best first; equals in their order."""
+    # einsum adds up each row in the same order, so equal embeddings score equally; BLAS promises no such thing.
+    scores = np.einsum("nd,d->n", embeddings, query)
+    return rowids[np.argsort(-scores, kind="stable")[:k]].tolist()
+
+
+def _fused(*rankings):
+    """Rankings as one, by reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009); equals by rowid."""
+    scores = Counter()
+    for ranking in rankings:
+        scores.update({rowid: 1 / (RANK_OFFSET + rank) for rank, rowid in enumerate(ranking, 1)})
+    return sorted(scores, key=lambda rowid: (-scores[rowid], rowid))
+
+
+def _head_sum(settings, images, vectors):
     """The hash of what is read when an index is opened."""
-    named = (settings.get(name) for name in ("image_embedding", "common_terms", "words"))
-    return sha256(chain(named, (row.tobytes() for row in embeddings)))
+    names = ("image_embedding", "text_embedding", "text_probe", "common_terms", "words")
+    named = (settings.get(name) for name in names)
+    loaded = (row.tobytes() for rowids, embeddings in (images, vectors) for row in (rowids, *embeddings))
+    return sha256(chain(named, loaded))
 
 
 def _words_sum(db):
@@ -221,34 +270,38 @@ def file_header(path: Path) -> tuple[int, int]:
     return int.from_bytes(header[68:], "big"), int.from_bytes(header[60:64], "big")
 
 
-def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, image_embedding: str = "") -> int:
+def build(
+    path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, image_embedding="", text_embedding=""
+) -> int:
     """Write an index to `path`, in place of an older one; returns how many bad rows were left out.
 
     docs: {title, text, url?, id?}; images: {image: encoded bytes or a path, title, url?, id?}; of each an iterable or a
     JSONL file, in whose folder paths start. Both are read once, row by row. image_embedding: a vision encoder of
-    transformers, by name or folder (default: `embed_image`). `path` appears when all is written; a build that is killed
-    leaves at most `path`.XXXXXXXX.tmp behind. Raises InputError naming row and field (skip_bad_rows leaves such rows
-    out), or saying why it cannot write `path`.
+    transformers, by name or folder (default: `embed_image`); text_embedding: a sentence encoder (default: none, words
+    alone). `path` appears when all is written; a build that is killed leaves at most `path`.XXXXXXXX.tmp behind. Raises
+    InputError naming row and field (skip_bad_rows leaves such rows out), or saying why it cannot write `path`.
     """
     path, folder = Path(path), Path(images).parent if isinstance(images, str | Path) else Path()
     sound = not path.exists() or file_header(path)[0] == APPLICATION_ID
     need(sound, f"{path}: exists and is not a search index; choose another name")
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
-    embedder = embed_image
-    if image_embedding:
-        embedder = load_encoder(image_embedding, building=True)
-        if Path(image_embedding).is_dir():
-            image_embedding = str(Path(image_embedding).absolute())  # found from anywhere
+    embedder = load_encoder(image_embedding, building=True) if image_embedding else embed_image
+    settings = {"image_embedding": _from_anywhere(image_embedding), "text_embedding": _from_anywhere(text_embedding)}
+    encode, probe = load_text_encoder(text_embedding, building=True) if text_embedding else (None, np.empty(0))
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with closing(sqlite3.connect(temporary)) as db:
             db.executescript(SCHEMA)
             bad = _insert(docs, "docs", partial(_add_document, db), skip_bad_rows)
             bad += _insert(images, "images", partial(_add_image, db, folder, embedder), skip_bad_rows)
+            if encode:
+                _embed_documents(db, encode)
             db.execute("INSERT INTO words(words) VALUES ('optimize')")
+            db.execute("CREATE INDEX docs_by_url ON docs(url)")
             db.commit()  # FTS5 has written all of its tables
-            settings = {"image_embedding": image_embedding, "common_terms": _common_terms(db), "words": _words_sum(db)}
-            settings["sha256"] = _head_sum(settings, _load_embeddings(db)[1])
+            settings |= {"common_terms": _common_terms(db), "words": _words_sum(db), "text_probe": probe.tobytes()}
+            loaded = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
+            settings["sha256"] = _head_sum(settings, *loaded)
             db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
             db.commit()  # returns when the bytes are on the disk
         temporary.replace(path)
@@ -257,6 +310,11 @@ def build(path: str | Path, docs=(), images=(), *, skip_bad_rows: bool = False, 
     finally:
         temporary.unlink(missing_ok=True)
     return bad
+
+
+def _from_anywhere(name):
+    """A model's name; a folder's as an absolute path."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def _rows(source, name):
@@ -316,6 +374,20 @@ def _add_image(db, folder, embedder, row):
     db.execute(sql, (*values, _row_sum(values), embedding))
 
 
+def _embed_documents(db, encode):
+    """The vectors of all documents; of many in a row those of like lengths together, which need little padding."""
+    ((count,),) = db.execute("SELECT count(*) FROM docs")
+    documents = db.execute(f"SELECT rowid, substr(title || char(10) || content, 1, {READ}) FROM docs ORDER BY rowid")
+    with tqdm(total=count, desc="index vectors", unit=" rows", leave=False, disable=None) as progress:
+        while rows := documents.fetchmany(32 * BATCH):
+            rows.sort(key=lambda row: len(row[1]))
+            for at in range(0, len(rows), BATCH):
+                rowids, texts = zip(*rows[at : at + BATCH], strict=True)
+                vectors = (vector.astype(np.float16).tobytes() for vector in encode(list(texts)))
+                db.executemany("INSERT INTO vectors(rowid, embedding) VALUES (?, ?)", zip(rowids, vectors, strict=True))
+                progress.update(len(rowids))
+
+
 def _as_dict(row):
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
@@ -343,7 +415,7 @@ class OfflineSearch:
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search}
+        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
@@ -360,3 +432,8 @@ class OfflineSearch:
 
     def _text_search(self, call, question):
         return self.db.text(call.query, self.results[call.tool])
+
+    def _visit(self, call, question):
+        parts = self.db.page(call.url.strip())
+        text = passages("\n".join(part.text for part in parts), call.query, PAGE_SENTENCES)
+        return [replace(part, text=text) for part in parts[:1]]

@@ -2,8 +2,9 @@
 
 A search with a picture shows the engine a public URL of it, and gives titles with thumbnails. A search with words reads
 each page found through Jina Reader (jina.ai/reader), and gives the sentences that fit the query best, or what a
-language model (OpenAI's chat completions) says that the page holds for it. Keys are read from the environment and go
-nowhere but into requests. Every call ends in a typed result, within search_deadline seconds.
+language model (OpenAI's chat completions) says that the page holds for it; a visit reads the one page that it names.
+Keys are read from the environment and go nowhere but into requests. Every call ends in a typed result, within
+search_deadline seconds.
 """
 
 import dataclasses
@@ -25,14 +26,14 @@ from pathlib import Path
 from PIL import Image
 
 from config import Config, InputError, need
-from data import Call, Hit, Question, Result, Usage, decode_image, read_prompt
-from search.calls import Failure, failed, method_for, query_of
+from data import Call, Hit, Question, Result, Usage, decode_image, prompt_path, read_prompt
+from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
-from search.engine import SearchEngine
+from search.engine import MAX_TITLE, SearchEngine
 from search.serpapi import SerpApi
 from search.serper import Serper
-from search.text import clean, passages, plain_text, sentences
-from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, tokens_in
+from search.text import PAGE_SENTENCES, clean, inline_text, passages, plain_text, sentences
+from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, page_url, tokens_in
 from tools import picture_of, results
 
 ENGINES = {"serpapi": SerpApi, "serper": Serper}  # those of config.SEARCH_ENGINES
@@ -56,7 +57,7 @@ class WebSearch:
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), key=key_of(SUMMARIZER_KEY))
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
         self.pictures = Client("thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, **wanted)
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search}
+        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
         self.budget = -(-cfg.search_budget // ranks)
         self.spent = 0  # searches that count against it; a resumed run sets what it had spent before
         self._uploaded: dict[str, str] = {}
@@ -129,6 +130,8 @@ class WebSearch:
         data, host = picture_of(call, question), self.cfg.image_host
         name = picture_name(data)
         if "://" in host:
+            if data not in question.images[:1]:
+                raise Failure("no_url", "--image_host is a folder, which lacks pictures of a conversation")
             return f"{host.rstrip('/')}/{name}"
         if not host:
             raise Failure("no_url", "the image is only bytes; --image_host makes it public")
@@ -157,7 +160,7 @@ class WebSearch:
         self._spend()
 
         def hit(match):
-            page = self._read(match["link"], job)
+            _, page = self._read(match["link"], job)
             if self.cfg.summarizer_url:
                 text = self._summarize(query, match["title"], page, job)
             else:
@@ -166,8 +169,17 @@ class WebSearch:
 
         return _first(self.engine.look_for_words(query, job), self.results[call.tool], hit)
 
+    def _visit(self, call, question, job):
+        url, goal = page_url(call.url), clean(call.query, MAX_QUERY)
+        title, page = self._read(url, job)
+        if self.cfg.summarizer_url and goal:
+            text = self._summarize(goal, title, page, job)
+        else:
+            text = passages(page, goal, PAGE_SENTENCES)
+        return [Hit(title, url, text)]
+
     def _read(self, url, job):
-        """A page as text, its first PAGE_CHARACTERS."""
+        """The title of a page, "" if the reader says none, and its text, its first PAGE_CHARACTERS."""
         data = self.reader.fetch_json(self.cfg.reader_url, job, {"url": url}).get("data")
         if not isinstance(data, dict) or not isinstance(data.get("content"), str):
             raise Failure("bad_response", "reader: no content")
@@ -179,7 +191,7 @@ class WebSearch:
         if not page:
             raise Failure("bad_response", "reader: an empty page")
         job.add(pages=1)
-        return page
+        return clean(inline_text(data.get("title")), MAX_TITLE), page
 
     def _summarize(self, query, title, page, job):
         values = {"query": query, "title": title, "page": page}
@@ -245,7 +257,7 @@ def _as_failure(error):
 
 def summarizer_prompt() -> str:
     """The request to the summariser: prompts/summarize.txt in the working directory, or beside the code."""
-    text = read_prompt("prompts/summarize.txt")
+    text = read_prompt(prompt_path("prompts/summarize.txt"))
     need("{query}" in text and "{page}" in text, "prompts/summarize.txt: expected {query} and {page}")
     return text
 

@@ -3,8 +3,8 @@
     python -m search serve --address 0.0.0.0:8100 --search record --search_cache c.sqlite      # on one machine
     train.py --search_url http://THAT:8100                                                     # on all of them
 
-POST /search takes {"call": {tool, query, picture, box, image}, "question": {image, image_url, data_id}}, pictures in
-base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only. What
+POST /search takes {"call": {tool, query, picture, box, url, image}, "question": {image, image_url, data_id}}, pictures
+in base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only. What
 clients can make it hold is bounded: connections, bytes, the time that a request takes to arrive.
 """
 
@@ -20,13 +20,13 @@ from config import Config, InputError
 from data import Call, Hit, Question, Result, Usage
 from search.calls import MAX_QUERY, Failure, failed
 from search.text import clean
-from search.web import MAX_JSON_BYTES, Client, Job, Limit, cut, is_web_url
+from search.web import MAX_JSON_BYTES, MAX_URL, Client, Job, Limit, cut, is_web_url
 from tools import TOOLS, picture_of
 
 MAX_RESULT = 8 * MAX_JSON_BYTES  # bytes, pictures included
 MAX_REQUEST, MAX_HELD = 4 * MAX_JSON_BYTES, 16 * MAX_JSON_BYTES  # bytes: of one, of those that are being answered
 MAX_PICTURE = MAX_REQUEST * 3 // 4 - 20_000  # bytes, which base64 lengthens; the rest is for the words
-MAX_TEXT = 4000  # bytes of names, an address and an id, together; queries are cut
+MAX_TEXT = 20_000  # bytes of names, addresses and an id, together; queries are cut
 MAX_CONNECTIONS, ARRIVAL = 256, 60.0  # at once, others wait; seconds for a request to arrive
 
 
@@ -49,10 +49,12 @@ class RemoteSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""
         asked = {**vars(call), "query": clean(call.query, MAX_QUERY), "image": _encoded(call.image)}
-        shown = call.tool in TOOLS and TOOLS[call.tool].needs == "picture" and call.image is None
+        shown = call.tool in TOOLS and "picture" in TOOLS[call.tool].takes and call.image is None
         picture = picture_of(call, question) if shown else None
         if len(picture or call.image or b"") > MAX_PICTURE:
             return failed(Failure("bad_call", f"the picture has more than {MAX_PICTURE:,} bytes"))
+        if len(call.url) > MAX_URL or not call.url.strip().isprintable():
+            return failed(Failure("bad_call", f"the address is no line of at most {MAX_URL:,} characters"))
         address = question.image_url if is_web_url(question.image_url) else None
         about = {"image": _encoded(picture), "image_url": address, "data_id": question.data_id}
         try:
@@ -186,7 +188,7 @@ def _call_from_json(body):
         box, query = asked["box"] and tuple(map(float, asked["box"][:4])), asked["query"][: 4 * MAX_QUERY]
         call = Call(**{**asked, "query": query, "image": _decoded(asked["image"]), "box": box})
         query.encode()  # an error, unless it is text; so are the others, together
-        if len("".join((call.tool, call.picture, url or "", id or "")).encode()) > MAX_TEXT:
+        if len("".join((call.tool, call.picture, call.url, url or "", id or "")).encode()) > MAX_TEXT:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

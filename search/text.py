@@ -8,6 +8,8 @@ from collections import Counter
 
 import regex
 
+PAGE_SENTENCES = 20  # of a page that is visited
+
 TAG = re.compile(r"<(/?)!?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]{0,2000}>")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n+")
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.client import HTTPException
 from typing import ClassVar
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from requests import PreparedRequest, Request
 from requests.adapters import HTTPAdapter
@@ -56,7 +56,9 @@ SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL.split()))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
 JSON_TYPES, IMAGE_TYPES = ("application/json",), ("image/*",)
 MAX_JSON_BYTES = 8_000_000
+MAX_URL = 2000  # characters
 MAX_COUNT = 10**9  # numbers in answers are cut to this
+PRIVATE_NAMES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # of no public name the end
 MIN_KEY = 8  # characters of a key that is a secret
 AGENT = "nanoMMSearch"
 RETRIED = ("timeout", "connection", "rate_limit", "server")  # kinds of failures that may pass
@@ -327,9 +329,29 @@ def _prepared(base: str, url: str, types=(), secret=(), payload=None) -> Prepare
 def is_web_url(url) -> bool:
     """True for a sound http or https URL; where it leads is checked when it is fetched."""
     try:
-        return isinstance(url, str) and len(url) <= 2000 and bool(_prepared("", url))
+        return isinstance(url, str) and len(url) <= MAX_URL and bool(_prepared("", url))
     except Failure:
         return False
+
+
+def page_url(url: str) -> str:
+    """The address of a page that the model names, in the form in which it is requested. Raises Failure (bad_call) if
+    it is no http or https URL, or plainly leads to a private address: a reader may run in the user's own network. (What
+    a name stands for, only the reader knows.)"""
+    if not is_web_url(url.strip()):
+        raise Failure("bad_call", "not an http or https address")
+    url = _prepared("", url.strip()).url
+    parts = urlsplit(url)
+    host = parts.hostname.rstrip(".")
+    with suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))  # 127.1, 0x7f000001, 2130706433: browsers read them so
+    try:
+        public = is_public(host)
+    except ValueError:  # a name
+        public = "." in host and not host.endswith(PRIVATE_NAMES)
+    if not public or "@" in parts.netloc:
+        raise Failure("bad_call", "it leads to a private address" if not public else "an address with a password")
+    return url
 
 
 def _in_time(job, function):

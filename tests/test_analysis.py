@@ -3,6 +3,8 @@ recount."""
 
 import json
 import math
+import os
+import pickle
 import random
 import statistics
 import subprocess
@@ -11,8 +13,9 @@ from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, guesser, question
+from conftest import ROOT, guesser, question, replace
 from PIL import Image
+from test_cache import Run
 from test_judge import Server, asked, says
 from test_results import CALL, HEADER, conversation, some
 
@@ -21,9 +24,9 @@ import tools
 from analysis import compare, labels
 from analysis.__main__ import COMMANDS, main
 from analysis.results import ResultFile, read_results
-from chat import Chat
+from chat import Chat, Episode
 from config import InputError
-from data import load_questions, picture_key, write_jsonl, write_questions
+from data import Call, Hit, Question, Result, load_questions, picture_key, write_jsonl, write_questions
 from rollout import run
 from search.index import OfflineSearch, SearchDB
 
@@ -46,6 +49,7 @@ def test_help_lists_the_commands(capsys):
     [
         ("report", ["--out", "--limit"]), ("curves", ["--out"]), ("plan", ["--gpus", "--gpu_memory", "--offload"]),
         ("compare", ["--judge"]), ("judge", ["--judges", "--judge_url"]), ("label", ["--out", "--balance", "--seed"]),
+        ("prompts", ["--out"]),
     ],
 )  # fmt: skip
 def test_a_command_lists_its_options(name, options, capsys):
@@ -67,6 +71,8 @@ def test_a_command_lists_its_options(name, options, capsys):
         ("report runs/toy --limt 3", "did you mean --limit?"),
         ("report runs/toy --limit=-1", "limit=-1: must be at least 0"),
         ("label r.jsonl --out x.parquet --balance 1.5", "balance=1.5: must be from 0 to 1"),
+        ("prompts --out x", "expected python -m analysis prompts PICKLE ..., then options"),
+        ("prompts a b c", "prompts needs --out DIR"),
         ("plan --gpu_memory 0", "gpu_memory=0.0: must be above 0"),
     ],
 )
@@ -391,3 +397,92 @@ def test_what_cannot_be_labelled(evaluated, tmp_path):
     with pytest.raises(InputError, match="no question is left to write"):
         command("label", path, "--out", tmp_path / "x.parquet")
     assert not (tmp_path / "x.parquet").exists()
+
+
+# -------------------------------------------------------------------------------------------- published prompts
+
+ROUND_1, AFTER_IMAGE, AFTER_TEXT = (
+    f"{name}_prompt_qwenvl" for name in ("round_1_user", "after_image_search", "after_text_search")
+)
+PUBLISHED = {  # sentences of our own, built like the authors'
+    ROUND_1: "Look at it.\nSay <answer>x</answer>.\nThis is it:\n<image> ",
+    AFTER_IMAGE: "What do you see?\nGo on.",
+    AFTER_TEXT: "What “now”?",
+}
+
+
+def published(folder, **contents):
+    """The arguments of the command: pickles of texts (or files of bytes) in the order of a shell's *.pkl, and --out."""
+    for name, content in {**PUBLISHED, **contents}.items():
+        (folder / f"{name}.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return ["prompts", *sorted(folder.glob("*.pkl")), "--out", folder / "a" / "out"]
+
+
+def test_published_prompts_give_the_ids_of_the_authors_rollout(folder, cfg, tmp_path, capsys):
+    """Rendered here as their code does: one text, in which the placeholder of the image is replaced."""
+    command(*published(tmp_path))
+    assert capsys.readouterr().out.endswith(
+        "out: after_image_search.txt, after_text_search.txt, question.txt, search_failed.txt\n"
+    )
+    chat = Chat(folder, replace(cfg, prompts=str(tmp_path / "a" / "out"), max_tokens=2000))
+    tokenizer, asked = chat.tokenizer, question(text="what is it?")
+    vision = "<|vision_start|><|image_pad|><|vision_end|>"
+    first = [{"role": "user", "content": PUBLISHED[ROUND_1] + "what is it?"}]
+    text = tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=True).replace("<image>", vision)
+    assert chat.collapse(chat.prompt(asked)[0]) == tokenizer.encode(text, add_special_tokens=False)
+    for tool, after, shown in (
+        ("image_search", AFTER_IMAGE, f"{vision} a title\n"),
+        ("text_search", AFTER_TEXT, " a title: so\n"),
+    ):
+        hit = Hit("a title", image=asked.images[0]) if tool == "image_search" else Hit("a title", text="so")
+        episode = Episode.start(asked, chat)
+        assert episode.add_words("say") and episode.add_result(Call(tool, "q"), Result("ok", (hit,)))
+        text = f"Searched results: <information>{shown}</information>\nOriginal user's question: what is it?\n"
+        text = f"say<|im_end|>\n<|im_start|>user\n{text}{PUBLISHED[after]}<|im_end|>\n<|im_start|>assistant\n"
+        ids = chat.collapse(episode.tokens[len(chat.prompt(asked)[0]) :])
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ({ROUND_1: "no place for it"}, "round_1_user_prompt_qwenvl.pkl: expected <image> once in its text"),
+        ({ROUND_1: "<image> or <image>"}, "expected <image> once"),
+        ({AFTER_TEXT: "now <image>"}, "after_text_search_prompt_qwenvl.pkl: expected <image> nowhere in its text"),
+        ({AFTER_IMAGE: "now {results}"}, "it has a placeholder of ours"),
+        ({ROUND_1: "<image> {question}"}, "it has a placeholder of ours"),
+        ({AFTER_IMAGE: ["a list"]}, "expected a text, not a list"),
+        ({AFTER_IMAGE: b'{"a": "JSON"}'}, "expected a text, not a dict"),
+        ({AFTER_IMAGE: b"abc"}, "not a pickle of plain data"),
+        ({AFTER_IMAGE: b""}, "not a pickle of plain data"),
+        ({AFTER_IMAGE: "half a character \ud800"}, "not UTF-8"),
+        ({AFTER_IMAGE: pickle.dumps("cut off")[:-4]}, "not a pickle of plain data"),
+        ({AFTER_IMAGE: "x" * 70_000}, "after_image_search_prompt_qwenvl.pkl: larger than 65,536 bytes"),
+        ({AFTER_IMAGE: b"\x80\x04\x8d" + (2**50).to_bytes(8, "little") + b"x."}, "not a pickle of plain data"),
+        ({AFTER_IMAGE: Run(os.system, "touch mark")}, "system, which is not allowed"),
+        ({AFTER_IMAGE: Run(eval, "open('mark', 'w')")}, "builtins.eval, which is not allowed"),
+        ({AFTER_IMAGE: Question("a class", "of ours")}, "it holds data.Question, which is not allowed"),
+        ({"a_fourth": "text"}, "expected 3 pickles, got 4"),
+    ],
+)
+def test_what_are_no_published_prompts(tmp_path, monkeypatch, contents, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        command(*published(tmp_path, **contents))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pkl"}  # nothing was run, nothing written
+
+
+def test_published_prompts_are_three_and_go_into_a_new_folder(tmp_path):
+    name, *pickles, option, out = published(tmp_path)
+    for wrong, said in ((pickles[:2], "got 2"), (pickles[:2] * 2, "got 4"), ([*pickles[:2], pickles[0]], "round_1")):
+        with pytest.raises(InputError, match=said):
+            command(name, *wrong, option, out)
+    with pytest.raises(FileNotFoundError):
+        command(name, *pickles[:2], tmp_path / "round_1_user_prompt.pkl", option, out)
+    assert not out.exists()
+    command(name, *pickles, option, out)
+    (out / "question.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists: give the name of a new folder"):
+        command(name, *pickles, option, out)
+    assert (out / "question.txt").read_text() == "mine"

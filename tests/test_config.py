@@ -413,8 +413,8 @@ def test_limits_and_results_of_tools():
 
 @pytest.mark.parametrize("mark, names", [
     ("resume", "resume accept_changes overwrite run_dir steps save_every keep_last eval_every val_limit "
-               "threads concurrency tool_threads rollout_deadline log search search_cache search_url search_budget "
-               "search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir"),
+               "threads deterministic concurrency tool_threads rollout_deadline log search search_cache search_url "
+               "search_budget search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir"),
     ("neutral", "run_dir resume accept_changes overwrite threads log concurrency tool_threads toy_dir "
                 "search_url search_budget search_deadline image_host allow_hosts out"),
     ("model", "preset prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens dialect "

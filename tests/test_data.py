@@ -24,11 +24,13 @@ from conftest import ROOT, picture, question, replace
 from PIL import Image
 
 import data
+from analysis.results import questions_about
 from chat import Cache, Chat, Episode, drop_overlong, final_size
 from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
-from reward import normalize_answer
+from reward import MATCHES
+from train import load_prompts
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
@@ -202,15 +204,28 @@ def test_rows_without_usable_answers(tmp_path, reward_model):
     assert "field reward_model" in message and "row 0" in message and "a.pq" in message
 
 
-def test_an_answer_is_usable_if_the_reward_can_match_it():
-    rng, pieces = random.Random(0), ["a", "an", "the", "The", " ", "?", "-", ".", "b", "é", "…", "\n", "’", "🇪🇸"]
+@pytest.mark.parametrize("match", MATCHES)
+def test_an_answer_is_usable_if_the_reward_can_match_it(match):
+    rng, pieces = random.Random(0), ["a", "an", "the", "The", " ", "?", "-", ".", "b", "é", "…", "\n", "’", "🇪🇸", "+"]
     for _ in range(3000):
         answer = "".join(rng.choices(pieces, k=rng.randrange(5)))
         try:
-            usable = bool(data._answers({"ground_truth": answer}))
+            usable = bool(data._answers({"ground_truth": answer}, match))
         except InputError:
             usable = False
-        assert usable == (normalize_answer(answer) != ""), repr(answer)
+        assert usable == MATCHES[match](answer, [answer]), repr(answer)
+
+
+def test_questions_whose_answers_only_some_matches_compare(tmp_path, cfg, chat, device, capsys):
+    """Read wherever questions are; as data for labels and reports whatever the match was."""
+    graded = [{"ground_truth": answer, "candidate_answers": None, "style": "rule"} for answer in ("A", "The", "+", " ")]
+    path = write(tmp_path / "a.pq", *[row(reward_model=r) for r in graded])
+    assert "match=em" in refused(load_questions, [path])
+    for match in ("em_unicode", "sub_em"):
+        chosen = replace(cfg, match=match, skip_bad_rows=True)
+        assert [q.answers for q in load_prompts((path,), "training", chat, chosen)] == [("A",), ("The",), ("+",)]
+    said = [{"question_id": f"a.pq:{n}", "question": "what is it called?"} for n in range(3)]
+    assert len(questions_about(said, [path])) == 3
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -1058,17 +1073,29 @@ def test_text_cannot_open_a_turn_or_add_an_image(prompted, name):
     assert shown[2] == clean[2].replace("word", as_shown(nasty))  # survives, in all places, to the letter
 
 
-def test_image_tags_are_placeholders_in_a_question_and_text_everywhere_else(prompted):
+@pytest.mark.parametrize("prompt, text, start", [
+    ("An <img>: {question}", "what?", "<image>An <img>: what?"),
+    ("An <img>: {question}", "<image>?", "An <img>: <image>?"),
+    ("An <img>: <image> {question}", "what?", "An <img>: <image> what?"),  # the prompt says where
+    ("An <img>: <image> {question}", "<image>?", "An <img>:  <image>?"),
+    ("{question} It: <image>!", "{question}?", "{question}? It: <image>!"),
+])  # fmt: skip
+def test_image_tags_are_placeholders_in_a_question_and_its_prompt_and_text_everywhere_else(
+    prompted, prompt, text, start
+):
     chat = prompted
-    chat._prompts["question"] = "An <image> is <img>: {question}"
-    for text, start in (("what?", "<image>An <image> is <img>: what?"), ("<image>?", "An <image> is <img>: <image>?")):
-        asked = Question("q", text, (PNG,), system="<image>")
-        episode = Episode.start(asked, chat)
-        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
-        assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
-        episode.add_reply(reply_of(chat, "x"))
-        assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
-        assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
+    chat._prompts["question"] = prompt
+    nothing, _ = chat.prompt(Question("q", text.replace("<image>", ""), ()))
+    assert f"user\n{start.replace('<image>', '')}<|im_end|>" in chat.show(nothing)
+    two, _ = chat.prompt(Question("q", text.replace("<image>", "<image>" * 2), (PNG, PNG)))
+    assert f"user\n{start.replace('<image>', '<image>' * 2)}<|im_end|>" in chat.show(two)
+    asked = Question("q", text, (PNG,), system="<image>")
+    episode = Episode.start(asked, chat)
+    assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
+    assert f"user\n{start}<|im_end|>" in chat.show(episode.tokens)
+    episode.add_reply(reply_of(chat, "x"))
+    assert episode.add_result(Call("image_search"), Result("ok", (Hit("<image>", "<image>", "<image>"),)))
+    assert len(episode.images) == 1 and episode.tokens.count(chat.vision_start) == 1
 
 
 def test_replies_are_never_read_as_specials(chat):
@@ -1180,8 +1207,36 @@ def test_prompt_folders_without_a_file_or_a_hole(folder, cfg, tmp_path, name, ho
         assert refused(Chat, folder, cfg) == f"{path}: expected {hole} exactly once"
     path.write_bytes(b"\xff{question}{results}{outcome}")
     assert str(path) in refused(Chat, folder, cfg)
+    path.write_text(f"{PROMPTS[name]}<image><image>")
+    assert name != "question" or refused(Chat, folder, cfg) == f"{path}: expected <image> once, or not at all"
     path.unlink()
     assert str(path) in refused(Chat, folder, cfg) and "No such file" in refused(Chat, folder, cfg)
+
+
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"])
+def test_ranges_of_pixels_beyond_the_image_processor_s(folder, cfg, tmp_path, name):
+    """The message names the option, and not the model's folder as damaged."""
+    path = copy_of(folder, tmp_path / "model")
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    settings["size"] = {"shortest_edge": 2 * 784, "longest_edge": 9 * 784}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    cfg = replace(cfg, min_pixels=2 * 784, max_pixels=9 * 784, thumb_min_pixels=2 * 784, thumb_max_pixels=9 * 784)
+    Chat(path, cfg)
+    value = 784 if "min" in name else 10 * 784
+    message = f"{name}={value}: the image processor of {path} takes 1568 to 7056 pixels"
+    assert refused(Chat, path, replace(cfg, **{name: value})) == message
+
+
+def test_a_folder_of_prompts_is_one_or_the_other(folder, cfg, tmp_path, monkeypatch):
+    """What one in the working directory lacks is not taken from beside the code."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("question", "search_failed", "after_image_search", "after_text_search", "direct"):
+        shutil.copytree(ROOT / "prompts" / "toy", "prompts/toy", dirs_exist_ok=True)
+        chat = Chat(folder, cfg)
+        assert chat.template("direct")
+        Path(f"prompts/toy/{name}.txt").unlink()
+        message = refused(lambda: Chat(folder, cfg).template("direct"))
+        assert message.startswith(f"prompts/toy/{name}.txt: cannot read this prompt (No such file")
 
 
 def test_prompts_are_found_from_any_folder(folder, cfg, tmp_path, monkeypatch):

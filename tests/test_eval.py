@@ -253,7 +253,7 @@ def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path
     found = header["config"]
     assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (
         112 * 112,
-        ["image_search=1", "text_search=1"],
+        ["image_search=1", "text_search=1", "crop=0", "visit=0"],
         2e-4,
     )
     assert found["prompts"] == str(folder / "prompts") and header["prompts_id"] == ours
@@ -262,7 +262,8 @@ def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path
     main(*here, f"--model={folder}", "--val_limit=2", f"--out={tmp_path / 'b.jsonl'}", *options)
     header, records = read(tmp_path / "b.jsonl")
     found = header["config"]
-    assert (found["max_pixels"], found["tool_limits"]) == (7056, ["image_search=1", "text_search=1"])
+    assert found["max_pixels"] == 7056
+    assert found["tool_limits"] == ["image_search=1", "text_search=1", "crop=0", "visit=0"]
     assert found["prompts"] == "prompts/toy" and header["prompts_id"] != ours
     # a preset comes before what the model was trained with
     argv = [f"--model={folder}", "--preset=qwen2.5-vl-7b"]
@@ -510,11 +511,11 @@ def test_bad_input(here, world, arguments, said, capfd, monkeypatch):
         ("preprocessor_config.json", "patch_size", 0, "sizes are"),
         ("preprocessor_config.json", "merge_size", "two", "sizes are"),
         ("preprocessor_config.json", "temporal_patch_size", 10**12, "sizes are"),
-        ("preprocessor_config.json", "size/longest_edge", "long", "not a Qwen2.5-VL's image processor"),
-        ("preprocessor_config.json", "image_mean", [0.5], "not a Qwen2.5-VL's image processor"),
+        ("preprocessor_config.json", "size/longest_edge", "long", "cannot read a Qwen2.5-VL image processor"),
+        ("preprocessor_config.json", "image_mean", [0.5], "cannot read a Qwen2.5-VL image processor"),
         ("preprocessor_config.json", "image_std/0", 0, "pixels that are no numbers"),
         ("preprocessor_config.json", "image_mean/1", None, "pixels that are no numbers"),
-        ("tokenizer_config.json", "model_max_length", {}, "not a Qwen2.5-VL's tokenizer"),
+        ("tokenizer_config.json", "model_max_length", {}, "cannot read a Qwen2.5-VL tokenizer"),
         ("tokenizer.json", "model/vocab", {}, "tokenizer"), ("tokenizer.json", "pre_tokenizer", 0, "tokenizer"),
     ],
 )  # fmt: skip

@@ -31,6 +31,7 @@ from data import ERROR_KINDS, Call, Hit, Question, Result, Usage
 from rollout import run
 from search import __main__ as search_main
 from search import engine as search_engine
+from search import index as search_index
 from search import live as search_live
 from search import open_search
 from search import service as search_service
@@ -40,6 +41,7 @@ from search.live import WebSearch
 from search.serpapi import SerpApi
 from search.serper import Serper
 from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
+from search.text import PAGE_SENTENCES
 from search.web import Client, Job
 from toy.lessons import ScriptedEngine
 
@@ -213,7 +215,7 @@ def test_an_answer_without_its_results_is_asked_for_again(server, tmp_path, call
     assert search.inner.spent == billed
     assert ["no_cache=true" in path for path, *_ in server.searched()] == [False] + [name == "serpapi"] * 2
     server.fault = only(server.searches, fault)
-    result = search.search(dataclasses.replace(call, query="other", image=picture(7)), question())
+    result = search.search(dataclasses.replace(call, query="other"), question(7))
     assert (result.status, result.error_kind) == ("error", "server") and "4 attempts" in result.error
     server.fault = only(server.searches, "no rows")
     assert search.search(Call("text_search", "empty"), question()) == Result("no_results")
@@ -710,11 +712,19 @@ def test_a_call_that_comes_when_another_is_done_costs_nothing(server, tmp_path):
 
 
 def test_a_call_with_a_picture_of_its_own(server, tmp_path):
-    """A part of a picture, say: shown from where pictures are made public, not from the question's URL, kept under its
-    own bytes, and carried to the service."""
+    """A part of a picture, say: shown from where a command makes it public, not from the question's URL, kept under its
+    own bytes, and carried to the service. The folder of the questions' pictures does not hold it."""
     known = dataclasses.replace(question(), image_url="https://museum.example/a.jpg")
     crop = Call("image_search", picture="img_1", box=(0.0, 250.0, 500.0, 1000.0), image=picture(9))
-    service = Service(record(server, tmp_path / "c.sqlite"))
+    for about in (known, question(images=2)):
+        result = live(server).search(crop, about)
+        assert (result.error_kind, result.usage.searches) == ("no_url", 0) and "--image_host" in result.error
+    whole = dataclasses.replace(crop, box=None, image=known.images[0])  # named, but the question's own
+    assert live(server).search(whole, question()).status == "ok"
+    server.log.clear()
+    (tmp_path / "up.py").write_text("import sys; print('https://up.example/' + sys.argv[1].split('/')[-1])")
+    host = f"{sys.executable} {tmp_path / 'up.py'}"
+    service = Service(record(server, tmp_path / "c.sqlite", image_host=host))
     try:
         search = open_search(Config(search_url=service.url))
         first, whole = search.search(crop, known), search.search(IMAGE, known)
@@ -722,7 +732,7 @@ def test_a_call_with_a_picture_of_its_own(server, tmp_path):
         service.close()
     hidden = hashlib.sha256(picture(9)).hexdigest()
     asked = [path for path, *_ in server.log if "/search.json" in path]
-    assert f"pictures.example%2F{hidden}.png" in asked[0] and "museum.example" in asked[1] and len(asked) == 2
+    assert f"up.example%2F{hidden}.png" in asked[0] and "museum.example" in asked[1] and len(asked) == 2
     there = replay(tmp_path / "c.sqlite")
     assert [there.search(call, known) for call in (crop, IMAGE)] == [first, whole]
     assert there.search(dataclasses.replace(crop, image=picture(8)), known).error_kind == "not_recorded"
@@ -738,7 +748,7 @@ def test_the_service_hands_every_part_of_a_call_on():
             return Result("ok", (Hit("t", "u", "x", picture(3), full_size=True),))
 
     service = Service(Listening())
-    crop = Call("image_search", picture="img_2", box=(1.0, 2.0, 3.0, 4.5), image=picture(9))
+    crop = Call("image_search", picture="img_2", box=(1.0, 2.0, 3.0, 4.5), url="https://x.example/a", image=picture(9))
     known = dataclasses.replace(question(), image_url="https://a.example/b.jpg", data_id="d")
     try:
         results = [RemoteSearch(Config(search_url=service.url)).search(call, known) for call in (crop, IMAGE, FOUNDER)]
@@ -777,6 +787,104 @@ def test_what_cannot_be_kept_is_an_error(server, tmp_path):
     search.cache.close()
     with pytest.raises(ValueError, match="closed"):
         search.search(IMAGE, question())
+
+
+# ------------------------------------------------------------------------------------------------ visits of pages
+
+PAGE = "https://pages.example/4/founders"
+
+
+def visit(url=PAGE, goal="who is the founder?"):
+    return Call("visit", goal, url=url)
+
+
+def test_a_visit_reads_the_page_that_it_names(server, monkeypatch):
+    """For its goal: the sentences that fit it, or what the summariser says of it. Without a goal: its beginning."""
+    search = live(server, search_budget=1)
+    result = search.search(visit(f" {PAGE}\n"), question())
+    text = "# Page 4\nIt is about founders. The founder is F4."
+    assert result == Result("ok", (Hit("Page 4", PAGE, "It is about founders. The founder is F4."),))
+    used = result.usage
+    assert (used.searches, used.pages, used.cost) == (0, 1, 1000 * search_live.READER_PRICE / 1e6)
+    assert search.spent == 0 and [path for path, *_ in server.log] == ["/read"] and server.log[0][2] == {"url": PAGE}
+    (hit,) = search.search(visit(goal=" "), question()).hits
+    assert hit.text == " ".join(text.split())
+    told = live(server, **summarized(server))
+    (hit,), used = (result := told.search(visit(), question())).hits, result.usage
+    assert (hit.title, hit.text) == ("Page 4", "Sentence 0. Sentence 1. Sentence 2. Sentence 3. Sentence 4.")
+    assert used.tokens == 200 and "who is the founder?" in str(server.log[-1][2])
+    assert told.search(visit(goal=""), question()).hits[0].text == " ".join(text.split())
+    server.fault = lambda path, number: "evil"
+    (hit,) = search.search(visit(), question()).hits
+    assert len(hit.text) <= 500 * PAGE_SENTENCES and "\x00" not in hit.text
+
+
+def test_a_visit_is_recorded_under_page_goal_and_how_it_is_read(server, tmp_path):
+    path = tmp_path / "c.sqlite"
+    recording = record(server, path)
+    found = recording.search(visit(), question())
+    assert found.usage.pages == 1 and recording.search(visit(goal="who is\tthe founder? "), question()) == found
+    request = recording.request(visit(), question())
+    assert (request["kind"], request["engine"], request["url"]) == ("page", "reader", PAGE)
+    there = replay(path, search_engine="serper")
+    assert there.search(visit(), question()) == found and there.search(visit(), question()).usage == Usage(cached=1)
+    for call in (visit(PAGE + "?a"), visit(goal="else"), visit(goal=""), visit(PAGE.replace("https", "http"))):
+        assert there.search(call, question()).error_kind == "not_recorded"
+    summary = {"summarizer_url": "http://x/v1"}
+    assert replay(path, **summary).search(visit(), question()).error_kind == "not_recorded"
+    recording.search(visit(goal=""), question())
+    assert replay(path, **summary).search(visit(goal=""), question()).status == "ok"  # nothing was to be summarised
+    assert "page ok" in recording.cache.stats()["counts"]
+
+
+@pytest.mark.parametrize(
+    "fault, kind",
+    [("page", "refused"), ("500", "server"), ("hang", "timeout"), ("html", "bad_response"), ("huge", "bad_response")],
+)
+def test_a_page_that_cannot_be_read_is_typed(server, monkeypatch, fault, kind):
+    hurry(monkeypatch, retries=1, read_timeout=0.2)
+    server.fault = lambda path, number: fault
+    assert live(server, search_deadline=3.0).search(visit(), question()).error_kind == kind
+
+
+LINKS = {  # what the reader is asked for, None: nothing
+    None: [
+        "", " ", "x", "nauru.example", "/etc/passwd", "//a.example/", "javascript:alert(1)", "file:///etc/passwd",
+        "data:text/html,<b>", "ftp://a.example/", "gopher://a.example/", "mailto:a@a.example", "about:blank", "http:",
+        "http://", "http:///", "https://?q", "http://#", "ws://a.example/", "http://a.example:99999/", "http://[::1",
+        "http://a.example:port/", "https://user:word@a.example/", "https://google.com@10.0.0.1/", "http://localhost/",
+        "http://LOCALHOST.:80/", "http://127.0.0.1:8000/v1", "http://127.1/", "http://2130706433/", "http://0x7f.1/",
+        "http://0177.0.0.1/", "http://0/", "http://10.1.2.3/", "http://192.168.0.1/", "http://172.16.0.1/", "http://[::1]/",
+        "http://169.254.169.254/latest/meta-data", "http://[fd00::1]/", "http://[::ffff:10.0.0.1]/", "http://router/",
+        "http://metadata.google.internal./", "http://①②⑦.0.0.1/", "http://a。local/", "http://a.example/\x00",
+        "http://a.example/a\nb", "http://a.ex\tample/", "http://a.example/\ud83d", "https://a.example/" + "x" * 50_000,
+        "http://.example/", "https://bücher。example/", "http://%31%32%37.0.0.1/", "http://%00%31/", "http://[64:ff9b::a00:1]/",
+        "<img>", "img_1", "'; DROP TABLE docs",
+    ],
+    "https://a.example/": ["https://a.example", "  https://a.example/ ", "HTTPS://A.Example/"],
+    "https://xn--bcher-kva.example/": ["https://bücher.example", "https://xn--bcher-kva.example/", "https://BÜCHER.example"],
+    "https://a.example/%E2%82%AC%20x": ["https://a.example/€ x", "https://a.example/%E2%82%AC%20x"],
+    "https://a.example:8443/b?c=d#e": ["https://a.example:8443/b?c=d#e"],
+    "http://8.8.8.8/": ["http://8.8.8.8"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("link, asked", [(link, asked) for asked, links in LINKS.items() for link in links])
+def test_every_link_ends_typed(server, tmp_path, link, asked):
+    """Offline nothing is found under it; live it is refused, or the reader is asked for it; so it is by the service."""
+    build(tmp_path / "i.sqlite", [{"title": "a", "text": "b", "url": u} for u in ("", "https://b.example/")])
+    with closing(search_index.SearchDB(tmp_path / "i.sqlite")) as db:
+        result = search_index.OfflineSearch(db).search(visit(link), question())
+        assert result.status == "no_results" or (not link.strip() and result.error_kind == "bad_call")
+    service = Service(record(server, tmp_path / "c.sqlite"))
+    try:
+        for search in (live(server), RemoteSearch(Config(search_url=service.url))):
+            server.log.clear()
+            result = search.search(visit(link), question())
+            assert [payload["url"] for _, _, payload in server.log] == ([asked] if asked else [])
+            assert (result.status, result.error_kind) == (("ok", "") if asked else ("error", "bad_call"))
+    finally:
+        service.close()
 
 
 # -------------------------------------------------------------------------------------------------- the service
@@ -841,7 +949,8 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
         about = {"image": None, "image_url": None, "data_id": None}
         odd = [{"call": {**call, name: value}, "question": about} for name, value in (
             ("tool", 3), ("image", "?"), ("image", 3), ("query", None), ("box", 3), ("box", ["x"]), ("colour", "red"),
-            ("box", [10**400]), ("box", {"0": 1}), ("query", ["x"]), ("tool", "x" * 5000), ("picture", "\ud83d"),
+            ("box", [10**400]), ("box", {"0": 1}), ("query", ["x"]), ("tool", "x" * 50_000), ("picture", "\ud83d"),
+            ("url", 3), ("url", None), ("url", "x" * 50_000), ("url", "\ud83d"),
         )]  # fmt: skip
         odd += [
             {"call": call, "question": {**about, "image": "?"}},
@@ -962,10 +1071,14 @@ def test_the_command_serves_until_ctrl_c(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "search", "serve", "--address", address, f"--search_index={tmp_path}/i.sqlite"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
-        found = open_search(Config(search_url=f"http://{address}")).search(Call("text_search", "founders"), question())
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(30), process.stderr.read()) == (130, "")
+        try:
+            assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
+            client = open_search(Config(search_url=f"http://{address}"))
+            found = client.search(Call("text_search", "founders"), question())
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(30), process.stderr.read()) == (130, "")
+        finally:
+            process.kill()  # a test that fails would wait for it
     assert [hit.title for hit in found.hits] == ["t"]
 
 

@@ -1012,6 +1012,19 @@ def test_the_pipeline_has_a_budget_too(modes, folder):
     assert reached == {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)}
 
 
+@pytest.mark.parametrize("room", [26, 80])
+def test_the_pipeline_is_aborted_before_it_began(modes, folder, monkeypatch, room):
+    """Without room for its first turn a conversation is over at its first step: then that is how it ended."""
+    cfg = replace(modes, max_tokens=room, max_prompt_tokens=25, max_tokens_per_turn=25, rollout_deadline=1)
+    times, seen = iter([0.0]), []
+    monkeypatch.setattr(rollout.time, "monotonic", lambda: next(times, 5.0))  # the deadline has passed at once
+    chat = Chat(folder, cfg)
+    how = dict(samples=2, mode="pipeline", progress=seen.append)
+    episodes = run([question(0), question(1)], ScriptedEngine(chat, says(TEXT)), Search(), chat, cfg, **how)
+    assert [e.stop for e in episodes] == [Stop.MAX_TOKENS if room == 26 else Stop.ABORTED] * 4
+    assert sorted(map(id, seen)) == sorted(map(id, episodes)) and not any(e.turns for e in episodes)
+
+
 def test_the_pipeline_can_be_aborted(modes, folder):
     chat = Chat(folder, modes)
     conversation = rollout.converse_always_searching(question(0), chat, modes)

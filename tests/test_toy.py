@@ -19,6 +19,7 @@ from conftest import ROOT, SHORT_RUN, SHORT_WORLD
 
 import config
 import eval as evaluation
+import tools
 import toy
 import train
 from chat import Chat
@@ -27,7 +28,7 @@ from data import Call, Stop, load_questions
 from reward import score_episode
 from rollout import run
 from search.index import OfflineSearch, SearchDB
-from tools import offered, results
+from tools import results
 from toy import Recipe
 from toy import build as toy_build
 from toy import lessons as toy_lessons
@@ -293,7 +294,7 @@ def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp
     assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
     exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)
     assert toy.locate(again) == place and exported.max_pixels == cfg.max_pixels
-    assert toy.answers_searches(exported) and offered(exported) == ["image_search", "crop"]
+    assert toy.answers_searches(exported) and tools.limits(exported) == tools.limits(cfg)
     monkeypatch.setattr(sys, "argv", ["eval.py", f"--model={run_dir / 'final'}", *here, "--val_limit=4"])
     config.run_main(evaluation.main)
     assert all(kind in capsys.readouterr().out for kind in toy_world.CROP_KINDS[:1])
@@ -328,7 +329,7 @@ def test_options_stand_beside_those_of_a_run():
 def test_every_option_but_the_folder_makes_another_world():
     changed = dict(
         toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False,
-        toy_crop=True,
+        toy_crop=True, toy_json=True,
     )  # fmt: skip
     assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
     names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
@@ -372,7 +373,7 @@ def test_a_version_names_one_world():
     content = [[t.look, t.name, t.founder, t.city, t.river] for t in things]
     content += [[q.text, q.answers, q.data_source, q.data_id] for q in questions]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    assert (toy.VERSION, digest) == (2, "e9639dc13d081e71")
+    assert (toy.VERSION, digest) == (3, "e9639dc13d081e71")
 
 
 def test_question_files_are_the_user_s_or_the_world_s():

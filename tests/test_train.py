@@ -38,7 +38,7 @@ from analysis import imitation, results
 from analysis.__main__ import main as analysis_main
 from chat import Chat
 from config import InputError
-from data import Hit, Result, Stop, load_questions, write_questions
+from data import Hit, Result, Stop, load_questions, read_jsonl, write_questions
 from engines import Engine, EngineDied, TorchEngine
 from rollout import run
 from search.index import OfflineSearch, SearchDB
@@ -185,7 +185,7 @@ def test_killed_between_any_two_writes_and_resumed(undisturbed, arguments, tmp_p
     """Kills spread over all changes of files that a run makes; every resumed run ends as the undisturbed one."""
     reference, changes = undisturbed
     assert changes > 60
-    spots = random.Random(0).sample(range(1, changes), 6) + [1, 4, changes - 1]
+    spots = {*random.Random(0).sample(range(1, changes), 6), 1, 4, changes - 1}
     for spot in sorted(spots):
         run_dir = tmp_path / f"kill-{spot}"
         code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", kill_at=spot)
@@ -504,8 +504,138 @@ def test_a_resume_that_is_refused_deletes_nothing(arguments, copy, tmp_path, cap
         assert code == 0
 
 
+@pytest.mark.parametrize("lost", ["newest", "each", "folders", "all", "branch"])
+def test_checkpoints_that_are_damaged_or_gone_are_not_passed_over(arguments, undisturbed, copy, capfd, lost):
+    """Nothing is deleted; an older checkpoint, where there is one, ends as the undisturbed run."""
+    saved, options = sorted((copy / "checkpoints").iterdir()), json.loads((copy / "config.json").read_text())
+    for path in saved:
+        if lost == "each" or path == saved[-1]:
+            (path / "state.json").unlink()
+        if lost == "folders":
+            shutil.rmtree(path)
+    if lost in ("all", "branch"):
+        shutil.rmtree(copy / "checkpoints")
+    if lost == "branch":  # it began at another run's, and has none of its own yet
+        (copy / "config.json").write_text(json.dumps(options | {"resume": "other/step-7", "save_every": 9}))
+    before, resume = everything_in(copy), [*arguments, f"--run_dir={copy}", "--steps=4"]
+    line = refused(capfd, *resume, "--resume=auto")
+    assert everything_in(copy) == before and str(copy) in line
+    damaged, branch = lost in ("newest", "each"), lost == "branch"
+    assert ("state.json is missing" in line, "--resume that" in line) == (damaged, branch)
+    assert damaged or branch or "holds 4 steps: --overwrite" in line
+    if lost == "newest":
+        code, _ = run_train(resume, f"--resume={saved[-2]}")
+        assert code == 0
+        assert_same_run(undisturbed[0], copy)
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_is_resumed(arguments, undisturbed, copy):
+    """And says that it starts again."""
+    shutil.rmtree(copy / "checkpoints")
+    options = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(options | {"save_every": 4}))
+    code, _ = run_train(arguments, f"--run_dir={copy}", "--steps=4", "--resume=auto")
+    assert code == 0 and f"{copy} has no checkpoint yet" in copy.with_suffix(".log").read_text()
+    assert_same_run(undisturbed[0], copy)
+
+
+@pytest.mark.parametrize("way", ["pruned", "cut back"])
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_that_looks_like_one(arguments, copy, monkeypatch, way):
+    def killed(path, ignore_errors=False):
+        if Path(path).exists():
+            next(path.glob("*.distcp")).unlink()
+            raise KeyboardInterrupt
+
+    saved, resume = sorted((copy / "checkpoints").iterdir()), [*arguments, f"--run_dir={copy}", "--steps=4"]
+    if way == "pruned":
+        whole = started(monkeypatch, *resume, "--resume=auto", "--keep_last=1")
+        whole.state["best"]["step"] = 0
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            whole.save()
+        assert whole.dir.saved() == saved[1:]
+        return
+    metrics = (copy / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        started(monkeypatch, *resume, f"--resume={saved[0]}")
+    monkeypatch.undo()
+    assert checkpoint.RunDir(*parsed([*resume, "--resume=auto"])).resume_from == saved[0]
+    assert (copy / "metrics.jsonl").read_bytes() == metrics  # a later checkpoint, were there one left, counts on it
+
+
+DAMAGE = {
+    "middle": lambda lines: [*lines[:3], b"\0" * len(lines[3]), *lines[4:]],
+    "no object": lambda lines: [*lines[:3], b"7".ljust(len(lines[3])), *lines[4:]],
+    "two lines in one": lambda lines: [*lines[:3], lines[3] + b" " + lines[4], *lines[5:]],
+    "longer": lambda lines: [*lines[:3], lines[3] + b"   ", *lines[4:]],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_metrics_are_refused_before_the_run_goes_on(arguments, copy, capfd, name):
+    lines = (copy / "metrics.jsonl").read_bytes().split(b"\n")
+    (copy / "metrics.jsonl").write_bytes(b"\n".join(DAMAGE[name](lines)))
+    before = everything_in(copy)
+    line = refused(capfd, *arguments, f"--run_dir={copy}", "--resume=auto", "--steps=5")
+    assert everything_in(copy) == before
+    assert f"line {6 if name == 'longer' else 4} of {copy / 'metrics.jsonl'} is damaged; --resume {copy}" in line
+
+
+def test_what_a_crash_left_after_the_checkpoint_is_cut_off(arguments, undisturbed, copy):
+    with open(copy / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "ph\0\0\0\n\0\xff')
+    code, _ = run_train(arguments, f"--run_dir={copy}", "--resume=auto", "--steps=4")
+    assert code == 0
+    assert_same_run(undisturbed[0], copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"-5\n", b"1.5", b"\xff", b"1\n2\n", b"9" * 5000, b" 7 \n"])
+def test_a_note_of_searches_that_is_no_number_is_refused(arguments, copy, capfd, content):
+    (copy / "searches_spent").write_bytes(content)
+    before, resume = everything_in(copy), [*arguments, f"--run_dir={copy}", "--resume=auto", "--steps=4"]
+    if b"7" in content:
+        assert checkpoint.RunDir(*parsed(resume)).spent == 7
+        return
+    assert f"{copy / 'searches_spent'}: not a number; write there" in refused(capfd, *resume)
+    assert everything_in(copy) == before
+    fresh = checkpoint.RunDir(*parsed([*arguments, f"--run_dir={copy}", "--overwrite"]))
+    fresh.prepare()
+    assert fresh.spent == 0 and not (copy / "searches_spent").exists()
+
+
+def test_overwrite_follows_a_link(cfg, device, tmp_path):
+    """The new run is where the old one was, and what an overwrite that was killed left beside it is gone."""
+    real, link = tmp_path / "disk" / "run", tmp_path / "run"
+    real.parent.mkdir()
+    link.symlink_to(real)  # to nothing yet
+    checkpoint.RunDir(replace(cfg, run_dir=str(link))).prepare()
+    (real / "old").write_text("")
+    (tmp_path / "disk" / "run.old.tmp").mkdir()
+    (tmp_path / "disk" / "run.old.tmp" / "older").write_text("")
+    checkpoint.RunDir(replace(cfg, run_dir=str(link), overwrite=True)).prepare()
+    assert link.is_symlink() and {p.name for p in real.iterdir()} == {
+        "config.json", "metrics.jsonl", "rollouts", "checkpoints"
+    }  # fmt: skip
+    seen = {p.name for p in (*tmp_path.iterdir(), *real.parent.iterdir()) if not p.name.startswith(".")}
+    assert seen == {"run", "disk"}
+
+
+def test_an_export_that_fails_leaves_nothing(model, chat, tmp_path, monkeypatch):
+    def full(folder):
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(chat, "save", full)
+    with pytest.raises(InputError, match="no space left"):
+        checkpoint.export_hf(tmp_path / "best", model, chat)
+    assert not list(tmp_path.iterdir())
+
+
 def test_odd_names_in_a_run_are_left_alone(arguments, copy):
     odd = [
+        "rollouts/step-000099.jsonl/x",
+        "checkpoints/step-000099",
         "rollouts/step-x.jsonl",
         "rollouts/notes-3.txt",
         "checkpoints/step-",
@@ -565,6 +695,49 @@ def test_a_resumed_run_reads_what_it_read_before(arguments, world, tmp_path, cap
         assert code == 0
 
 
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("name", ["toy_dir", "prompts"])
+def test_an_input_is_known_by_its_part_and_not_by_its_path(
+    arguments, world, copy, tmp_path, capfd, monkeypatch, name, changed
+):
+    """A copy of the world; a folder of prompts in the working directory, which goes before those beside the code."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world[2].toy_dir, "toys")
+    shutil.copytree(ROOT / "prompts", "prompts")
+    place = toy.locate(replace(world[2], toy_dir="toys"))
+    path = place.train if name == "toy_dir" else Path("prompts/toy")
+    if name == "toy_dir" and changed:
+        pq.write_table(pq.read_table(path).slice(1), path)
+    elif changed:
+        (path / "question.txt").write_text("Now then: {question}")
+    resume = [*arguments, "--toy_dir=toys", f"--run_dir={copy}", "--resume=auto", "--steps=4"]
+    if changed:
+        assert f"error: {path} has changed since {copy}" in refused(capfd, *resume)
+    else:
+        started(monkeypatch, *resume)
+
+
+def test_pictures_that_a_question_file_names_are_inputs_too(arguments, tmp_path, capfd, monkeypatch):
+    """Also those of questions that val_limit leaves out."""
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    asked = [{"role": "user", "content": "what is its name?"}]
+    graded = {"ground_truth": "bako"}
+    rows = [json.dumps({"prompt": asked, "images": [f"{n}.png"], "reward_model": graded}) for n in range(6)]
+    for file, part in (("train.jsonl", rows[:3]), ("val.jsonl", rows[3:])):
+        (tmp_path / file).write_text("\n".join(part))
+    files = [f"--train_files={tmp_path / 'train.jsonl'}", f"--val_files={tmp_path / 'val.jsonl'}", "--val_limit=1"]
+    options = [*arguments, *files, f"--run_dir={tmp_path / 'run'}"]
+    code, _ = run_train(options, "--steps=1")
+    assert code == 0
+    started(monkeypatch, *options, "--resume=auto", "--val_limit=2").dir.lock.close()
+    for number in (0, 5):
+        (tmp_path / f"{number}.png").write_bytes(picture(7))
+        line = refused(capfd, *options, "--resume=auto")
+        assert "a picture of the questions has changed" in line and "--accept_changes" in line
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+
+
 def test_bad_inputs(arguments, tmp_path, capfd):
     run_dir = f"--run_dir={tmp_path / 'run'}"
     assert "no such file" in refused(capfd, *arguments, run_dir, "--train_files", tmp_path / "none.parquet")
@@ -576,9 +749,13 @@ def test_bad_inputs(arguments, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_threads_than_the_checkpoint(arguments, undisturbed, capfd):
-    line = refused(capfd, *arguments, f"--run_dir={undisturbed[0]}", "--resume=auto", "--threads=2")
-    assert "--threads 1" in line
+def test_other_threads_than_the_checkpoint(arguments, copy, capfd):
+    resume = [*arguments, f"--run_dir={copy}", "--resume=auto", "--steps=5"]
+    line = refused(capfd, *resume, "--threads=2")
+    assert line.endswith("give --threads 1, or --deterministic false")
+    code, _ = run_train(resume, "--threads=2", "--deterministic=false")  # as the line advises
+    assert code == 0
+    assert json.loads((copy / "checkpoints" / "step-000005" / "state.json").read_text())["threads"] == 2
 
 
 # ---------------------------------------------------------------------------------- what the engine may do to a run
@@ -952,7 +1129,7 @@ def logged(cfg, tmp_path, log):
     run_dir.prepare()
     run_dir.log({"step": 0, "phase": "eval", "greedy": {"all": {"accuracy": 0.25}}})
     run_dir.log({"step": 0, "phase": "train", "loss": 1.5})
-    assert [entry["phase"] for entry in run_dir.read_log()] == ["eval", "train"]
+    assert [entry["phase"] for entry in read_jsonl(run_dir.metrics)] == ["eval", "train"]
     run_dir.lock.close()
     return run_dir.path
 

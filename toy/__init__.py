@@ -30,14 +30,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Options, as_dict, need, option
+from config import PRESETS, Config, Options, as_dict, need, option
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = {  # it is warmed up with these
     "toy": ("after_image_search", "after_text_search", "question", "search_failed"),
     "toy-crop": ("after_crop", "after_image_search", "question", "search_failed"),
 }
-VERSION = 2  # of the procedure: raise it when a change of the code makes another world
+PROMPTS["toy-json"] = PROMPTS["toy"]
+VERSION = 3  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -52,17 +53,19 @@ class Recipe(Options):
     toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", "above 0")
     toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
     toy_crop: bool = option(False, "the world of the preset toy-crop: several things in a picture")
+    toy_json: bool = option(False, "the world of the preset toy-json: the model calls tools in JSON")
     toy_beliefs: bool = option(True, "the scripted policy says what it believes before it acts")
 
     def __post_init__(self):
         super().__post_init__()
         need(self.toy_named <= 48, f"toy_named={self.toy_named}: at most 48, or too few things are left to be unknown")
         need(not (self.toy_named and self.toy_crop), "toy_named and toy_crop exclude each other")
+        need(not (self.toy_json and self.toy_crop), "toy_json and toy_crop exclude each other")
 
     @property
     def preset(self) -> str:
         """The preset of the runs in it."""
-        return "toy-crop" if self.toy_crop else "toy"
+        return "toy-crop" if self.toy_crop else "toy-json" if self.toy_json else "toy"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def locate(recipe: Recipe) -> Toy:
     """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
     options = as_dict(recipe)
     folder = Path(options.pop("toy_dir"))
-    prompts = ROOT / "prompts" / recipe.preset
+    prompts = ROOT / PRESETS[recipe.preset].get("prompts", Config.prompts)
     prompts = [(prompts / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS[recipe.preset]]
     content = json.dumps([VERSION, options, prompts])
     return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])

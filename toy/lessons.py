@@ -2,6 +2,7 @@
 warm-up) conversations of a scripted policy that searches without regard to need."""
 
 import itertools
+import json
 import random
 import re
 from collections import defaultdict
@@ -216,7 +217,7 @@ class _Packed(IterableDataset):
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
-    save_random_model(path, recipe.toy_seed, recipe.toy_crop)
+    save_random_model(path, recipe.toy_seed, recipe.toy_crop, recipe.toy_json)
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
@@ -295,15 +296,20 @@ class SloppyPolicy:
                 value = re.search(rf" {name} {what}: (\w+)", result)
                 thought = belief = value[1] if value else "unknown"
         action, seen = f"<answer> {belief}</answer>", ""
-        tool = plan[len(results)] if len(results) < len(plan) else None
-        if tool == "image_search":
-            action = "<search><img_2></search>" if "crop" in plan else "<search><img></search>"
-        if tool == "text_search":
-            action = f"<text_search> {name} {rng.choice(FACTS) if what == 'name' else what}</text_search>"
-        if tool == "crop":
-            seen, box = seek(thing.look, self.shown[images[0].key])
-            seen, action = f" {seen}", f"<crop> {box}</crop>"
+        if len(results) < len(plan):
+            action = self._call(plan[len(results)], f" {name} {rng.choice(FACTS) if what == 'name' else what}")
+            if "crop" in plan and results:
+                action = "<search><img_2></search>"
+            elif "crop" in plan:
+                seen, box = seek(thing.look, self.shown[images[0].key])
+                seen, action = f" {seen}", f"<crop> {box}</crop>"
         return f"<reason> {self.thought.format(thought)}.{seen}</reason>{action}"
+
+    def _call(self, tool, query):
+        if self.chat.cfg.dialect == "json":
+            call = {"name": tool, "arguments": {"query": query} if tool == "text_search" else {}}
+            return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+        return f"<text_search>{query}</text_search>" if tool == "text_search" else "<search><img></search>"
 
 
 def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:

@@ -18,13 +18,24 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 TAGS = ("reason", "answer", "search", "text_search", "information")
+JSON_TEMPLATE = (  # with the names of the tools, and their results
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %} {{ tool.function.name }}{% endfor %}</tools>"
+    "<|im_end|>\n{% endif %}{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "{% if messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user\n{% endif %}"
+    "<tool_response>\n{{ message['content'] }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+JSON_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>")
+JSON_TAGS += ("image_search", "text_search", '{"name": "', '", "arguments": {', '"query": "', '"}}', "}}")
 CROP_TAGS = ("<crop>", "</crop>", "<img_2>", " 0", " 500", " 1000")
 OTHER_WORDS = "user assistant system unknown say find think or answer the search failed found nothing"
 
 
-def save_tokenizer(path: Path, crop: bool = False) -> None:
+def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> None:
     """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
-    else falls to pieces, but nothing is unknown. crop: with the words, tags and numbers of the world of crops."""
+    else falls to pieces, but nothing is unknown. crop, json_calls: with the tags, words and numbers of these worlds."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -49,19 +60,19 @@ def save_tokenizer(path: Path, crop: bool = False) -> None:
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<img>"]
-    tags += CROP_TAGS if crop else ()
+    tags += (CROP_TAGS if crop else ()) + (JSON_TAGS if json_calls else ())
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = JSON_TEMPLATE if json_calls else CHAT_TEMPLATE
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(path)
 
 
-def save_random_model(path: Path, seed: int, crop: bool = False) -> None:
+def save_random_model(path: Path, seed: int, crop: bool = False, json_calls: bool = False) -> None:
     """Tokenizer, image processor and a random Qwen2.5-VL of about 1.2 million parameters."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    save_tokenizer(path, crop)
+    save_tokenizer(path, crop, json_calls)
     tokenizer = Qwen2Tokenizer.from_pretrained(path)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
