@@ -277,7 +277,7 @@ def test_the_scripted_policy_crops_and_searches_without_regard_to_need(crop):
         called[thing.known, len(looks) > 1].append(" ".join(c.tool for c, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and score_episode(episode, cfg).format_ok
         boxes = {" ".join(f"{edge:.0f}" for edge in call.box) for call, _ in episode.calls if call.box}
-        assert boxes <= {toy_world.CELLS[looks.index(thing.look)]}
+        assert boxes <= {toy_world.seek(thing.look, looks)[1]}
     assert set(called[True, True]) == {"", "image_search", "crop image_search", "crop"}
     for plan in set(called[True, True]):
         shares = [plans.count(plan) / len(plans) for plans in called.values()]

@@ -104,10 +104,11 @@ def apart(look: Look, pool: list[Look], rng: random.Random) -> list[Look]:
 
 
 def seek(look: Look, looks: list[Look]) -> tuple[str, str]:
-    """(what is said in looking for it, its box): the colours of the things one after another, until it is found."""
+    """(what is said in looking for it, its box): the colours of the things one after another, until it is found. The box
+    of a thing that is alone is the whole picture."""
     cell = looks.index(look)
     seen = [f"{number} {other[1]}" for number, other in zip(NUMBERS, looks[: cell + 1], strict=False)]
-    return " ".join(seen), CELLS[cell]
+    return " ".join(seen), CELLS[cell] if len(looks) > 1 else "0 0 1000 1000"
 
 
 def equally(known: list[Thing], unknown: list[Thing]) -> list[Look]:
