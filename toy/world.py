@@ -104,8 +104,8 @@ def apart(look: Look, pool: list[Look], rng: random.Random) -> list[Look]:
 
 
 def seek(look: Look, looks: list[Look]) -> tuple[str, str]:
-    """(what is said in looking for it, its box): the things' colours, one after another, until it is found. The box of a
-    thing that is alone is the whole picture."""
+    """(what is said in looking for it, its box): the things' colours, one after another, until it is found. Of a thing
+    that is alone the box is the whole picture."""
     cell = looks.index(look)
     seen = [f"{number} {other[1]}" for number, other in zip(NUMBERS, looks[: cell + 1], strict=False)]
     return " ".join(seen), CELLS[cell] if len(looks) > 1 else "0 0 1000 1000"
