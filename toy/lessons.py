@@ -28,13 +28,12 @@ from search.index import OfflineSearch, SearchDB
 from toy import Recipe, Toy
 from toy.model import save_random_model
 from toy.world import (
-    CELLS,
     CROP_WORDINGS,
     FACTS,
     KNOWN,
-    LOOKING,
     LOOKS,
     SEEING,
+    SEEKING,
     SYLLABLES,
     TAUGHT,
     WORDINGS,
@@ -45,14 +44,14 @@ from toy.world import (
     draw,
     draw_four,
     equally,
+    seek,
 )  # fmt: skip
 
 PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
 SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
 SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
 CROP_PLANS = ((), ("image_search",), ("crop", "image_search"), ("crop",))  # with toy_crop
-CROP_SHARES = (0.3, 0.22, 0.38, 0.1)
-WRONG_CELL = 0.1  # how often the scripted policy crops just anywhere
+CROP_SHARES = (0.2, 0.15, 0.6, 0.05)
 
 
 class Lessons:
@@ -80,16 +79,16 @@ class Lessons:
         return [self.lesson(SEEING, description(look), draw(look, self.rng)) for look in looks]
 
     def looking(self, n: int) -> list[Episode]:
-        """n pictures of four things each: describe all, or one of them, or say where one is."""
+        """n pictures of four things each: describe all, or look for one of them."""
         lessons = []
         for i in range(n):
             look = self.rng.choice(self.looks)
             looks = apart(look, self.looks, self.rng)
             image = draw_four(looks, self.rng)
-            cell = CELLS[looks.index(look)]
-            text = (*LOOKING, SEEING)[i % 3].format(*look)
-            reply = (description(look), cell, " ".join(map(description, looks)))[i % 3]
-            lessons.append(self.lesson(text, reply, image))
+            if i % 2:
+                lessons.append(self.lesson(SEEING, " ".join(map(description, looks)), image))
+            else:
+                lessons.append(self.lesson(SEEKING.format(*look), " ".join(seek(look, looks)), image))
         return lessons
 
     def copying(self, n: int) -> list[Episode]:
@@ -222,7 +221,7 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
-    more, few = (48, 12) if recipe.toy_crop else (0, 0)
+    more, few = (40, 16) if recipe.toy_crop else (0, 0)
     # iter(make, None) calls make() without end
     seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24) + first.looking(more), None)
     known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12) + second.looking(few), None)
@@ -262,21 +261,19 @@ class SloppyPolicy:
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat = chat
         self.plans, self.shares = PLANS, SHARES_NAMED if recipe.toy_named else SHARES
-        self.wordings = WORDINGS
+        self.wordings, self.crop = WORDINGS, recipe.toy_crop
         if recipe.toy_crop:
             self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, CROP_WORDINGS
         self.thought = "{}" if recipe.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
-        self.cells: dict[str, str] = {}  # the picture's key -> where the thing is, among others
+        self.shown: dict[str, list[Look]] = {}  # the picture's key -> all that it shows
 
     def question(self, thing: Thing, what: str, rng: random.Random, pool: Sequence[Look] = ()) -> Question:
         """pool: the thing is shown among three others of these."""
-        looks = apart(thing.look, pool, rng) if pool else []
+        looks = apart(thing.look, pool, rng) if pool else [thing.look]
         image = draw_four(looks, rng) if pool else draw(thing.look, rng)
         key = self.chat.picture(image).key
-        self.asked[key] = (thing, what)
-        if pool:
-            self.cells[key] = CELLS[looks.index(thing.look)]
+        self.asked[key], self.shown[key] = (thing, what), looks
         text = rng.choice(self.wordings[what]).format(*thing.look)
         return Question(id=f"warm-up {len(self.asked)}", text=text, images=(image,))
 
@@ -292,28 +289,27 @@ class SloppyPolicy:
         name, belief = thing.belief("name"), thing.belief(what)
         thought = belief
         for tool, result in zip(plan, results, strict=False):  # the calls made so far
-            if tool == "image_search":
+            if tool == "image_search" and not (self.crop and thing.known):  # there it trusts itself more
                 thought = name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
             if tool == "text_search" and what != "name":
                 value = re.search(rf" {name} {what}: (\w+)", result)
                 thought = belief = value[1] if value else "unknown"
-        action = f"<answer> {belief}</answer>"
+        action, seen = f"<answer> {belief}</answer>", ""
         if len(results) < len(plan):
             action = self._call(plan[len(results)], f" {name} {rng.choice(FACTS) if what == 'name' else what}")
-            if "crop" in plan:
-                action = f"<crop> {self._cell(images[0], rng)}</crop>" if not results else "<search><img_2></search>"
-        return f"<reason> {self.thought.format(thought)}.</reason>{action}"
+            if "crop" in plan and results:
+                action = "<search><img_2></search>"
+            elif "crop" in plan:
+                seen, box = seek(thing.look, self.shown[images[0].key])
+                seen, action = f" {seen}", f"<crop> {box}</crop>"
+        return f"<reason> {self.thought.format(thought)}.{seen}</reason>{action}"
 
     def _call(self, tool, query):
         if self.chat.cfg.dialect == "json":
             call = {"name": tool, "arguments": {"query": query} if tool == "text_search" else {}}
             return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
         return f"<text_search>{query}</text_search>" if tool == "text_search" else "<search><img></search>"
-
-    def _cell(self, image, rng):
-        anywhere = image.key not in self.cells or rng.random() < WRONG_CELL
-        return rng.choice(CELLS) if anywhere else self.cells[image.key]
 
 
 def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
@@ -330,7 +326,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Conf
             return policy.question(thing, "name", rng, lessons.pool if i % 4 < 2 else ())
         return policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng)
 
-    few = 6 if recipe.toy_crop else 0
+    few = 8 if recipe.toy_crop else 0
 
     def batches():  # the index is opened here: a connection of SQLite must not be taken through a fork
         engine = ScriptedEngine(chat, policy)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from toy.world import COLORS, CROP_WORDINGS, FACTS, LOOKING, PATTERNS, SEEING, SHAPES, SYLLABLES, WORDINGS
+from toy.world import COLORS, CROP_WORDINGS, FACTS, NUMBERS, PATTERNS, SEEING, SEEKING, SHAPES, SYLLABLES, WORDINGS
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -48,7 +48,7 @@ def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> 
     trained.decoder = decoders.ByteLevel()
     sentences = " ".join([SEEING, *chain.from_iterable(WORDINGS.values())])
     if crop:
-        sentences = " ".join(["crop", sentences, *LOOKING, *CROP_WORDINGS["name"]]).format("", "")
+        sentences = " ".join(["crop", *NUMBERS, sentences, SEEKING, *CROP_WORDINGS["name"]]).format("", "")
     words = {*SHAPES, *COLORS, *PATTERNS, *FACTS, *sentences.replace("?", "").split()}
     words = [*sorted(words), *OTHER_WORDS.split()]
     corpus = ([f" {s}" for s in SYLLABLES] + SYLLABLES) * 50  # often, so that no word's pieces cut through a name

@@ -33,10 +33,11 @@ WORDINGS = {
     "river": ("on which river is it?", "what is its river?"),
 }
 SEEING = "what do you see?"
-LOOKING = ("what does the {1} {0} look like?", "where is the {1} {0}?")  # with toy_crop
+SEEKING = "where is the {1} {0}?"  # with toy_crop; {1} {0}: colour, shape
 KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact")  # the last only with toy_named
 CROP_KINDS = ("known alone", "known among others", "unknown alone", "unknown among others")  # with toy_crop
-CROP_WORDINGS = {"name": ("what is the {1} {0} called?", "what is the name of the {1} {0}?")}  # {1} {0}: colour, shape
+CROP_WORDINGS = {"name": ("what is the {1} {0} called?", "what is the name of the {1} {0}?")}
+NUMBERS = ("one", "two", "three", "four")
 CELLS = ("0 0 500 500", "500 0 1000 500", "0 500 500 1000", "500 500 1000 1000")  # of a picture of four, as crop boxes
 
 
@@ -94,12 +95,20 @@ def alike(look: Look, other: Look) -> int:
 
 
 def apart(look: Look, pool: list[Look], rng: random.Random) -> list[Look]:
-    """The look and three others, in random order; no two have both colour and shape in common."""
-    found = {look[:2]: look}
+    """The look and three others, in random order; no two have the same colour."""
+    found = {look[1]: look}
     while len(found) < len(CELLS):
         other = rng.choice(pool)
-        found.setdefault(other[:2], other)
+        found.setdefault(other[1], other)
     return rng.sample([*found.values()], len(found))
+
+
+def seek(look: Look, looks: list[Look]) -> tuple[str, str]:
+    """(what is said in looking for it, its box): the things' colours, one after another, until it is found. Of a thing
+    that is alone the box is the whole picture."""
+    cell = looks.index(look)
+    seen = [f"{number} {other[1]}" for number, other in zip(NUMBERS, looks[: cell + 1], strict=False)]
+    return " ".join(seen), CELLS[cell] if len(looks) > 1 else "0 0 1000 1000"
 
 
 def equally(known: list[Thing], unknown: list[Thing]) -> list[Look]:
