@@ -1,8 +1,9 @@
-"""What differs between model families, and attention over packed sequences. So far: Qwen2.5-VL.
+"""What differs between model families, Qwen2.5-VL and Qwen3-VL, and attention over packed sequences.
 
 The rest of the code reaches a model's inside only through these functions.
 
-Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden size, D head dimension.
+Axes: T tokens of a packed batch, P image patches, C vision tokens, H hidden size, D head dimension, F features of a
+vision token: H, and in a Qwen3-VL as many again for each decoder layer that adds some (deepstack).
 """
 
 import copy
@@ -21,17 +22,27 @@ from chat import Chat, Picture
 from config import InputError, need
 from data import first_line
 
+# model_type -> name, class in transformers, sizes that only its vision tower has
+FAMILIES = {
+    "qwen2_5_vl": ("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", "window_size tokens_per_second"),
+    "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration", "num_position_embeddings"),
+}
+
+
+def model_class(config):
+    import transformers
+
+    return getattr(transformers, FAMILIES[config.model_type][1])
+
 
 def read_model(folder: str | Path, *, empty: bool = False):
     """transformers' model in fp32 on the CPU; empty: see `empty_model`."""
-    from transformers import Qwen2_5_VLForConditionalGeneration as Model
-
     check_versions()
     config = read_config(folder)
     if empty:
         return empty_model(config)
     try:
-        model, report = Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of transformers, safetensors, huggingface_hub ...: each has its own classes
         shapes = "mismatched_sizes" in str(error)
         what = "the weights' shapes are not those of its config.json" if shapes else first_line(error)
@@ -45,7 +56,7 @@ def read_model(folder: str | Path, *, empty: bool = False):
 
 
 def read_config(folder: str | Path):
-    """transformers' configuration of a Qwen2.5-VL. Raises InputError if it is none."""
+    """transformers' configuration of a model of one of the FAMILIES. Raises InputError if it is none."""
     from transformers import AutoConfig
 
     try:
@@ -53,10 +64,12 @@ def read_config(folder: str | Path):
     except Exception as error:  # as above
         raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     kind = config.model_type
-    need(kind == "qwen2_5_vl", f"{folder}: unsupported architecture {kind!r}, expected 'qwen2_5_vl'")
+    need(kind in FAMILIES, f"{folder}: unsupported architecture {kind!r}, expected one of {', '.join(FAMILIES)}")
+    family, _, own_sizes = FAMILIES[kind]
     text, vision = config.text_config, config.vision_config
-    what = f"{folder}: its config.json does not describe a Qwen2.5-VL"
-    for part, names in ((text, TEXT_SIZES), (vision, VISION_SIZES)):  # transformers takes any, and fails much later
+    what = f"{folder}: its config.json does not describe a {family}"
+    # transformers takes any, and fails much later
+    for part, names in ((text, TEXT_SIZES), (vision, f"{VISION_SIZES} {own_sizes}")):
         theta = (part.rope_parameters or {}).get("rope_theta")
         need(isinstance(theta, int | float) and theta > 0, f"{what}: rope_theta is {theta!r}")
         need(isinstance(part.dtype, torch.dtype | None), f"{what}: dtype is {part.dtype!r}")
@@ -64,7 +77,10 @@ def read_config(folder: str | Path):
             value, limit = getattr(part, name, None), 10**3 if name in ("num_hidden_layers", "depth") else 10**6
             need(isinstance(value, int) and 0 < value < limit, f"{what}: {name} is {value!r}")
     need(vision.out_hidden_size == text.hidden_size, f"{what}: out_hidden_size is not hidden_size")
-    head, sections = text.hidden_size // text.num_attention_heads, text.rope_parameters.get("mrope_section")
+    layers = getattr(vision, "deepstack_visual_indexes", ())
+    sound = len({*layers}) == len(layers) <= text.num_hidden_layers and {*layers} <= {*range(vision.depth)}
+    need(sound, f"{what}: deepstack_visual_indexes is {layers!r}")
+    head, sections = head_size(text), text.rope_parameters.get("mrope_section")
     whole = isinstance(sections, list) and all(isinstance(n, int) and n > 0 for n in sections)
     need(whole and 2 * sum(sections) == head, f"{what}: mrope_section is {sections!r}, a head has {head} dimensions")
     return config
@@ -73,17 +89,29 @@ def read_config(folder: str | Path):
 TEXT_SIZES = "num_hidden_layers num_attention_heads num_key_value_heads hidden_size intermediate_size vocab_size"
 VISION_SIZES = (
     "depth num_heads patch_size spatial_merge_size temporal_patch_size in_channels hidden_size intermediate_size "
-    "out_hidden_size window_size tokens_per_second"
+    "out_hidden_size"
 )
+
+
+def head_size(text) -> int:
+    """D of the decoder, by its configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def check_chat(config, chat: Chat) -> None:
+    """Raises InputError if tokenizer or image processor are not this model's."""
+    vision, vocabulary = config.vision_config, config.text_config.vocab_size
+    need(len(chat) <= vocabulary, f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
+    sizes = [vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size]
+    need(sizes == chat.sizes, f"{chat.folder}: the image processor's sizes are {chat.sizes}, the model's {sizes}")
 
 
 def empty_model(config):
     """A model whose weights are yet to come: memory is reserved and not filled."""
-    from transformers import Qwen2_5_VLForConditionalGeneration as Model
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = Model(config)
+        model = model_class(config)(config)
     model.tie_weights()  # a tied head is left untied there
     return model
 
@@ -109,12 +137,20 @@ def embed_patches(embed, pixels: Tensor) -> Tensor:
     if not pixels.is_cuda:
         return type(embed).forward(embed, pixels)
     weight = embed.proj.weight
-    return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1))
+    return F.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1), embed.proj.bias)
 
 
 def blocks(model) -> list:
     """The blocks that FSDP gathers one by one; the rest (embedding, head, merger) belongs to the root."""
     return [*model.model.visual.blocks, *model.model.language_model.layers]
+
+
+def linear_layers(model, vision: bool) -> dict[str, torch.nn.Linear]:
+    """The decoder's linear layers by name (attention and MLP; the head is none of them); vision: also those of the
+    vision tower and its merger."""
+    within = ("model.language_model.", "model.visual.")[: 1 + vision]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: layer for name, layer in layers.items() if name.startswith(within)}
 
 
 def plain_config(model):
@@ -236,21 +272,36 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def packed_hidden(model, batch) -> Tensor:
     """Last hidden states [T, H] of a `policy.PackedBatch`: the vision tower runs once per distinct image, the decoder
     over the batch. A batch without images runs both too, and its hidden states depend on both."""
-    core = model.model
-    features = core.visual(batch.pixels.to(core.visual.dtype), grid_thw=batch.grids).pooler_output
-    features = features.index_select(0, batch.vision_rows)  # [C, H]
-    embeds = core.language_model.embed_tokens(batch.ids)
-    embeds = embeds.index_copy(0, batch.vision_positions, features.to(embeds.dtype))
-    out = core.language_model(
-        inputs_embeds=embeds[None], position_ids=batch.positions[:, None],
-        attention_mask={"full_attention": None},  # segments are kept apart by cu_seq_lens, not by a mask
+    features = see(model, batch.pixels, batch.grids).index_select(0, batch.vision_rows)
+    return read(
+        model, batch.ids[None], batch.positions[:, None], batch.vision_positions, features,
+        attention_mask=None,  # segments are kept apart by cu_seq_lens, not by a mask
         use_cache=False, cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.longest, max_length_k=batch.longest,
-    )  # fmt: skip
-    return out.last_hidden_state[0]
+    )[0]  # fmt: skip
+
+
+def see(model, pixels: Tensor, grids: Tensor) -> Tensor:
+    """Features [C, F] of pictures' patches [P, patch]."""
+    out = model.model.visual(pixels.to(model.model.visual.dtype), grid_thw=grids)
+    return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
+
+
+def read(model, ids: Tensor, positions: Tensor, places=None, features=None, **options) -> Tensor:
+    """Last hidden states [B, N, H] of ids [B, N] at positions [3, B, N]. features: [C, F] of the vision tokens, which
+    stand at `places` [C] of the flattened ids (default: there are none)."""
+    decoder = model.model.language_model
+    embeds = decoder.embed_tokens(ids)
+    if features is not None:
+        first, *deep = features.to(embeds.dtype).split(embeds.shape[-1], 1)
+        embeds = embeds.flatten(0, 1).index_copy(0, places, first).view_as(embeds)
+        if deep:
+            seen = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, places, True)
+            options |= dict(visual_pos_masks=seen.view_as(ids), deepstack_visual_embeds=deep)
+    return decoder(inputs_embeds=embeds, position_ids=positions, **options).last_hidden_state
 
 
 def blank_image(chat: Chat) -> tuple[list[Tensor], list[list[int]]]:
     """(pixels, grids) of a picture of one vision token, for batches without pictures."""
-    patch, merge, frames = chat.processor.patch_size, chat.processor.merge_size, chat.processor.temporal_patch_size
+    patch, merge, frames = chat.sizes
     return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

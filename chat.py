@@ -81,18 +81,19 @@ class Chat:
 
         self.cfg, self.folder = cfg, folder
         self._ids = functools.lru_cache(4096)(self._ids)  # a question's conversations share much text
-        with refusing(f"{folder}: cannot read a Qwen2.5-VL tokenizer", Exception):  # transformers raises about anything
+        with refusing(f"{folder}: cannot read a Qwen-VL tokenizer", Exception):  # transformers raises about anything
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self._special = {t.content: id for id, t in self.tokenizer.added_tokens_decoder.items() if t.special}
             self._check_tokenizer()
-        with refusing(f"{folder}: cannot read a Qwen2.5-VL image processor", Exception):
+        with refusing(f"{folder}: cannot read a Qwen-VL image processor", Exception):
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             low, high = self._check_image_processor()
         for name in ("min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"):
             inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
             need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
         for thumbnail in (False, True):
-            self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
+            with refusing("thumb_min_pixels, thumb_max_pixels" if thumbnail else "min_pixels, max_pixels"):
+                self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
         ids = [self._special[f"<|{name}|>"] for name in SPECIAL]
         end_of_text, self.im_end, self.vision_start, self.vision_end, _, self.image_pad, _ = ids
         self.vision_ids, self.stop_ids = frozenset(ids[2:]), (self.im_end, end_of_text)
@@ -167,7 +168,7 @@ class Chat:
         messages = [{"role": names.get(role, role), "content": MARKS[role]} for role in roles]
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
         declared = tools.declarations(self.cfg) if json and declare else None
-        with refusing(f"{self.folder}: not a Qwen2.5-VL's chat template", Exception):
+        with refusing(f"{self.folder}: not a Qwen-VL's chat template", Exception):
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, tools=declared
             )
@@ -176,6 +177,7 @@ class Chat:
             need(not missing, "it declares no tools: dialect=json needs a chat_template.jinja that does")
             parts = [[self._special.get(s, s) for s in re.split(f"({special})", part) if s] for part in parts]
             need(parts[2][0] == self.im_end, "the model's turn does not end in <|im_end|>")
+            need(parts[1][-1] == parts[4][-1], "a new turn begins unlike earlier ones, as a thinking model's does")
         parts[0] = [s.replace(MARKS["system"], system or "") if isinstance(s, str) else s for s in parts[0]]
         return tuple(parts)
 
@@ -288,7 +290,7 @@ class Chat:
         """The record of an encoded image, at the pixel range of questions or of thumbnails. size: its (width, height),
         where it is known; else it is decoded."""
         key = picture_key(data) + ("t" if thumbnail else "q")
-        patch, merge = self.processor.patch_size, self.processor.merge_size
+        patch, merge, _ = self.sizes
         height, width = self._sizes.get(key, lambda: self._size(size or decode_image(data).size, thumbnail))
         grid = (height // patch, width // patch)
         return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
@@ -307,16 +309,17 @@ class Chat:
     def _size(self, size, thumbnail):
         cfg = self.cfg
         low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
-        factor = self.processor.patch_size * self.processor.merge_size
-        return final_size(size[1], size[0], factor, low, high)
+        return final_size(size[1], size[0], self.factor, low, high)
 
     def _check_image_processor(self):
         """Returns the least and the most pixels that it takes."""
         processor = self.processor
-        numbers = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
-        need(numbers == [14, 2, 2], f"its sizes are {numbers}, not [14, 2, 2]")
+        self.sizes = [processor.patch_size, processor.merge_size, processor.temporal_patch_size]
+        need(self.sizes in ([14, 2, 2], [16, 2, 2]), f"its sizes are {self.sizes}, not [14, 2, 2] or [16, 2, 2]")
+        self.factor = processor.patch_size * processor.merge_size  # sides of pictures are multiples of it
         # one vision token: mean, deviation and the rest are sound if its pixels are numbers
-        blank = processor.preprocess([Image.new("RGB", (28, 28))], do_resize=False, return_tensors="pt")
+        token = Image.new("RGB", (self.factor, self.factor))
+        blank = processor.preprocess([token], do_resize=False, return_tensors="pt")
         need(blank["pixel_values"].isfinite().all(), "it makes pixels that are no numbers")
         return int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
 

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils._pytree import tree_leaves
 
 import config
@@ -33,7 +34,7 @@ from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
 from data import Question, file_id, first_line, path_of, picture_key, prompt_path, to_json
-from policy import NonFinite, all_gather, all_max, full_weights
+from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, whole
 from tools import limits, results
 
 # ------------------------------------------------------------------------------------------ checkpoints and exports
@@ -41,7 +42,7 @@ from tools import limits, results
 
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
-    `state`, a JSON dict. Raises InputError if the disk does not take it."""
+    `state`, a JSON dict. Of a model with adapters, only theirs. Raises InputError if the disk does not take it."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     tensors = tensors_of(model, optimizer)
     size = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
@@ -56,7 +57,7 @@ def save_state(path: Path, model, optimizer, state: dict) -> None:
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]  # of the ranks on which it failed
         raise InputError(f"{path}: cannot write {size:,} bytes ({first_line(first)})") from None
-    state = {**state, "model": fingerprint(model), "files": digests(temporary)}
+    state = {**state, "model": fingerprint(model), "lora_rank": rank_of(model), "files": digests(temporary)}
     if dist.get_rank() == 0:
         (temporary / "state.json").write_text(json.dumps({**state, "seal": digest_of(state)}))
         for file in temporary.iterdir():  # the rename must not reach the disk before the content
@@ -111,6 +112,8 @@ def load_state(path: Path, model, optimizer) -> dict:
     """Load a checkpoint into model and optimiser, on any number of ranks; returns the JSON part. Raises InputError if
     it is incomplete, damaged or of another model."""
     state = read_state(path)
+    then, now = state.get("lora_rank", 0), rank_of(model)
+    need(then == now, f"{path}: a checkpoint made with --lora_rank {then}, this is {now} (0: without adapters)")
     same = state["model"] == fingerprint(model)
     need(same, f"{path}: a checkpoint of another model (its parameters have other names or shapes)")
     damaged = dict(state["files"].items() - digests(Path(path)).items())
@@ -118,14 +121,25 @@ def load_state(path: Path, model, optimizer) -> dict:
     need(not damaged, f"{path}: {what}; --resume takes an older one's path")
     tensors = tensors_of(model, optimizer)
     dcp.load(tensors, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    parts = dict(model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    set_state_dict(model, optimizer, **parts, options=what_is_kept(model))
     torch.set_rng_state(tensors["rng"])
     return state
 
 
 def tensors_of(model, optimizer) -> dict:
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=what_is_kept(model))
     return {"model": weights, "optimizer": moments, "rng": torch.get_rng_state()}
+
+
+def what_is_kept(model) -> StateDictOptions:
+    """Everything, or adapters alone."""
+    return StateDictOptions(ignore_frozen_params=bool(rank_of(model)), strict=not rank_of(model))
+
+
+def rank_of(model) -> int:
+    """The rank of the model's adapters, 0 if it has none."""
+    return next((len(layer.lora_A) for layer in adapted_layers(model).values()), 0)
 
 
 def fingerprint(model) -> str:
@@ -134,10 +148,12 @@ def fingerprint(model) -> str:
 
 def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -> None:
     """Write a Hugging Face folder (hub key names, config, tokenizer, processor) with the options and prompt files that
-    belong to the model, eval.py's defaults. dtype: of the weights in the file (default: as trained, fp32). All ranks
-    must call it; rank 0 writes, and holds one full copy of the weights in CPU memory meanwhile."""
+    belong to the model, eval.py's defaults. Adapters are merged, and in its folder adapters/ alone. dtype: of the
+    weights in the file (default: as trained). All ranks must call it; rank 0 writes, and holds one full copy of the
+    weights in CPU memory meanwhile."""
     path, temporary, rank = Path(path), Path(f"{path}.tmp"), dist.get_rank()
     weights = {name: value.to("cpu", copy=True) for name, value in full_weights(model, dtype) if rank == 0}
+    adapters = {name: whole(p).cpu() for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         with torch.device("meta"):
@@ -147,11 +163,23 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
             model.generation_config.to_json_file(temporary / "generation_config.json")  # its end tokens, not defaults
             chat.save(temporary)
             save_trained_as(temporary, chat)
+            if adapters:
+                save_adapters(temporary / "adapters", model, adapters, chat)
             put_in_place(temporary, path)
         except Exception as error:  # safetensors and tokenizers have their own classes
             shutil.rmtree(temporary, ignore_errors=True)
             raise InputError(f"{path}: cannot write the model ({first_line(error)})") from None
     dist.barrier()
+
+
+def save_adapters(folder: Path, model, adapters: dict[str, torch.Tensor], chat: Chat) -> None:
+    """As `peft` reads them: PeftModel.from_pretrained(the model that training began with, folder)."""
+    options = dict(peft_type="LORA", r=rank_of(model), lora_alpha=LORA_ALPHA, target_modules=[*adapted_layers(model)])
+    options |= dict(base_model_name_or_path=str(chat.folder), inference_mode=True)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(options, indent=1) + "\n")
+    named = {f"base_model.model.{name}.weight": value.contiguous() for name, value in adapters.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def save_trained_as(folder: Path, chat: Chat) -> None:

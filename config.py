@@ -78,6 +78,8 @@ _QWEN = (
     | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
     | dict(gradient_checkpointing=True, offload="reference", threads=0, max_mismatch=0.1, importance_cap=2.0)
 )
+# A vision token of Qwen3-VL is 32 x 32 pixels, and its image processor makes 64 of a picture, or more.
+_QWEN3 = _QWEN | dict(thumb_min_pixels=256 * 256, thumb_max_pixels=288 * 288)
 # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
 _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
 PRESETS = {
@@ -90,6 +92,8 @@ PRESETS = {
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
+    "qwen3-vl-4b": _QWEN3 | dict(model="Qwen/Qwen3-VL-4B-Instruct", run_dir="runs/qwen3-vl-4b"),
+    "qwen3-vl-8b": _QWEN3 | dict(model="Qwen/Qwen3-VL-8B-Instruct", run_dir="runs/qwen3-vl-8b"),
 }
 
 
@@ -115,7 +119,8 @@ class Config(Options):
     model: str = option("toy", "'toy' (built on first use), a Hugging Face folder, or a hub id")
     dtype: str = option("auto", "compute type (master weights: fp32); auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
     attention: str = option("auto", "kernel; auto: the best available", ("auto", "flash", "varlen", "segments"))
-    freeze_vision: bool = option(False, "do not train the vision tower")
+    freeze_vision: bool = option(False, "do not train the vision tower, nor adapters on it")
+    lora_rank: int = option(0, "train adapters (LoRA) of this rank on linear layers (0: all weights)", "at least 0")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass to save memory")
 
     # -- data
@@ -195,7 +200,6 @@ class Config(Options):
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "above 0")
     schedule: str = option("constant", "learning rate over the steps", ("constant", "cosine", "sigmoid"))
     warmup_steps: int = option(0, "steps of linear learning-rate warm-up", "at least 0")
-    min_lr_factor: float = option(0.05, "floor of the cosine and sigmoid schedules, share of lr", "from 0 to 1")
     max_tokens_per_batch: int = option(8192, "tokens of a packed batch: one forward and backward pass", "above 0")
     offload: str = option("none", "to CPU memory: the reference model, or all but activations", OFFLOADS)
 
@@ -254,10 +258,8 @@ def _check_combinations(c):
         for pair in getattr(c, name):
             need(re.fullmatch(r"\w+=[0-9]{1,9}", pair), f"{name}: {pair!r} is not TOOL=NUMBER")
     for low, high in (("min_pixels", "max_pixels"), ("thumb_min_pixels", "thumb_max_pixels")):
-        largest = getattr(c, high) // 784 * 784  # sides are multiples of 28 pixels, and 28 x 28 are one vision token
-        need(getattr(c, low) <= largest, f"{low} to {high}: no multiple of 28 * 28 = 784 pixels lies between")
-    least, most, batch = c.min_pixels // 784, c.max_tokens, c.max_tokens_per_batch
-    need(least < most, f"a picture of min_pixels={c.min_pixels} takes {least} tokens, max_tokens is less")
+        need(getattr(c, low) <= getattr(c, high), f"{low} is above {high}")  # `Chat` knows which sizes are possible
+    most, batch = c.max_tokens, c.max_tokens_per_batch
     need(c.max_tokens_per_turn < most, "max_tokens_per_turn must be below max_tokens")
     need(c.max_prompt_tokens < most, "max_prompt_tokens must be below max_tokens: no room for a reply")
     need(batch >= most, f"max_tokens_per_batch={batch} cannot hold a conversation of max_tokens={most}")

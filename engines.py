@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import Tensor
 
-from backbone import empty_model, parameter_names, read_config, rope_positions
+from backbone import check_chat, empty_model, head_size, parameter_names, read, read_config, rope_positions, see
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
 from data import Question, first_line
@@ -170,7 +170,7 @@ class TorchEngine(Engine):
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
         self.slots = dict.fromkeys(range(self.cfg.concurrency), NOBODY)  # who has each, least recently used first
-        self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, H]
+        self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, F]
 
     def _admit(self):
         """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
@@ -205,34 +205,33 @@ class TorchEngine(Engine):
         new = [r.pending() for r in batch]  # (ids, pictures among them)
         width, device = max(len(ids) for ids, _ in new), self.device
         padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
-        embeds = self._embed(padded.to(device), [p for _, pictures in new for p in pictures])
+        ids = padded.to(device)
+        seen = self._see(ids, [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
         starts = torch.tensor([r.length for r in batch])
         mask, positions = self.cache.begin([r.slot for r in batch], starts, lengths, width, device)
-        out = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
-        last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
+        options = dict(attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        last = read(self.model, ids, positions, *seen, **options)
+        last = last[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
         tokens, logps = self._sample(head_logits(last, self.model.lm_head.weight), batch)
         for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
             request.length += length
             request.take(token, logp, self.chat.stop_ids)
 
-    def _embed(self, ids, pictures):
-        """Embeddings [B, N, H], image placeholders filled with the features of `pictures`, in order."""
+    def _see(self, ids, pictures):
+        """(places of the image placeholders, their features), of `pictures` in order; nothing without pictures."""
         if sum(map(len, self.features.values())) > FEATURE_TOKENS:
             self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
         missing = {p.key: p for p in pictures if p.key not in self.features}
         if missing:
             pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
-            features = self.model.model.visual(pixels, grid_thw=grids).pooler_output
+            features = see(self.model, pixels, grids)
             self.features |= zip(missing, features.split([p.tokens for p in missing.values()]), strict=True)
-        embeds = self.model.model.language_model.embed_tokens(ids)
-        if pictures:
-            embeds[ids == self.chat.image_pad] = torch.cat([self.features[p.key] for p in pictures]).to(embeds.dtype)
-        return embeds
+        if not pictures:
+            return ()
+        places = (ids.flatten() == self.chat.image_pad).nonzero()[:, 0]
+        return places, torch.cat([self.features[p.key] for p in pictures])
 
     def _sample(self, logits, batch):
         """(tokens, log-probs) of the next token of each request, logits float32 [B, V]."""
@@ -298,7 +297,7 @@ class _KVCache:
 
     def __init__(self, model, slots, tokens):
         config = model.config.text_config
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads, width = config.num_key_value_heads, head_size(config)
         shape = (config.num_hidden_layers, 2, slots, heads, tokens + 1, width)
         self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.positions = torch.zeros(3, slots, tokens + 1, dtype=torch.long)  # M-RoPE's, of what a slot will hold
@@ -355,6 +354,7 @@ class VLLMEngine(Engine):
         is missing, does not fit the installed torch, cannot run this model, or has not enough memory."""
         self.chat, self.cfg, self.device = chat, cfg, device
         model_config = read_config(folder)
+        check_chat(model_config, chat)
         self.names = parameter_names(model_config)  # vLLM's own configuration may untie a head that the trainer ties
         self.banned = chat.banned_ids(model_config.get_text_config().vocab_size)
         what = f"{folder}: {len(self.banned)} rows of its vocabulary stand for no token that may be sampled"
@@ -541,9 +541,8 @@ def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Lim
     """The limits for conversations about these questions. The cache has room for all of `concurrency` conversations at
     full length, so that none is ever evicted. Raises InputError for a folder without a configuration."""
     text = read_config(folder).get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = max(1, text.num_key_value_heads // cfg.tensor_parallel)
-    token_bytes = 2 * text.num_hidden_layers * kv_heads * head * compute_dtype(cfg, device).itemsize
+    token_bytes = 2 * text.num_hidden_layers * kv_heads * head_size(text) * compute_dtype(cfg, device).itemsize
     block = 32 if device.type == "cpu" else 16  # a CPU takes multiples of 32
     blocks = -(-cfg.max_tokens // block) * cfg.concurrency + 1
     images = max((len(q.images) for q in questions), default=0) + most_pictures(cfg)

@@ -160,7 +160,9 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             for batch, logp in zip(batches, policy.logprobs(model, batches, cfg.temperature, device), strict=True):
                 batch.old_logp = logp
         if reference:
-            for batch, logp in zip(batches, policy.logprobs(reference, batches, cfg.temperature, device), strict=True):
+            with policy.without_adapters(reference):
+                logps = policy.logprobs(reference, batches, cfg.temperature, device)
+            for batch, logp in zip(batches, logps, strict=True):
                 batch.ref_logp = logp
     seconds = time.monotonic() - started
     totals, loss = Counter(), partial(batch_loss, cfg)
@@ -274,8 +276,8 @@ class Run:
         limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
         say(f"engine {cfg.engine}: {limits}")
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
-        self.reference = None
-        if cfg.kl_coef:
+        self.reference = self.policy if cfg.kl_coef else None  # without its adapters
+        if cfg.kl_coef and not cfg.lora_rank:
             frozen = dict(trainable=False, offload=cfg.offload != "none", like=self.policy)
             self.reference = policy.load_policy(folder, self.chat, cfg, self.device, **frozen)
         self.optimizer = policy.adamw(self.policy, cfg, self.device)

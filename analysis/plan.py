@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backbone import empty_model, has_flash_attn, read_config, repeat_heads, varlen_groups_heads
+from backbone import empty_model, has_flash_attn, linear_layers, read_config, repeat_heads, varlen_groups_heads
 from config import Config, Options, option
 from engines import engine_limits
 from policy import HEAD_LOGITS, compute_dtype
@@ -47,11 +47,26 @@ class Sizes:
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
-    head: int  # bytes in backward: log-probs, probabilities and gradient of a chunk of tokens; weight's gradient
+    head: int  # bytes in backward: log-probs, probabilities and gradient of a chunk of tokens
+    head_gradient: int  # bytes
+    sides: tuple[int, int]  # inputs and outputs of the layers that adapters go on, of the decoder and of both
+
+    def trained(self, cfg: Config) -> int:
+        """Parameters with a gradient."""
+        if cfg.lora_rank:
+            return cfg.lora_rank * self.sides[not cfg.freeze_vision]
+        return self.total - cfg.freeze_vision * self.vision
+
+    def owned(self, cfg: Config, width: int) -> dict[str, float]:
+        """Bytes of what all ranks together own. width: bytes of a number in the type that is computed in."""
+        trained, adapters = self.trained(cfg), bool(cfg.lora_rank)
+        weights = width * self.total + 4 * trained if adapters else 4 * self.total
+        reference = 0 if adapters or not cfg.kl_coef else 4 * self.total
+        return {"weights": weights, "gradients": 4 * trained, "optimiser": 8 * trained, "reference": reference}
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
-    """Sizes of a Qwen2.5-VL of this configuration (transformers' own) when it computes in `dtype`."""
+    """Sizes of a model of this configuration (transformers' own) when it computes in `dtype`."""
     from transformers import AttentionInterface
 
     with torch.device("meta"):
@@ -75,7 +90,9 @@ def measure(config, dtype: torch.dtype) -> Sizes:
         blocks=len(vision.blocks),
         block_input=vision.config.hidden_size * dtype.itemsize,
         block_kept=block_kept,
-        head=chunk * words * (2 * 4 + dtype.itemsize) + words * hidden * dtype.itemsize,  # `HeadLogProbs.backward`
+        head=chunk * words * (2 * 4 + dtype.itemsize),  # `HeadLogProbs.backward`
+        head_gradient=words * hidden * dtype.itemsize,
+        sides=tuple(sum(sum(m.weight.shape) for m in linear_layers(model, on).values()) for on in (False, True)),
     )
 
 
@@ -145,21 +162,19 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
     cache: bytes of the engine's keys and values."""
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
-    trained = sizes.total - cfg.freeze_vision * sizes.vision
-    weights = 4 * sizes.total / shards
-    owned = {"fp32 weights": weights, "gradients": 4 * trained / shards, "optimiser": 8 * trained / shards}
-    reference, models = (weights, 2) if cfg.kl_coef else (0.0, 1)
-    gathered = width * (sizes.root + 2 * sizes.largest) * models if shards > 1 or width < 4 else 0
+    owned = {name: size / shards for name, size in sizes.owned(cfg, width).items()}
+    reference = owned.pop("reference")
+    gathered = width * (sizes.root + 2 * sizes.largest) * (1 + bool(reference)) if shards > 1 or width < 4 else 0
     engine = width * sizes.total / cfg.tensor_parallel
     on_gpu, reference_on_gpu = cfg.offload != "all", cfg.offload == "none"
     gpu = {
-        "fp32 weights": (on_gpu * owned["fp32 weights"],) * 2,
+        "weights": (on_gpu * owned["weights"],) * 2,
         "gradients": (on_gpu * owned["gradients"], 0.0),
         "optimiser": (on_gpu * owned["optimiser"],) * 2,
         "reference": (reference_on_gpu * reference,) * 2,
         "gathered weights": (gathered, 0.0),
         "activations": (activations(sizes, cfg) * cfg.max_tokens_per_batch, 0.0),
-        "logits": (float(sizes.head), 0.0),
+        "logits": (float(sizes.head + (0 if cfg.lora_rank else sizes.head_gradient)), 0.0),
         "engine's weights": (engine if cfg.engine == "torch" else 0.0, engine),  # vLLM sleeps during the update
         "keys and values": (0.0, float(cache)),
     }
@@ -168,8 +183,10 @@ def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, t
 
 
 def on_disk(sizes: Sizes, cfg: Config) -> tuple[int, int]:
-    """Bytes of a checkpoint (fp32 weights, AdamW's two moments) and of an exported model."""
-    width, trained = compute_dtype(cfg, torch.device("cuda")).itemsize, sizes.total - cfg.freeze_vision * sizes.vision
+    """Bytes of a checkpoint (fp32 weights, or adapters; AdamW's two moments) and of an exported model."""
+    width, trained = compute_dtype(cfg, torch.device("cuda")).itemsize, sizes.trained(cfg)
+    if cfg.lora_rank:
+        return 12 * trained, width * sizes.total + 4 * trained
     return 4 * sizes.total + 8 * trained, width * sizes.total
 
 

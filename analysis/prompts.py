@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Options, need, option
-from data import read_prompt, refusing
+from data import prompt_path, read_prompt, refusing
 from search.fvqa import read_plain
 
 RESULTS = "Searched results: <information>{results}</information>\nOriginal user's question: {question}\n"
@@ -33,7 +33,7 @@ def write_prompts(pickles: list[str], options: PromptsOptions) -> None:
     """Write the prompt folder of the authors' pickles, told apart by their names. Raises InputError, OSError."""
     need(options.out, "prompts needs --out DIR")
     need(len(pickles) == len(PROMPTS), f"prompts: expected {len(PROMPTS)} pickles, got {len(pickles)}")
-    out, texts = Path(options.out), {"search_failed": read_prompt("prompts/search_failed.txt").encode()}
+    out, texts = Path(options.out), {"search_failed": read_prompt(prompt_path("prompts/search_failed.txt")).encode()}
     for part, (name, before, after, images) in PROMPTS.items():
         path = next((path for path in pickles if part in Path(path).name), "")
         need(path, f"prompts: no pickle has {part} in its name")

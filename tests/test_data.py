@@ -20,16 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, picture, question, replace
+from conftest import ROOT, both_families, picture, question, replace
 from PIL import Image
 
 import data
 from analysis.results import questions_about
 from chat import Cache, Chat, Episode, drop_overlong, final_size
-from config import InputError
+from config import PRESETS, InputError, parse
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
 from reward import MATCHES
+from toy.model import CHAT_TEMPLATE
 from train import load_prompts
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
@@ -595,15 +596,19 @@ def test_the_largest_pictures_stay_within_the_aspect_that_processors_take():
     assert "multiples of 28" in refused(final_size, 30, 30, 28, 784 * 211, 784 * 212 - 1)  # 211 is a prime
 
 
+@both_families
 @pytest.mark.parametrize("thumbnail", [False, True])
-@pytest.mark.parametrize("ranges", [{}, dict(min_pixels=112**2, max_pixels=336**2, thumb_min_pixels=56**2,
-                                            thumb_max_pixels=112**2)])  # fmt: skip
-def test_processors_resize_the_final_image_by_identity(chat, folder, thumbnail, ranges):
+@pytest.mark.parametrize("ranges", [
+    {},
+    dict(min_pixels=112**2, max_pixels=336**2, thumb_min_pixels=56**2, thumb_max_pixels=112**2),
+])  # fmt: skip
+def test_processors_resize_the_final_image_by_identity(cfg, folder, thumbnail, ranges):
     """Rule 13: what the trainer sees is, to the bit, what any Qwen-VL processor makes of the final image."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    chat = Chat(folder, replace(chat.cfg, **ranges))
-    cfg = chat.cfg
+    cfg = replace(cfg, **ranges)
+    chat, (low, high) = Chat(folder, cfg), (cfg.min_pixels, cfg.max_pixels)
+    patch = json.loads((folder / "config.json").read_text())["vision_config"]["patch_size"]
     low, high = (cfg.thumb_min_pixels, cfg.thumb_max_pixels) if thumbnail else (cfg.min_pixels, cfg.max_pixels)
     processors = [
         Qwen2VLImageProcessorPil.from_pretrained(folder),
@@ -613,11 +618,11 @@ def test_processors_resize_the_final_image_by_identity(chat, folder, thumbnail, 
         shown = chat.picture(encoded(noise(width, height)), thumbnail)
         final = chat.final_image(shown)
         assert final.mode == "RGB" and low <= final.width * final.height <= high
-        assert final.width % 28 == final.height % 28 == 0
-        assert shown.grid == (final.height // 14, final.width // 14) and shown.thumbnail is thumbnail
-        assert shown.tokens == shown.grid[0] * shown.grid[1] // 4 == final.width * final.height // 784
+        assert final.width % (2 * patch) == final.height % (2 * patch) == 0
+        assert shown.grid == (final.height // patch, final.width // patch) and shown.thumbnail is thumbnail
+        assert shown.tokens == shown.grid[0] * shown.grid[1] // 4 == final.width * final.height // (2 * patch) ** 2
         pixels = chat.pixels(shown)
-        assert pixels.dtype == torch.float32 and pixels.shape == (shown.grid[0] * shown.grid[1], 3 * 2 * 14 * 14)
+        assert pixels.dtype == torch.float32 and pixels.shape == (shown.grid[0] * shown.grid[1], 3 * 2 * patch**2)
         for processor in processors:
             batch = processor.preprocess([final], do_resize=True, return_tensors="pt")
             assert torch.equal(batch["pixel_values"], pixels)
@@ -1158,6 +1163,9 @@ def broken_folders():
         "chat template of something else": put("chat_template.jinja", "[INST]{{ messages[0]['content'] }}[/INST]"),
         "chat template that raises": put("chat_template.jinja", "{{ raise_exception('no\nsuch role') }}"),
         "chat template without ends": put("chat_template.jinja", "{% for m in messages %}{{ m.content }} {% endfor %}"),
+        "chat template that thinks": put(
+            "chat_template.jinja", CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
+        ),
         "no image processor": no("preprocessor_config.json"),
         "image processor cut": put("preprocessor_config.json", "{"),
         "image processor []": put("preprocessor_config.json", "[]"),
@@ -1173,6 +1181,7 @@ def test_folders_without_a_whole_chat(folder, cfg, tmp_path, name):
     message = refused(Chat, path, cfg)
     assert str(path) in message
     wanted = {"no chat template": "chat template", "no image processor": "image processor", "too small": "784 to 3136"}
+    wanted["that thinks"] = "thinking"
     assert all(words in message for key, words in wanted.items() if key in name)
 
 
@@ -1225,6 +1234,28 @@ def test_ranges_of_pixels_beyond_the_image_processor_s(folder, cfg, tmp_path, na
     value = 784 if "min" in name else 10 * 784
     message = f"{name}={value}: the image processor of {path} takes 1568 to 7056 pixels"
     assert refused(Chat, path, replace(cfg, **{name: value})) == message
+
+
+@both_families
+@pytest.mark.parametrize("what", ["", "thumb_"])
+def test_ranges_of_pixels_that_fit_no_picture(folder, cfg, what):
+    """Sides are multiples of patch x merge: 28 or 32 pixels."""
+    side = Chat(folder, cfg).factor
+    between = {f"{what}min_pixels": side**2 + 1, f"{what}max_pixels": 2 * side**2 - 1}
+    message = refused(Chat, folder, replace(cfg, **between))
+    assert message.startswith(f"{what}min_pixels, {what}max_pixels") and f"multiples of {side})" in message
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("toy")])
+def test_presets_fit_the_published_image_processors(folder, tmp_path, name):
+    path, new = copy_of(folder, tmp_path / "model"), "qwen3" in name
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    low, high = (256**2, 4096**2) if new else (56**2, 12_845_056)
+    settings |= dict(patch_size=16 if new else 14, size={"shortest_edge": low, "longest_edge": high})
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    chat = Chat(path, parse([f"--preset={name}"]))
+    shown = chat.picture(encoded(noise(300, 200)), thumbnail=True)
+    assert 16 <= shown.tokens <= 81 and chat.picture(PNG).tokens >= 256
 
 
 def test_a_folder_of_prompts_is_one_or_the_other(folder, cfg, tmp_path, monkeypatch):

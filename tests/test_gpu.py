@@ -41,11 +41,15 @@ def test_fast_attention_is_segment_attention(kind, causal):
     assert (fast.float() - slow).abs().max() < 0.03
 
 
-def test_sampler_and_trainer_agree_in_bf16(folder, cfg):
-    cfg = replace(cfg, device="cuda", dtype="bf16")
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"lora_rank": 4, "offload": "all"}], ids=str)
+def test_sampler_and_trainer_agree_in_bf16(folder, cfg, changes):
+    cfg = replace(cfg, device="cuda", dtype="bf16", **changes)
     device = policy.init_distributed(cfg)
     chat = Chat(folder, cfg)
-    trainer = policy.load_policy(folder, chat, cfg, device)
+    trainer = policy.load_policy(folder, chat, cfg, device, offload=cfg.offload == "all")
+    for name, parameter in trainer.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.constant_(parameter, 0.01)
     engine = TorchEngine(backbone.plain_config(trainer), chat, cfg, device)
     engine.load_weights(policy.full_weights(trainer), version=0)
     episodes = run([question(i) for i in range(4)], engine, NoSearch(), chat, cfg, samples=2)

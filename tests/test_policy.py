@@ -24,9 +24,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import picture, question, replace
+from conftest import both_families, picture, question, replace, save_random_qwen3
 from torch.distributed.tensor import DTensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import backbone
@@ -49,7 +49,7 @@ def save_sharp_model(folder, path):
     shape.text_config.num_key_value_heads = 2
     shape.tie_word_embeddings = False
     torch.manual_seed(1)
-    model = Qwen2_5_VLForConditionalGeneration(shape)
+    model = backbone.model_class(shape)(shape)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -69,7 +69,7 @@ class Plain:
     """transformers' own forward, one conversation at a time: its own image processing, positions and attention."""
 
     def __init__(self, folder, cfg, dtype=torch.float32):
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = Qwen2Tokenizer.from_pretrained(folder)
         self.processors = {
             thumbnail: Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=low, max_pixels=high)
@@ -266,6 +266,7 @@ def test_placeholders_that_do_not_match_the_pictures_are_refused(model, chat):
         policy.pack([episode], chat, model, 1000)
 
 
+@both_families
 def test_positions_are_those_of_the_padded_batch(sharp_model, sharp_chat, episodes, plain):
     longest = max(len(e.tokens) for e in episodes)
     ids = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in episodes])
@@ -294,6 +295,7 @@ def test_positions_tell_a_wide_picture_from_a_tall_one(sharp_model, sharp_chat):
 # ------------------------------------------------------------------------------------------------------- log-probs
 
 
+@both_families
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("budget", [130, 100000])
 def test_packed_logprobs_are_those_of_separate_plain_forwards(
@@ -306,6 +308,7 @@ def test_packed_logprobs_are_those_of_separate_plain_forwards(
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
 
 
+@both_families
 def test_gradients_are_those_of_separate_plain_forwards(sharp_model, sharp_chat, episodes, plain, wide, device):
     wide = replace(wide, temperature=0.7, max_grad_norm=1e9)
     sums, new = step(sharp_model, episodes, sharp_chat, wide, device)
@@ -354,6 +357,7 @@ def test_a_change_in_one_episode_does_not_reach_another(sharp_model, sharp_chat,
         episode.tokens[token] = old
 
 
+@both_families
 def test_a_change_in_one_picture_does_not_reach_another(sharp_model, sharp_chat, episodes, device):
     (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 100000)
     before = policy.logprobs(sharp_model, [batch], 1.0, device)[0]
@@ -398,6 +402,7 @@ def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp
     assert sum(p.grid[0] * p.grid[1] for e in twice for p in e.images) > 2 * sum(distinct.values())
 
 
+@both_families
 @pytest.mark.parametrize("of", ["text only", "empty"])
 def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_chat, episodes, of):
     """With FSDP, a rank that leaves a module out makes the others wait for ever."""
@@ -467,8 +472,9 @@ def test_an_optimiser_on_the_cpu_has_its_threads(monkeypatch, device, offload, t
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def test_patches_are_embedded_as_by_the_convolution(monkeypatch, model):
-    embed = model.model.visual.patch_embed
+@both_families
+def test_patches_are_embedded_as_by_the_convolution(monkeypatch, sharp_model):
+    embed = sharp_model.model.visual.patch_embed
     pixels = torch.randn(12, embed.proj.weight[0].numel())
     expected = embed(pixels)
     assert torch.equal(expected, type(embed).forward(embed, pixels))  # on a CPU: to the bit
@@ -527,6 +533,7 @@ def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, v
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
+@both_families
 @pytest.mark.parametrize("kind", ["tokens", "sequence"])
 def test_a_step_does_not_depend_on_packing(sharp, sharp_chat, episodes, wide, device, kind):
     wide = replace(wide, max_grad_norm=0.5)  # clipping must see the whole gradient
@@ -573,6 +580,7 @@ def test_a_frozen_vision_tower_stays_as_it_is(sharp, sharp_chat, sharp_model, ep
     assert_same(grads, {name: all_grads[name] for name in grads})
 
 
+@both_families
 def test_gradient_checkpointing_changes_nothing_but_memory(sharp, sharp_chat, sharp_model, episodes, wide, device):
     saving = policy.load_policy(sharp, sharp_chat, replace(wide, gradient_checkpointing=True), device)
     runs = []
@@ -620,6 +628,7 @@ def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_chat, e
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
 
 
+@both_families
 def test_bf16_with_fp32_masters(sharp, sharp_chat, sharp_model, episodes, wide, device, monkeypatch):
     half = policy.load_policy(sharp, sharp_chat, replace(wide, dtype="bf16"), device)
     cosines = []
@@ -654,7 +663,7 @@ def test_a_reference_is_the_policy_s_copy_and_not_read_again(sharp, sharp_chat, 
     cfg = replace(wide, dtype=dtype)
     first = policy.load_policy(sharp, sharp_chat, cfg, device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", None)
+        patch.setattr(PreTrainedModel, "from_pretrained", None)
         reference = policy.load_policy(sharp, sharp_chat, cfg, device, trainable=False, like=first)
     batches = policy.pack(episodes, sharp_chat, first, 1000)
     before = policy.logprobs(reference, batches, 1.0, device)
@@ -833,6 +842,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, sharp_model):
 # ----------------------------------------------------------------------------------------------- folders, of all kinds
 
 
+@both_families
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, tied):
     """Hub names, no trace of this code, and the same log-probs in transformers."""
@@ -851,11 +861,12 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
     assert json.loads((tmp_path / "best" / "generation_config.json").read_text())["eos_token_id"] == ends
     keys = set(load_file(tmp_path / "best" / "model.safetensors"))
     assert keys == set(load_file(folder / "model.safetensors"))
-    assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= keys
+    text, vision = ("model.language_model", "model.visual") if "deepstack" in str(model.config) else ("model", "visual")
+    assert {f"{text}.embed_tokens.weight", f"{text}.norm.weight", f"{vision}.patch_embed.proj.weight"} <= keys
     assert tied == ("lm_head.weight" not in keys)
     texts = [(tmp_path / "best" / name).read_text() for name in ("config.json", "generation_config.json")]
     assert not any(word in text for text in texts for word in (backbone.ATTENTION, "flash", "attn_implementation"))
-    assert json.loads(texts[0])["use_cache"] and json.loads(texts[0])["model_type"] == "qwen2_5_vl"
+    assert json.loads(texts[0])["use_cache"] and json.loads(texts[0])["model_type"] == model.config.model_type
 
     exported, again = Plain(tmp_path / "best", wide), Chat(tmp_path / "best", wide)
     assert again.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
@@ -868,9 +879,12 @@ def test_an_export_is_a_plain_folder(request, folder, wide, device, tmp_path, ti
 
 def test_an_export_in_bf16_says_so(model, chat, tmp_path):
     checkpoint.export_hf(tmp_path / "half", model, chat, dtype=torch.bfloat16)
-    half = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path / "half", dtype="auto")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+UNKNOWN = ["llama", "qwen3_vl_moe", "qwen3_5"]
 
 
 def broken_folder(path, kind):
@@ -879,8 +893,8 @@ def broken_folder(path, kind):
         path.mkdir()
     elif kind == "absent":
         shutil.rmtree(path)
-    elif kind == "llama":
-        (path / "config.json").write_text('{"model_type": "llama"}')
+    elif kind in UNKNOWN:
+        (path / "config.json").write_text(json.dumps({"model_type": kind}))
     elif kind == "not json":
         (path / "config.json").write_text("{")
     elif kind == "wrong type":
@@ -900,9 +914,10 @@ def broken_folder(path, kind):
         if kind == "one missing":
             del weights["visual.patch_embed.proj.weight"]
         elif "head" in kind:  # the config ties it to the embeddings
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (kind == "another head")
+            (name,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+            weights["lm_head.weight"] = weights[name] + (kind == "another head")
             if kind == "only the head":
-                del weights["model.embed_tokens.weight"]
+                del weights[name]
         else:
             weights["visual.merger.mlp.2.bias"] = torch.zeros(3)
         save_file(weights, path / "model.safetensors", {"format": "pt"})
@@ -910,7 +925,7 @@ def broken_folder(path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    "empty,absent,llama,not json,wrong type,broken,cut,no weights,one missing,other shape,another head".split(","),
+    "empty,absent,not json,wrong type,broken,cut,no weights,one missing,other shape,another head".split(",") + UNKNOWN,
 )
 def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -920,7 +935,8 @@ def test_a_broken_model_folder_is_refused_in_one_line(folder, tmp_path, monkeypa
     with pytest.raises(InputError) as error:
         backbone.read_model(path)
     assert str(path) in str(error.value) and one_line(error)
-    assert kind != "llama" or "unsupported architecture 'llama'" in str(error.value)
+    expected = f"unsupported architecture '{kind}', expected one of qwen2_5_vl, qwen3_vl"
+    assert kind not in UNKNOWN or expected in str(error.value)
     assert kind != "another head" or "remove lm_head.weight" in str(error.value)
 
 
@@ -932,6 +948,12 @@ def test_a_tied_head_is_tied_whatever_the_file_calls_it(folder, tmp_path, kind):
     model = backbone.read_model(path)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert [n for n, _ in model.named_parameters()] == backbone.parameter_names(backbone.read_config(path))
+
+
+def test_an_image_processor_of_another_family_is_refused(folder, chat, cfg):
+    chat.sizes = [16, 2, 2]
+    with pytest.raises(InputError, match=r"the image processor's sizes are \[16, 2, 2\], the model's \[14, 2, 2\]"):
+        policy.prepare(backbone.read_model(folder, empty=True), chat, cfg)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
@@ -972,7 +994,10 @@ SCENARIOS = [
     ("sharded", {}, ([0, 1, 2, 4, 5], [3])),
     ("one idle", {"loss_norm": "sequence"}, ([0, 1, 2, 3, 4, 5], [])),
     ("hsdp", {"shard_size": 1}, ([1, 2], [0, 3, 4, 5])),
+    ("qwen3-vl", {}, ([0, 1, 3, 4, 5], [2])),  # the second has no picture
     ("frozen", {"freeze_vision": True, "gradient_checkpointing": True}, ([2], [0, 1, 3, 4, 5])),
+    ("adapters", {"lora_rank": 1}, ([0, 1, 2, 4, 5], [3])),  # one of two shards of A is empty
+    ("decoder's", {"lora_rank": 4, "freeze_vision": True, "shard_size": 1}, ([0, 1, 2, 3, 4, 5], [])),
 ]
 
 
@@ -988,6 +1013,8 @@ def run_scenario(folder, settings, mine, device):
     chat = Chat(folder, replace(cfg, max_tokens=400, max_tokens_per_batch=1000))
     model = policy.load_policy(folder, chat, cfg, device)
     chosen = [some_episodes(chat)[i] for i in mine]
+    if cfg.lora_rank:  # before it, A has no gradient
+        step(model, chosen, chat, cfg, device, cfg.loss_norm, mine, lr=0.1)
     sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
     batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model, device)
     policy.logprobs(model, batches, 1.0, device)  # leaves nothing behind that full_weights would trip over
@@ -998,7 +1025,11 @@ def worker(folder, out):
     """One rank: the scenarios, a step with a NaN on rank 1, and a checkpoint."""
     rank = int(os.environ["RANK"])
     device = policy.init_distributed(config.Config(threads=1))
-    results = {name: run_scenario(folder, settings, ranks[rank], device) for name, settings, ranks in SCENARIOS}
+    folders = {"qwen3-vl": out / "qwen3-vl"}
+    results = {
+        name: run_scenario(folders.get(name, folder), settings, ranks[rank], device)
+        for name, settings, ranks in SCENARIOS
+    }
 
     cfg = replace(world_cfg(), max_tokens=400, max_tokens_per_batch=1000)
     chat = Chat(folder, cfg)
@@ -1023,6 +1054,11 @@ def worker(folder, out):
     reference = policy.load_policy(folder, chat, cfg, device, trainable=False, like=model)
     results["reference"] = dict(policy.full_weights(reference))
     results["moments"] = [optimizer.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+    adapted = policy.load_policy(folder, chat, replace(cfg, lora_rank=1), device)
+    optimizer = policy.adamw(adapted, cfg, device)
+    policy.update(adapted, optimizer, batches, good, cfg, device)
+    checkpoint.save_state(out / "adapters", adapted, optimizer, {"step": 1})
+    results["merged"] = dict(policy.full_weights(adapted))
     if rank == 0:
         torch.save(results, out / "results.pt")
     dist.destroy_process_group()
@@ -1032,6 +1068,7 @@ def worker(folder, out):
 def two_ranks(folder, tmp_path_factory):
     """What two processes made of it; see `worker`."""
     out = tmp_path_factory.mktemp("ranks")
+    save_random_qwen3(out / "qwen3-vl")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -1055,6 +1092,7 @@ def two_ranks(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name, settings, ranks", SCENARIOS, ids=[s[0] for s in SCENARIOS])
 def test_two_ranks_are_one(two_ranks, folder, device, name, settings, ranks):
+    folder = two_ranks[1] / "qwen3-vl" if name == "qwen3-vl" else folder
     alone = run_scenario(folder, {**settings, "shard_size": 0}, [i for mine in ranks for i in mine], device)
     together = two_ranks[0][name]
     assert together["sums"] == pytest.approx(alone["sums"], rel=1e-5) and alone["sums"]["grad_norm"] > 0.5
@@ -1075,6 +1113,17 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):
     assert all(torch.equal(value, results["final"][name]) for name, value in results["reference"].items())
     exported = backbone.read_model(out / "export")
     assert all(torch.equal(value, results["final"][name]) for name, value in exported.named_parameters())
+
+
+def test_adapters_of_two_ranks_load_on_one(two_ranks, folder, chat, cfg, device):
+    (results, out), cfg = two_ranks, replace(cfg, lora_rank=1)
+    model = policy.load_policy(folder, chat, cfg, device)
+    optimizer = policy.adamw(model, cfg, device)
+    assert checkpoint.load_state(out / "adapters", model, optimizer)["step"] == 1
+    assert all(torch.equal(value, results["merged"][name]) for name, value in policy.full_weights(model))
+    assert len(optimizer.state) == 2 * len(policy.adapted_layers(model))
+    q = "model.language_model.layers.0.self_attn.q_proj"
+    assert not torch.equal(results["merged"][f"{q}.weight"], model.get_submodule(q).weight)  # they have learned
 
 
 if __name__ == "__main__":

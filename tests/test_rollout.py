@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_two_ranks, picture, question, replace
+from conftest import both_families, on_two_ranks, picture, question, replace
 from test_policy import PICTURES, Plain, save_sharp_model, wide_range
 
 import backbone
@@ -630,6 +630,7 @@ def forwards(engine):
     return sizes
 
 
+@both_families
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_logprobs_are_those_of_plain_transformers(engine, sharp, wide, monkeypatch, temperature):
     """Over conversations of three turns with pictures of the question and of searches. Greedy: at temperature 1."""
@@ -637,7 +638,7 @@ def test_logprobs_are_those_of_plain_transformers(engine, sharp, wide, monkeypat
     episodes = rolled(engine, range(9), temperature=temperature)
     plain = Plain(sharp, wide)
     assert max(len(e.turns) for e in episodes) == 3 and sum(len(e.turns) for e in episodes) > 10
-    assert len({p.grid for e in episodes for p in e.images}) > 4 and max(len(e.images) for e in episodes) > 5
+    assert len({p.grid for e in episodes for p in e.images}) > 4 and max(len(e.images) for e in episodes) > 3
     for episode in episodes:
         with torch.no_grad():
             logp = plain.logp(episode, temperature or 1.0)
@@ -649,6 +650,7 @@ def test_logprobs_are_those_of_plain_transformers(engine, sharp, wide, monkeypat
             assert torch.equal(sampled, logp.argmax(-1))
 
 
+@both_families
 def test_logprobs_are_those_of_the_trainer(engine, sharp, wide, device, monkeypatch):
     """Also after new weights that differ in the vision tower alone: nothing computed with the old ones is used."""
     always_search(monkeypatch)
@@ -669,6 +671,7 @@ def test_logprobs_are_those_of_the_trainer(engine, sharp, wide, device, monkeypa
     assert moved[with_picture].all() and not moved[~with_picture].any()
 
 
+@both_families
 def test_the_company_of_a_conversation_changes_nothing(engine, sharp, wide, device, monkeypatch):
     always_search(monkeypatch)
     together = rolled(engine)
@@ -880,7 +883,7 @@ def test_an_error_in_a_step_leaves_an_engine_that_goes_on(engine, sharp, wide, d
     episode, known = two_turns(engine)
     engine.submit("a", list(episode.tokens), episode.images, Sampling(1.0, 8, 0))
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_embed", lambda *_: 1 // 0)
+        patch.setattr(engine, "_see", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert [reply.ids for reply in engine.abort(["a"])] == [[]]
@@ -922,6 +925,7 @@ def test_what_does_not_fit_is_refused(engine, excess, fits):
     assert not engine.queue
 
 
+@both_families
 def test_bf16_rounds_weights_and_not_positions(sharp, wide, device):
     engine = make_engine(sharp, replace(wide, dtype="bf16"), device)
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}

@@ -210,6 +210,24 @@ def test_stopped_and_resumed(undisturbed, arguments, tmp_path):
     assert_same_run(undisturbed[0], run_dir)
 
 
+def test_a_run_with_adapters_is_killed_and_resumed(arguments, tmp_path):
+    """The KL is to the model that training began with; a resume with another rank is one line and loses nothing."""
+    whole, killed, other = (tmp_path / name for name in ("whole", "killed", "other"))
+    more = ["--steps=3", "--lora_rank=2", "--kl_coef=0.1", "--lr=0.01"]
+    code, changes = run_train(arguments, f"--run_dir={whole}", *more)
+    assert code == 0, whole.with_suffix(".log").read_text()
+    kl = [line["kl"] for line in metrics(whole) if line["phase"] == "train"]
+    assert kl[0] == 0 < min(kl[1:])
+    run_train(arguments, f"--run_dir={killed}", *more, kill_at=changes * 2 // 3)
+    assert (killed / "checkpoints" / "step-000001").is_dir()
+    for run_dir, resume in ((killed, "auto"), (other, whole / "checkpoints" / "step-000002")):
+        code, _ = run_train(arguments, f"--run_dir={run_dir}", f"--resume={resume}", *more, "--lora_rank=4")
+        said = run_dir.with_suffix(".log").read_text()
+        assert code == 2 and "Traceback" not in said and re.search("lora_rank[ =]2, this is (lora_rank=)?4", said)
+    run_train(arguments, f"--run_dir={killed}", "--resume=auto", *more)
+    assert_same_run(whole, killed)
+
+
 def test_resume_from_a_path_into_another_directory(undisturbed, arguments, tmp_path):
     checkpoint = sorted((undisturbed[0] / "checkpoints").iterdir())[-2]
     code, _ = run_train(arguments, f"--run_dir={tmp_path / 'branch'}", "--steps=4", f"--resume={checkpoint}")
@@ -279,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "sigmoid"])
 def test_learning_rate(cfg, schedule):
-    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100, min_lr_factor=0.05)
+    cfg = replace(cfg, schedule=schedule, lr=2.0, steps=100)
     rates = [policy.learning_rate(step, cfg) for step in range(101)]
     if schedule == "constant":
         assert set(rates) == {2.0}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SHORT_WORLD, replace
+from conftest import ROOT, SHORT_WORLD, both_families, replace
 from test_policy import PICTURES, broken_folder, save_sharp_model, wide_range
 
 import checkpoint
@@ -285,6 +285,7 @@ def seen(sharp, tmp_path_factory):
 
 
 @needs_vllm
+@both_families
 def test_an_exported_folder_gives_the_trainer_s_log_probs(seen):
     """Over conversations of several turns with images of the question and of searches."""
     assert max(seen["turns"]) == 3 and sum(seen["turns"]) > 14 and max(seen["images"]) > 4
@@ -292,6 +293,7 @@ def test_an_exported_folder_gives_the_trainer_s_log_probs(seen):
 
 
 @needs_vllm
+@both_families
 def test_new_weights_arrive(seen):
     """After three optimiser steps, and after a change of nothing but the vision tower."""
     assert seen["learned gap"] < 1e-4 < 0.01 < seen["stale gap"] and seen["versions"] == [7]
@@ -309,6 +311,7 @@ def test_it_reports_nothing_and_has_an_fp32_head(seen):
 
 
 @needs_vllm
+@both_families
 def test_a_tied_folder_with_a_head_of_its_own(folder, tmp_path):
     """vLLM's own reading unties it, and ties it again where both are the same."""
     doubled = shutil.copytree(folder, tmp_path / "doubled")
