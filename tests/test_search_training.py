@@ -71,7 +71,7 @@ def live_run(world, server, tmp_path, monkeypatch, *more):
     monkeypatch.setenv("SERPAPI_API_KEY", SERPAPI)
     monkeypatch.delenv("JINA_API_KEY", raising=False)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
-    hurry(monkeypatch, retries=0, read_timeout=0.3)
+    hurry(monkeypatch, retries=0, read_timeout=2.0)  # a busy machine is slow, too
     arguments = [
         *SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / 'run'}", "--steps=2",
         "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900", "--max_mismatch=1e9",
