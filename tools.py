@@ -66,7 +66,7 @@ class Tool:
     does: str  # for the model, in the dialect json
     optional: tuple[str, ...] = ("picture",)  # of what it takes; a picture is the question's first by default
     penalized: bool = True  # a right answer that called it pays the search penalty
-    read: Callable[[str], dict] = lambda content: {"query": content}  # what is in the tags -> Call fields; ValueError
+    read: Callable[[str], dict] = lambda content: {"query": content}  # what is in the tags -> fields of Call
 
 
 def ask_search(call: Call, question: Question, search) -> Result:

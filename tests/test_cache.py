@@ -444,7 +444,7 @@ def test_fvqa_as_json_with_pictures_in_files(tmp_path, cache):
     os.mkfifo(folder / "pipe")
     paths = [
         "images/1.jpg",
-        "/root/data/images/1.jpg",
+        "/elsewhere/data/images/1.jpg",
         "../../x/images/1.jpg",
         "../secret.jpg",
         None,
