@@ -61,6 +61,24 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
     return advantages.masked_fill(all_equal, 0.0).float()
 
 
+def decoupled_advantages(accuracy: Tensor, economy: Tensor, right: Tensor, groups: Tensor, weight: float) -> Tensor:
+    """Accuracy compared within the whole group, economy among its right answers alone (HDPO, arXiv 2604.08545):
+    A = A_accuracy + weight · A_economy. A wrong answer has no A_economy, nor has the only right one of a group: giving
+    up early earns nothing, and a search that was needed is never compared with a guess that was wrong. Each of the two
+    is divided by its own standard deviation, so that a small cost does not drown in the spread of right and wrong.
+
+    accuracy[N], economy[N]: float; right[N]: bool; groups[N] as in `group_advantages`. Returns float32 [N].
+
+        one group   accuracy 1 1 1 0   economy 1.0 0.9 0.9 1.0    A_accuracy  0.5    0.5    0.5  -1.5
+                    right    1 1 1 0   weight 0.5                 A_economy   1.155 -0.577 -0.577 0
+                                                                  A           1.077  0.211  0.211 -1.5
+    """
+    right, groups = torch.as_tensor(right), torch.as_tensor(groups)
+    advantages = group_advantages(accuracy, groups)
+    advantages[right] += weight * group_advantages(economy[right], groups[right])
+    return advantages
+
+
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, sequence_ids=None
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -202,6 +202,11 @@ def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
     return penalty * (2 * min(step / ramp_steps, 1.0) - 1) if ramp_steps else penalty
 
 
+def economy(searches: int, penalty: float, per_search: bool) -> float:
+    """What a right answer's score is multiplied by: 1 - penalty if it searched, or that once for each search."""
+    return (1 - penalty) ** (searches if per_search else min(searches, 1))
+
+
 def score(
     responses: Sequence[str],
     answers: Iterable[str],
@@ -225,7 +230,7 @@ def score(
     answer = extract_answer(responses[-1]) if responses else None
     correct = MATCHES[match](answer, answers)
     well_formed, searches = format_ok(responses, any_order, dialect), count_searches(responses, dialect)
-    s = correct * (1 - search_penalty) ** (searches if per_search_penalty else min(searches, 1))
+    s = correct * economy(searches, search_penalty, per_search_penalty)
     return Score((1 - format_weight) * s + format_weight * well_formed, correct, well_formed, searches, answer)
 
 

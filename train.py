@@ -38,7 +38,7 @@ from config import Config, need, parse, run_main
 from data import Question, Stop, load_questions, path_of, prompt_path, read_jsonl, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
-from reward import Score, ramped_penalty, record, score_episode
+from reward import Score, economy, ramped_penalty, record, score_episode
 from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
@@ -61,12 +61,33 @@ def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Confi
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
     samples = [Sample(e, numbers[e.question.id], score_episode(e, cfg, penalty)) for e in episodes]
     compared = [s for s in samples if is_compared(s.episode, cfg)]
-    rewards = torch.tensor([s.score.reward for s in compared], dtype=torch.float64)
-    groups, kind = [s.number for s in compared], cfg.advantage
-    values = grpo.group_advantages(rewards, groups, normalize=kind == "grpo", leave_one_out=kind == "rloo")
+    values = advantages([s.score for s in compared], [s.number for s in compared], penalty, cfg)
     for sample, value in zip(compared, values.tolist(), strict=True):
         sample.advantage = value
     return samples
+
+
+def advantages(scores: list[Score], groups: list[int], penalty: float, cfg: Config) -> torch.Tensor:
+    """float32 [N], of the kind that --advantage names. Each group's sum is 0, and so is the batch's mean."""
+    kind, weight = cfg.advantage, cfg.format_weight
+    right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
+    well_formed = torch.tensor([s.format_ok for s in scores], dtype=torch.float64)
+    saved = torch.tensor([economy(s.searches, penalty, cfg.per_search_penalty) for s in scores], dtype=torch.float64)
+    if kind == "decoupled":
+        accuracy = (1 - weight) * right + weight * well_formed
+        return grpo.decoupled_advantages(accuracy, saved, right > 0, groups, cfg.economy_weight)
+    if kind == "gdpo":
+        values = (1 - weight) * grpo.group_advantages(right, groups)
+        values += weight * grpo.group_advantages(well_formed, groups)
+        values += cfg.economy_weight * grpo.group_advantages(saved, groups)
+    else:
+        rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
+        normalize = kind in ("grpo", "bn_grpo")
+        values = grpo.group_advantages(rewards, groups, normalize=normalize, leave_one_out=kind == "rloo")
+    if kind in ("gdpo", "bn_grpo"):
+        batch = torch.tensor(all_gather(values.tolist()))
+        values = values / (batch.square().mean().sqrt() + grpo.STD_EPSILON)
+    return values
 
 
 def is_compared(episode: Episode, cfg: Config) -> bool:
