@@ -469,6 +469,46 @@ def test_leave_one_out_compares_with_the_others(seed, normalize):
     assert close(grpo.group_advantages(rewards, groups, normalize, leave_one_out=True), expected)
 
 
+def loop_decoupled(accuracy, economy, right, groups, weight):
+    out = []
+    for i, advantage in enumerate(loop_advantages(accuracy, groups)):
+        peers = [economy[j] for j in range(len(groups)) if groups[j] == groups[i] and right[j]]
+        if right[i] and len(peers) > 1 and max(peers) > min(peers):
+            advantage += weight * (economy[i] - statistics.fmean(peers)) / (statistics.stdev(peers) + 1e-6)
+        out.append(advantage)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_decoupled_advantages_against_a_loop(seed):
+    rng = random.Random(seed)
+    groups = [rng.choice([4, 9, -3, 10**9, rng.randrange(100)]) for _ in range(40)]
+    right = [rng.random() < (0.1, 0.5, 0.9)[seed % 3] for _ in groups]
+    accuracy = [0.9 * r + 0.1 * (rng.random() < 0.8) for r in right]
+    economy = [rng.choice([1.0, 0.9, 0.81]) for _ in groups]
+    got = grpo.decoupled_advantages(accuracy, torch.tensor(economy), right, groups, 0.3)
+    assert got.dtype == torch.float32 and close(got, loop_decoupled(accuracy, economy, right, groups, 0.3), 1e-3)
+    # what wrong answers did is neither compared nor a measure for the right ones
+    other = torch.tensor([e if r else 1000.0 for e, r in zip(economy, right, strict=True)])
+    assert torch.equal(grpo.decoupled_advantages(accuracy, other, right, groups, 0.3), got)
+    wrong = ~torch.tensor(right)
+    assert torch.equal(got[wrong], grpo.group_advantages(accuracy, groups)[wrong])
+
+
+def test_decoupled_advantages_worked_example():
+    accuracy, right, group = floats([1, 1, 1, 0]), [True, True, True, False], [7] * 4
+    got = grpo.decoupled_advantages(accuracy, floats([1.0, 0.9, 0.9, 1.0]), right, group, 0.5)
+    assert close(got, [1.0773, 0.2113, 0.2113, -1.5], 1e-3)
+    # a cost does not drown, however small it is, and one of nothing is no signal
+    small = grpo.decoupled_advantages(accuracy, floats([1.0, 0.999, 0.999, 1.0]), right, group, 0.5)
+    assert close(small, got.tolist(), 1e-2)
+    none = grpo.decoupled_advantages(accuracy, floats([1.0] * 4), right, group, 0.5)
+    assert torch.equal(none, grpo.group_advantages(accuracy, group))
+    alone = grpo.decoupled_advantages(floats([1, 0, 0]), floats([0.9, 1, 1]), [True, False, False], [7] * 3, 0.5)
+    assert torch.equal(alone, grpo.group_advantages([1, 0, 0], [7] * 3))
+    assert grpo.decoupled_advantages(floats([]), floats([]), torch.zeros(0, dtype=bool), [], 0.5).shape == (0,)
+
+
 def test_a_constant_normaliser_weighs_every_token_alike():
     ids = torch.tensor([5, 5, 8, 5])
     weights, count = grpo.token_weights(ids, "constant", budget=64)

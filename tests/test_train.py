@@ -829,6 +829,78 @@ def test_which_conversations_train(arguments, monkeypatch):
     assert of("--advantage=dr_grpo")[0][9] == pytest.approx(0.5)
 
 
+def loop_normalized(values):
+    """(value - mean) / (std + 1e-6); zeros where all are equal."""
+    mean = sum(values) / len(values)
+    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return [(v - mean) / (std + 1e-6) if max(values) > min(values) else 0.0 for v in values]
+
+
+def test_kinds_of_advantages_against_plain_loops(arguments, device):
+    """Two groups of four: rewards that are added up, and such that are each compared by themselves."""
+    right, well = [1, 1, 1, 0, 0, 0, 1, 0], [1, 1, 0, 1, 1, 0, 1, 1]
+    searches, groups = [0, 1, 2, 0, 1, 0, 2, 2], [3] * 4 + [5] * 4
+    scores = []
+    for r, w, n in zip(right, well, searches, strict=True):
+        scores.append(reward.Score(0.9 * r * 0.7**n + 0.1 * w, bool(r), bool(w), n, "x"))
+
+    def of(*changes):
+        cfg, _ = parsed([*arguments, "--search_penalty=0.3", *changes])
+        return train.advantages(scores, groups, 0.3, cfg).tolist()
+
+    def by_group(values):
+        return loop_normalized(values[:4]) + loop_normalized(values[4:])
+
+    def over_the_batch(values):
+        rms = (sum(v * v for v in values) / len(values)) ** 0.5
+        return pytest.approx([v / (rms + 1e-6) for v in values], rel=1e-4, abs=1e-5)
+
+    coupled, saved = by_group([s.reward for s in scores]), [0.7**n for n in searches]
+    assert of() == pytest.approx(coupled, rel=1e-4) and of("--advantage=bn_grpo") == over_the_batch(coupled)
+    parts = zip(by_group(right), by_group(well), by_group(saved), strict=True)
+    summed = [0.9 * a + 0.1 * b + 0.4 * c for a, b, c in parts]
+    assert of("--advantage=gdpo", "--economy_weight=0.4") == over_the_batch(summed)
+    accuracy = by_group([0.9 * r + 0.1 * w for r, w in zip(right, well, strict=True)])
+    economy = [0.4 * value for value in loop_normalized(saved[:3])]
+    expected = [a + e for a, e in zip(accuracy, [*economy, *[0.0] * 5], strict=True)]
+    assert of("--advantage=decoupled", "--economy_weight=0.4") == pytest.approx(expected, rel=1e-4)
+    once = of("--advantage=decoupled", "--per_search_penalty=false")
+    assert once[1] - accuracy[1] == pytest.approx(once[2] - accuracy[2])  # one search costs what two do
+
+
+@pytest.mark.parametrize("advantage", ["bn_grpo", "gdpo"])
+def test_a_step_without_a_signal_is_no_division_by_nothing(arguments, device, advantage):
+    cfg, _ = parsed([*arguments, f"--advantage={advantage}"])
+    assert train.advantages([], [], 0.1, cfg).tolist() == []
+    assert train.advantages([reward.Score(1.0, True, True, 0, "x")] * 3, [1, 1, 2], 0.1, cfg).tolist() == [0.0] * 3
+
+
+def test_in_a_decoupled_run_the_cost_of_searching_reaches_right_answers_alone(arguments, tmp_path, monkeypatch):
+    """Two steps with an engine that is right or wrong, searches or not, by chance."""
+    more = "--steps=2", "--max_mismatch=100", "--max_turns=3", "--max_tokens_per_turn=32", "--samples_per_prompt=8"
+    run_dir = tmp_path / "run"
+    whole = started(monkeypatch, *arguments, *more, "--advantage=decoupled", f"--run_dir={run_dir}")
+    whole.rollout.engine = guesser(whole.chat, [*whole.questions.values(), *whole.val])
+    whole.loop()
+    rest, unequal = Counter(), 0
+    for file in sorted((run_dir / "rollouts").glob("step-*.jsonl")):
+        groups = {}
+        for record in read_jsonl(file):
+            groups.setdefault(record["question_id"], []).append(record)
+        for group in groups.values():
+            accuracy = loop_normalized([0.9 * r["correct"] + 0.1 * r["format_ok"] for r in group])
+            economy = [r["advantage"] - a for r, a in zip(group, accuracy, strict=True)]
+            right = [e for r, e in zip(group, economy, strict=True) if r["correct"]]
+            wrong = [e for r, e in zip(group, economy, strict=True) if not r["correct"]]
+            assert wrong == pytest.approx([0.0] * len(wrong), abs=1e-5)
+            assert sum(right) == pytest.approx(0.0, abs=1e-5)
+            searches = {r["searches"] for r in group if r["correct"]}
+            assert (len(searches) > 1) == any(abs(e) > 0.01 for e in right)
+            unequal += len(searches) > 1
+            rest.update(wrong=len(wrong), right=len(right))
+    assert unequal > 1 and min(rest.values()) > 8, "too little happened to show anything"
+
+
 def test_conversations_are_spread_evenly():
     """Mini-batch by mini-batch, whatever order they are told in; what may stay, stays."""
     rng = random.Random(0)
