@@ -36,7 +36,7 @@ SEARCHES = ("offline", "live", "record", "replay")
 SEARCH_ENGINES = ("serpapi", "serper")
 LET_RANK_0_SPEAK = 5  # seconds
 LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "decoupled", "gdpo", "bn_grpo")  # `train.advantages`
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "decoupled", "mastered", "gdpo", "bn_grpo")  # `train.advantages`
 LEFT_OUT = ("truncated", "failed_tools", "zero_variance")  # at a limit of tokens; a tool failed; group's rewards equal
 OFFLOADS = ("none", "reference", "all")
 RANGES = {
@@ -180,7 +180,7 @@ class Config(Options):
     sft_min_reward: float = option(0.5, "sft: leave out conversations that earn less", "from 0 to 1")
     sft_questions: tuple[str, ...] = option((), "sft: files of the questions (none: those the conversations name)")
     advantage: str = option("grpo", "how rewards are compared within a group: docs/training.md", ADVANTAGES)
-    economy_weight: float = option(0.15, "decoupled, gdpo: weight of saving searches beside being right", "at least 0")
+    economy_weight: float = option(1.0, "decoupled, mastered, gdpo: weight of saving searches", "at least 0")
     clip_low: float = option(0.2, "lower clip of the ratio: 1 - clip_low", "from 0 to 1")
     clip_high: float = option(0.2, "upper clip of the ratio: 1 + clip_high", "at least 0")
     ratio: str = option("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))

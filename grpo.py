@@ -67,7 +67,8 @@ def decoupled_advantages(accuracy: Tensor, economy: Tensor, right: Tensor, group
     up early earns nothing, and a search that was needed is never compared with a guess that was wrong. Each of the two
     is divided by its own standard deviation, so that a small cost does not drown in the spread of right and wrong.
 
-    accuracy[N], economy[N]: float; right[N]: bool; groups[N] as in `group_advantages`. Returns float32 [N].
+    accuracy[N], economy[N]: float; right[N]: bool, or the part of the right ones that `mastered` leaves; groups[N] as
+    in `group_advantages`. Returns float32 [N].
 
         one group   accuracy 1 1 1 0   economy 1.0 0.9 0.9 1.0    A_accuracy  0.5    0.5    0.5  -1.5
                     right    1 1 1 0   weight 0.5                 A_economy   1.155 -0.577 -0.577 0
@@ -77,6 +78,15 @@ def decoupled_advantages(accuracy: Tensor, economy: Tensor, right: Tensor, group
     advantages = group_advantages(accuracy, groups)
     advantages[right] += weight * group_advantages(economy[right], groups[right])
     return advantages
+
+
+def mastered(right: Tensor, groups: Tensor) -> Tensor:
+    """bool [N]: whether all of the group are right. right[N]: bool; groups[N] as in `group_advantages`.
+
+    right 1 1 0 1 1   groups 7 7 7 3 3   ->   0 0 0 1 1
+    """
+    index, size = _segments(torch.as_tensor(groups))
+    return (_segment_sum(torch.as_tensor(right).long(), index, size) == size).index_select(0, index)
 
 
 def policy_loss(

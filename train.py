@@ -73,9 +73,10 @@ def advantages(scores: list[Score], groups: list[int], penalty: float, cfg: Conf
     right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
     well_formed = torch.tensor([s.format_ok for s in scores], dtype=torch.float64)
     saved = torch.tensor([economy(s.searches, penalty, cfg.per_search_penalty) for s in scores], dtype=torch.float64)
-    if kind == "decoupled":
+    if kind in ("decoupled", "mastered"):
         accuracy = (1 - weight) * right + weight * well_formed
-        return grpo.decoupled_advantages(accuracy, saved, right > 0, groups, cfg.economy_weight)
+        saving = grpo.mastered(right, groups) if kind == "mastered" else right > 0
+        return grpo.decoupled_advantages(accuracy, saved, saving, groups, cfg.economy_weight)
     if kind == "gdpo":
         values = (1 - weight) * grpo.group_advantages(right, groups)
         values += weight * grpo.group_advantages(well_formed, groups)

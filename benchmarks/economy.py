@@ -17,8 +17,10 @@ from ablations import ROOT, cell, figures, validations
 KINDS = {
     "coupled": "--advantage grpo",  # the paper's
     "coupled, no std": "--advantage dr_grpo",
-    "decoupled": "--advantage decoupled --economy_weight 1",
-    "gdpo": "--advantage gdpo --economy_weight 1",
+    "decoupled 0.15": "--advantage decoupled --economy_weight 0.15",  # HDPO's
+    "decoupled 0.3": "--advantage decoupled --economy_weight 0.3",
+    "mastered": "--advantage mastered --economy_weight 1",
+    "gdpo": "--advantage gdpo --economy_weight 0.3",
 }
 COSTS, ENTROPIES = ("0.02", "0.1", "0.3"), ("0", "0.03")
 STEPS, WINDOW = 60, 5

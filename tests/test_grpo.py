@@ -509,6 +509,15 @@ def test_decoupled_advantages_worked_example():
     assert grpo.decoupled_advantages(floats([]), floats([]), torch.zeros(0, dtype=bool), [], 0.5).shape == (0,)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_mastered_groups_against_a_loop(seed):
+    rng = random.Random(seed)
+    groups = [rng.choice([-3, 5, 10**9, rng.randrange(9)]) for _ in range(30)]
+    right = [rng.random() < 0.9 for _ in groups]
+    expected = [all(r for r, g in zip(right, groups, strict=True) if g == group) for group in groups]
+    assert grpo.mastered(torch.tensor(right), groups).tolist() == expected and {*expected} == {True, False}
+
+
 def test_a_constant_normaliser_weighs_every_token_alike():
     ids = torch.tensor([5, 5, 8, 5])
     weights, count = grpo.token_weights(ids, "constant", budget=64)

@@ -864,6 +864,12 @@ def test_kinds_of_advantages_against_plain_loops(arguments, device):
     economy = [0.4 * value for value in loop_normalized(saved[:3])]
     expected = [a + e for a, e in zip(accuracy, [*economy, *[0.0] * 5], strict=True)]
     assert of("--advantage=decoupled", "--economy_weight=0.4") == pytest.approx(expected, rel=1e-4)
+    assert of("--advantage=mastered") == pytest.approx(accuracy, rel=1e-4)  # neither group is right throughout
+    groups[3] = 5
+    mastered = loop_normalized(saved[:3])
+    expected = [m + a for m, a in zip(mastered, loop_normalized([1.0, 1.0, 0.9]), strict=True)]
+    assert of("--advantage=mastered")[:3] == pytest.approx(expected, rel=1e-4)
+    groups[3] = 3
     once = of("--advantage=decoupled", "--per_search_penalty=false")
     assert once[1] - accuracy[1] == pytest.approx(once[2] - accuracy[2])  # one search costs what two do
 
