@@ -19,7 +19,7 @@ import tools
 import toy
 from analysis.compare import CompareOptions
 from analysis.curves import CurvesOptions
-from analysis.judge import JudgeOptions
+from analysis.judge import JudgesOptions
 from analysis.labels import LabelOptions
 from analysis.plan import PlanOptions
 from analysis.report import ReportOptions
@@ -30,7 +30,7 @@ from search.service import SearchServer
 
 COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
 KINDS = (
-    Config, EvalOptions, toy.Recipe, JudgeOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
+    Config, EvalOptions, toy.Recipe, JudgesOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
     CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
 )  # fmt: skip
 FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -344,10 +344,10 @@ def limits(**values):
     ("tool_limits nonsense", Config, dict(tool_limits=("nonsense",))),
     ("tool_results crop=x", Config, dict(tool_results=("image_search=1", "crop=x"))),
     ("search_index", needs_index, dict(preset="qwen2.5-vl-7b")),
-    ("judges em llm", JudgeOptions, dict(judges=("em", "gpt"))),
-    ("judge_url", JudgeOptions, dict(judge_url="ftp://judge/v1")),
-    ("judge_url password", JudgeOptions, dict(judge_url="https://me:secret@judge/v1")),
-    ("judge_url", JudgeOptions, dict(judge_url="")),
+    ("judges em llm", JudgesOptions, dict(judges=("em", "gpt"))),
+    ("judge_url", JudgesOptions, dict(judge_url="ftp://judge/v1")),
+    ("judge_url password", JudgesOptions, dict(judge_url="https://me:secret@judge/v1")),
+    ("judge_url", JudgesOptions, dict(judge_url="")),
     ("record search_cache", Config, dict(search="record")),
     ("replay search_cache", Config, dict(search="replay")),
     ("reader_url", Config, dict(reader_url="")),

@@ -89,7 +89,7 @@ def serve(tmp_path, monkeypatch):
         server = Server(reply)
         servers.append(server)
         values = dict(judges=("em", "sub_em", "llm"), judge_url=server.url, judge_cache=str(tmp_path / "c.sqlite"))
-        return server, judge.JudgeOptions(**values, **changes)
+        return server, judge.JudgesOptions(**values, **changes)
 
     yield start
     for server in servers:
@@ -262,7 +262,7 @@ def test_passing_faults_are_got_over_by_many_at_once(serve, monkeypatch):
         return says("yes" if number % 2 else "no")
 
     server, options = serve(reply)
-    monkeypatch.setattr(judge, "CONCURRENCY", 4)
+    options = replace(options, judge_threads=4)
     order = random.Random(0).sample(range(300), 300)
     records, missing = run(options, [str(i) for i in order], [question(0)] * 300)
     assert [r["judged"]["llm"] for r in records] == [bool(i % 2) for i in order] and not missing
@@ -310,7 +310,7 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values, why):
     with pytest.raises(InputError, match=why) as error:
-        judge.JudgeOptions(**values)
+        judge.JudgesOptions(**values)
     assert "secret" not in str(error.value)
 
 

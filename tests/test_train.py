@@ -36,6 +36,7 @@ import toy
 import train
 from analysis import imitation, results
 from analysis.__main__ import main as analysis_main
+from analysis.judge import JudgeOptions
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions, read_jsonl, write_questions
@@ -55,7 +56,7 @@ def arguments(world):
 
 def parsed(arguments):
     """The options of train.py."""
-    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe)
+    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe, JudgeOptions)
 
 
 def started(monkeypatch, *arguments):
@@ -69,7 +70,7 @@ def started(monkeypatch, *arguments):
 def main_with(monkeypatch, whole):
     """train.main, with a run that is there already."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
+    monkeypatch.setattr(train, "Run", lambda *_: whole)
     train.main()
 
 
@@ -1192,6 +1193,6 @@ def test_fewer_questions_than_updates_are_refused(world, tmp_path):
     path = tmp_path / "one.parquet"
     write_questions(path, [question()], {})
     argv = ["--threads=1", f"--toy_dir={recipe.toy_dir}", *SHORT_WORLD, f"--run_dir={tmp_path / 'run'}"]
-    options = config.parse([*argv, f"--train_files={path}", "--updates_per_step=2"], config.Config, toy.Recipe)
+    options = parsed([*argv, f"--train_files={path}", "--updates_per_step=2"])
     with pytest.raises(InputError, match="updates_per_step=2, but there are only 1 questions"):
         train.Run(*options)
