@@ -159,7 +159,7 @@ class Rollout:
 
     def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False, judge=None):
         self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
-        self.judge, self.score = judge, judge.score if judge else score_episode
+        self.judge = judge
         self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
@@ -316,7 +316,8 @@ def evaluate(
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
         run_mine = partial(rollout.run, mine, samples=samples, progress=finished, **how)
         episodes = guard(run_mine) if guard else run_mine()
-    records = [record(episode, rollout.score(episode, cfg)) for episode in episodes]
+    score = rollout.judge.score if rollout.judge else score_episode
+    records = [record(episode, score(episode, cfg)) for episode in episodes]
     found = done | {key_of(r): r for r in all_gather(records)}
     return [found[q.id, sample] for q in questions for sample in range(samples)]
 

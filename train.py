@@ -55,9 +55,10 @@ class Sample:
     advantage: float | None = None  # None: it is not compared with its group, and not trained on
 
 
-def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, score=score_episode) -> list[Sample]:
+def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, judge=None) -> list[Sample]:
     """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
-    in the step. score: as `score_episode`."""
+    in the step."""
+    score = judge.score if judge else score_episode
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
     samples = [Sample(e, numbers[e.question.id], score(e, cfg, penalty)) for e in episodes]
     compared = [s for s in samples if s.score.reward is not None and is_compared(s.episode, cfg)]
@@ -385,8 +386,8 @@ class Run:
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
-        samples = rate(episodes, numbers, step, cfg, self.rollout.score)
-        judged = self.judge.figures(self.device) if self.judge else {}
+        samples = rate(episodes, numbers, step, cfg, self.judge)
+        judged = self.judge.figures() if self.judge else {}
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
@@ -507,7 +508,7 @@ class Run:
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
         self.count_searches()
-        judged = self.judge.figures(self.device) if self.judge else {}
+        judged = self.judge.figures() if self.judge else {}
         self.dir.log(entry | judged | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)

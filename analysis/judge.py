@@ -180,6 +180,7 @@ class LLMJudge:
             urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in images]
             shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             said = self.client.chat(self.url, job, model, [*shown, {"type": "text", "text": text}], temperature=0)
+            job.add(calls=1)
             right = verdict_in(said)
             if right is None:
                 return None, "neither yes nor no"
@@ -193,7 +194,7 @@ class LLMJudge:
             return None, f"{self.options.judge_cache}: {error}"
         finally:
             with self.lock:
-                self.used.update(calls=bool(job.used), tokens=job.used["tokens"])
+                self.used.update(calls=job.used["calls"], tokens=job.used["tokens"])
 
     def close(self):
         self.pool.terminate()
@@ -216,10 +217,10 @@ class JudgedReward:
         return self.llm.ask(episode.question, matched.answer)
 
     def wait(self) -> None:
-        """Until all that was asked has its verdict, or a reason why not."""
+        """Until all that was asked is judged, or cannot be, but no longer than PATIENCE."""
         started = time.monotonic()
         for asked in self.llm.asked.values():
-            asked.wait()
+            asked.wait(started + PATIENCE - time.monotonic())
         self.waited += time.monotonic() - started
 
     def score(self, episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
@@ -227,28 +228,27 @@ class JudgedReward:
         asked = self.ask(episode)
         if asked is None:
             return reward.score_episode(episode, cfg, penalty)
-        right, why = asked.get()
+        right, why = asked.get() if asked.ready() else (None, "no verdict in time")
         self.counts.update(asked=1, right=bool(right), missing=right is None)
         self.missing.update([why] if why else [])
         earned = reward.score_episode(episode, cfg, penalty, correct=right)
         return earned if right is not None else replace(earned, correct=None, reward=None)
 
-    def figures(self, device) -> dict[str, float]:
-        """What was asked since the last call, over all ranks, and the seconds waited for it when nothing else was left
-        to do. All ranks must call it. Raises SearchDown, on all of them, if most verdicts are missing."""
-        from policy import all_gather, all_sum
+    def figures(self) -> dict[str, float]:
+        """What was asked since the last call, over all ranks, and the seconds that this one waited with nothing else to
+        do. All ranks must call it. Raises SearchDown, on all of them, if most verdicts are missing."""
+        from policy import all_gather
         from rollout import stop_if_most_failed
 
-        counts = self.counts + self.llm.used
-        counts = all_sum({name: counts[name] for name in ("asked", "right", "missing", "calls", "tokens")}, device)
-        reasons = Counter()
-        for why, n in all_gather([*self.missing.items()]):
-            reasons[why] += n
-        stop_if_most_failed("verdicts", counts["asked"], reasons)
-        found = {f"judge/{name}": n for name, n in counts.items()} | {"seconds/judge": self.waited}
-        self.waited = 0.0
-        for kept in (self.counts, self.missing, self.llm.used, self.llm.asked):  # what is missing is asked for again
-            kept.clear()
+        totals, reasons = Counter(), Counter()
+        for counts, missing in all_gather([(self.counts + self.llm.used, self.missing)]):
+            totals.update(counts)
+            reasons.update(missing)
+        stop_if_most_failed("verdicts", totals["asked"], reasons)
+        found = {f"judge/{name}": totals[name] for name in ("asked", "right", "missing", "calls", "tokens")}
+        found["seconds/judge"] = self.waited
+        self.counts, self.missing, self.waited = Counter(), Counter(), 0.0
+        self.llm.used, self.llm.asked = Counter(), {}  # what is missing is asked for again
         return found
 
 
