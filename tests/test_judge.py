@@ -524,8 +524,10 @@ def test_a_run_stops_when_most_verdicts_are_missing_and_resumes_without_asking_t
     assert re.fullmatch(rf"error: step 1: 6 of 6 verdicts failed \({why}\); --resume auto .*", message)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
     assert len(logged(tmp_path / "run", "train")) == 1
-    failing.clear()
     end.set()
+    whole.judge.llm.pool.terminate()  # as the end of the process would
+    whole.judge.llm.pool.join()
+    failing.clear()
     monkeypatch.setattr(judge, "PATIENCE", 600.0)
     paid = [json.dumps(asked(body)) for body in server.bodies]
     again = trainer.again(server, "--eval_every=0", "--resume=auto")
