@@ -804,7 +804,7 @@ def test_which_conversations_train(arguments, monkeypatch):
 
     def of(*changes):
         """({number: advantage} of those that are compared, the numbers of those that are trained on)"""
-        cfg, _ = parsed([*arguments, *changes])
+        cfg, *_ = parsed([*arguments, *changes])
         samples.extend(train.rate(episodes, {str(n): n for n in range(4)}, 0, cfg))
         kept = train.trained(samples[-12:], cfg)
         rated = {i: s.advantage for i, s in enumerate(samples[-12:]) if s.advantage is not None}
