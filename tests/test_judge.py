@@ -466,8 +466,10 @@ def test_a_missing_verdict_leaves_its_group_and_is_not_trained_on(trainer, tmp_p
     """The judge fails about one question's other words: neither right nor wrong, in step and in validation."""
 
     def reply(body, _):
-        return (503, {}, b"busy") if asked(body)["response"] == f"it is {lost}" else fair(body)
+        fails = asked(body)["response"] == f"it is {lost}" and not healthy
+        return (503, {}, b"busy") if fails else fair(body)
 
+    healthy = []
     server, whole = trainer(reply, "--steps=1")
     lost = train.questions_of_step(whole.train, 0, whole.cfg)[0].answers[0]
     whole.step(0)
@@ -486,6 +488,9 @@ def test_a_missing_verdict_leaves_its_group_and_is_not_trained_on(trainer, tmp_p
     summary = figures.summarize(read_results(path)[1], whole.cfg)["all"]
     assert summary["n"] == len(kept) and summary["reward"] == pytest.approx(metrics["reward"])
     assert "not judged" in report.render([tmp_path / "run"], report.ReportOptions()).read_text()
+    healthy.append(True)  # a verdict that was missing is asked for again
+    metrics = whole.step(0)
+    assert (metrics["judge/missing"], metrics["judge/calls"]) == (0, len(gone))
 
 
 def main_of(monkeypatch, whole):
