@@ -173,6 +173,7 @@ class Config(Options):
     penalty_ramp_steps: int = option(0, "raise the penalty from -p to +p over this many steps (0: off)", "at least 0")
     format_weight: float = option(0.1, "alpha: weight of the format in the reward", "from 0 to 1")
     match: str = option("em", "equal to an answer, equal as Unicode, or containing it", ("em", "em_unicode", "sub_em"))
+    reward: str = option("match", "or judge: a model decides what does not match", ("match", "judge"), marks="neutral")
     any_order: bool = option(False, "accept well-formed tool calls in any number and order as good format")
 
     # -- loss
@@ -272,6 +273,8 @@ def _check_combinations(c):
     need(not (c.deterministic and vllm), "deterministic needs --engine torch: the last bits of vLLM depend on timing")
     by_web = c.deterministic and (c.searches_web or c.search_url)
     need(not by_web, "deterministic needs --search offline or replay, and no --search_url: the web never repeats")
+    need(not c.deterministic or c.reward == "match", "deterministic needs --reward match: a judge may change its mind")
+    need(c.loss == "grpo" or c.reward == "match", "loss=sft chooses conversations by --match: reward=judge is for grpo")
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")

@@ -52,6 +52,7 @@ class EvalOptions(Options):
 
 def main() -> None:
     cfg, options, recipe = parse(sys.argv[1:], Config, EvalOptions, toy.Recipe, as_trained=True)
+    need(cfg.reward == "match", "reward=judge is for train.py: `python -m analysis judge` judges what eval.py writes")
     both = {"image_search", "text_search"} <= set(offered(cfg))
     need(options.mode != "pipeline" or both, "mode=pipeline makes both searches: tool_limits must allow them")
     device = init_distributed(cfg)

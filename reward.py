@@ -31,10 +31,11 @@ REASON_TAGS = ("<reason>", "</reason>")
 
 @dataclass(frozen=True)
 class Score:
-    """What a conversation earned, and why. `answer` is None where the last turn holds no `<answer>…</answer>`."""
+    """What a conversation earned, and why. `answer` is None where the last turn holds no `<answer>…</answer>`, `reward`
+    and `correct` are where a judge was to decide and its verdict is missing."""
 
-    reward: float
-    correct: bool
+    reward: float | None
+    correct: bool | None
     format_ok: bool
     searches: int
     answer: str | None
@@ -217,25 +218,28 @@ def score(
     per_search_penalty: bool = False,
     any_order: bool = False,
     dialect: str = "tags",
+    correct: bool | None = None,
 ) -> Score:
     """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
 
     search_penalty: a right answer that searched is multiplied by 1 - search_penalty, or by that once for each search
-    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`. dialect: of the calls.
+    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`. dialect: of the calls. correct: a
+    judge's verdict, instead of the match.
     Raises ValueError for another match, TypeError if either list is a bare string.
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {sorted(MATCHES)}, not {match!r}")
     responses = _listed(responses)
     answer = extract_answer(responses[-1]) if responses else None
-    correct = MATCHES[match](answer, answers)
+    correct = MATCHES[match](answer, answers) if correct is None else correct
     well_formed, searches = format_ok(responses, any_order, dialect), count_searches(responses, dialect)
     s = correct * economy(searches, search_penalty, per_search_penalty)
     return Score((1 - format_weight) * s + format_weight * well_formed, correct, well_formed, searches, answer)
 
 
-def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -> Score:
-    """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty."""
+def score_episode(episode: Episode, cfg: Config, penalty: float | None = None, correct: bool | None = None) -> Score:
+    """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty;
+    correct: instead of the match."""
     return score(
         episode.responses,
         list(episode.question.answers),
@@ -245,6 +249,7 @@ def score_episode(episode: Episode, cfg: Config, penalty: float | None = None) -
         per_search_penalty=cfg.per_search_penalty,
         any_order=cfg.any_order,
         dialect=cfg.dialect,
+        correct=correct,
     )
 
 

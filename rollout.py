@@ -153,11 +153,13 @@ class Rollout:
 
     search: anything with search(call, question) -> Result. ordered: calls are answered beside one engine step, which is
     then followed by all their results in request order, so that the engine sees the same batches each time (exact
-    reruns); otherwise each result is fed back as soon as it arrives.
+    reruns); otherwise each result is fed back as soon as it arrives. judge: is asked about each conversation as it ends
+    (`analysis.judge.JudgedReward`); `run` returns when it has answered.
     """
 
-    def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False):
+    def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False, judge=None):
         self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
+        self.judge = judge
         self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
@@ -196,6 +198,8 @@ class Rollout:
             self._command("abort", list(self.generating))  # Ctrl-C or an error: leave the engine empty
             if self.group:
                 dist.broadcast_object_list([None], group_src=0, group=self.group)  # the others leave `_follow`
+        if self.judge:
+            self.judge.wait()
         return [self.episodes[index] for index in range(len(self.conversations))]
 
     def _drive(self):
@@ -219,6 +223,8 @@ class Rollout:
             request = conversation.send(answer)
         except StopIteration as end:
             self.episodes[index] = end.value
+            if self.judge:
+                self.judge.ask(end.value)
             if self.progress:
                 self.progress(end.value)
             return
@@ -296,21 +302,22 @@ def evaluate(
     rollout as a function, so that a caller can interrupt it before ranks have to meet again. progress: of the bar.
     """
     cfg = replace(rollout.cfg, rollout_deadline=0.0)  # an evaluation is about all questions, the slow ones too
-    rollout = Rollout(rollout.engine, rollout.search, rollout.chat, cfg, rollout.ordered)
+    rollout = Rollout(rollout.engine, rollout.search, rollout.chat, cfg, rollout.ordered, rollout.judge)
     done = done or {}
     left = [q for q in questions if not all((q.id, sample) in done for sample in range(samples))]
-    mine, records = share(left, cfg), []
+    mine = share(left, cfg)
 
     def finished(episode):
         bar.update()
-        records.append(record(episode, score_episode(episode, cfg)))
         if keep and episode.stop != Stop.ABORTED:
-            keep(records[-1])
+            keep(record(episode, score_episode(episode, cfg)))
 
     quiet = not progress or dist.get_rank() > 0
     with tqdm(total=len(mine) * samples, desc=progress, disable=quiet, leave=False) as bar:
         run_mine = partial(rollout.run, mine, samples=samples, progress=finished, **how)
-        guard(run_mine) if guard else run_mine()
+        episodes = guard(run_mine) if guard else run_mine()
+    score = rollout.judge.score if rollout.judge else score_episode
+    records = [record(episode, score(episode, cfg)) for episode in episodes]
     found = done | {key_of(r): r for r in all_gather(records)}
     return [found[q.id, sample] for q in questions for sample in range(samples)]
 
@@ -319,8 +326,9 @@ def evaluate(
 
 
 def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, device) -> dict[str, float]:
-    """Global means over the step's conversations, aborted ones counted and left out of the means."""
-    done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED]
+    """Global means over the step's conversations, aborted and unjudged ones counted and left out of the means."""
+    pairs = zip(episodes, scores, strict=True)
+    done = [(e, s) for e, s in pairs if e.stop != Stop.ABORTED and s.reward is not None]
     called = [Counter(call.tool for call, _ in e.calls) for e, _ in done]
     results = [result for e in episodes for _, result in e.calls]
     means = {
@@ -357,10 +365,10 @@ def call_metrics(results: list[Result]) -> dict[str, float]:
 
 
 class SearchDown(Exception):
-    """Most searches of a step failed: its conversations say nothing about the policy."""
+    """Most searches of a step failed, or a judge's verdicts: its conversations say nothing about the policy."""
 
 
-MAX_FAILED_CALLS = 0.5  # of a step's searches
+MAX_FAILED_CALLS = 0.5  # of a step's searches, of its verdicts
 FEW_FAILURES = 5  # by themselves no reason to stop
 
 
@@ -371,7 +379,13 @@ def check_calls(episodes: list[Episode], device) -> None:
     searches = [r for e in episodes for call, r in e.calls if call.tool in asking]
     kinds = Counter(r.error_kind for r in searches if r.error_kind not in ("bad_call", "malformed"))
     sums = all_sum({kind: kinds[kind] for kind in ("", *ERROR_KINDS)}, device)
-    calls, failed = sum(sums.values()), sum(sums.values()) - sums.pop("")
-    if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * calls:
-        said = ", ".join(f"{kind} {n:.0f}" for kind, n in sums.items() if n)
-        raise SearchDown(f"{failed:.0f} of {calls:.0f} searches failed ({said})")
+    stop_if_most_failed("searches", sum(sums.values()), {kind: n for kind, n in sums.items() if kind and n})
+
+
+def stop_if_most_failed(what: str, total: float, failures: dict[str, float]) -> None:
+    """Raise SearchDown if more than MAX_FAILED_CALLS of the total failed, and more than a few. failures: why -> how
+    many, over all ranks."""
+    failed = sum(failures.values())
+    if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * total:
+        said = ", ".join(f"{why} {n:.0f}" for why, n in failures.items())
+        raise SearchDown(f"{failed:.0f} of {total:.0f} {what} failed ({said})")

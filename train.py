@@ -34,7 +34,7 @@ import policy
 import toy
 from chat import Chat, Episode, drop_overlong
 from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb, say
-from config import Config, need, parse, run_main
+from config import Config, Options, need, parse, run_main
 from data import Question, Stop, load_questions, path_of, prompt_path, read_jsonl, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
@@ -55,12 +55,13 @@ class Sample:
     advantage: float | None = None  # None: it is not compared with its group, and not trained on
 
 
-def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config) -> list[Sample]:
+def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, judge=None) -> list[Sample]:
     """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
     in the step."""
+    score = judge.score if judge else score_episode
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-    samples = [Sample(e, numbers[e.question.id], score_episode(e, cfg, penalty)) for e in episodes]
-    compared = [s for s in samples if is_compared(s.episode, cfg)]
+    samples = [Sample(e, numbers[e.question.id], score(e, cfg, penalty)) for e in episodes]
+    compared = [s for s in samples if s.score.reward is not None and is_compared(s.episode, cfg)]
     values = advantages([s.score for s in compared], [s.number for s in compared], penalty, cfg)
     for sample, value in zip(compared, values.tolist(), strict=True):
         sample.advantage = value
@@ -281,12 +282,15 @@ def questions_of_step(questions: list, step: int, cfg: Config) -> list:
 class Run:
     """Everything a run holds, and its phases."""
 
-    def __init__(self, cfg: Config, recipe: toy.Recipe):
+    def __init__(self, cfg: Config, recipe: toy.Recipe, judge_options: Options):
+        from analysis.judge import JudgedReward
+
         check_log(cfg)
         conversations = cfg.loss != "sft" or cfg.train_files
         need(conversations, "loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
         self.device = policy.init_distributed(cfg)
-        self.dir = RunDir(cfg, recipe)
+        self.dir = RunDir(cfg, recipe, judge_options)
+        self.judge = JudgedReward(judge_options, cfg) if cfg.reward == "judge" else None
         world = toy.locate(recipe)
         if cfg.model == "toy" or not cfg.train_files or toy.answers_searches(cfg):
             toy.ensure(recipe, cfg)
@@ -307,7 +311,7 @@ class Run:
         if cfg.loss != "sft" or self.val:
             self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
         ordered = policy.is_deterministic(cfg, self.device)
-        self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
+        self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered, self.judge)
         self.checkpoint_seconds = 0.0
         self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
         searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
@@ -326,6 +330,7 @@ class Run:
         what = "conversations" if cfg.loss == "sft" else "training questions"
         say(f"{len(self.train)} {what} and {len(self.val)} validation questions; {self.dir.path}")
         say(estimate(self._conversations_to_come(), cfg))
+        say(f"the judge: at most {self._conversations_to_come()} verdicts" if self.judge else "")
 
     def _load_data(self, recipe, world):
         """train (questions, or episodes to imitate), val, and all that the training is about by id; returns val before
@@ -403,7 +408,8 @@ class Run:
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
-        samples = rate(episodes, numbers, step, cfg)
+        samples = rate(episodes, numbers, step, cfg, self.judge)
+        judged = self.judge.figures() if self.judge else {}
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
@@ -427,6 +433,7 @@ class Run:
         return {
             **rolled,
             **advantages,
+            **judged,
             **learned,
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
@@ -523,7 +530,8 @@ class Run:
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
         self.count_searches()
-        self.dir.log(entry | {"seconds/evaluation": time.monotonic() - started})
+        judged = self.judge.figures() if self.judge else {}
+        self.dir.log(entry | judged | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"eval-{step:06d}.jsonl", records)
         reward, best = entry["greedy"]["all"]["reward"], self.state["best"]["reward"]
@@ -566,7 +574,9 @@ def progress(metrics: dict) -> str:
 
 
 def main() -> None:
-    run = Run(*parse(sys.argv[1:], Config, toy.Recipe))
+    from analysis.judge import JudgeOptions
+
+    run = Run(*parse(sys.argv[1:], Config, toy.Recipe, JudgeOptions))
     try:
         run.loop()
     except Stopper.Stopped:

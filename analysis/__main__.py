@@ -60,11 +60,11 @@ def _compare(argv):
 
 
 def _judge(argv):
-    from analysis.judge import JudgeOptions, judge, judges_table
+    from analysis.judge import JudgesOptions, judge, judges_table
     from analysis.results import questions_of, read_results
     from data import write_jsonl
 
-    (path,), options = _read("judge RESULTS", argv, JudgeOptions)
+    (path,), options = _read("judge RESULTS", argv, JudgesOptions)
     with lock(path):
         header, records = read_results(path)
         records, missing = judge(records, questions_of(path, header, records), options, progress=True)

@@ -11,14 +11,14 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from config import Config
-from data import Stop, Usage
+from data import Usage
 from tools import TOOLS, allowed_calls, offered, title
 
 RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
 
 
 def verdict(record: dict, judge: str = "") -> bool | None:
-    """Was the conversation right: by the match that rewards it, or by a judge. None: aborted, or not judged."""
+    """Was the conversation right: by what rewards it, or by a judge. None: aborted, or not judged."""
     if record["stop"] == "aborted":
         return None
     return record.get("judged", {}).get(judge) if judge else record["correct"]
@@ -90,7 +90,7 @@ def several(records: list[dict], judge: str = "") -> dict:
 
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
     """Figures of each data_source, and over all of them under "all". Aborted conversations are counted, and left out
-    of the shares."""
+    of the shares, as are those without the verdict that was to reward them."""
     by_source = defaultdict(list)
     for r in records:
         by_source[r["data_source"]].append(r)
@@ -98,7 +98,7 @@ def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
 
 
 def _figures(records, cfg):
-    done = [r for r in records if r["stop"] != Stop.ABORTED.value]
+    done = [r for r in records if verdict(r) is not None]
     n = max(len(done), 1)
     called = [Counter(call["tool"] for call in r["calls"]) for r in done]
     calls = [call for r in records for call in r["calls"]]

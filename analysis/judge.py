@@ -1,6 +1,7 @@
 """Second opinions on answers: the reward's matches, and a language model that sees the picture.
 
     python -m analysis judge RESULTS --judges em em_unicode llm --judge_url http://localhost:8000/v1
+    python train.py --reward judge --judge_url http://localhost:8000/v1      # the language model rewards, too
 
 The llm judge is any OpenAI-compatible chat endpoint, asked at temperature 0 (if it takes that) for yes or no
 (MMSearch-R1's authors: GPT-4o). Its key, JUDGE_API_KEY in the environment, goes nowhere but into the request's header.
@@ -13,11 +14,12 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,14 +27,14 @@ from tqdm import tqdm
 import reward
 from analysis import picture_url
 from analysis.figures import accuracy, aligned, by_question, interval
-from config import InputError, Options, check_url, option
-from data import Question
+from chat import Episode
+from config import Config, InputError, Options, check_url, option
+from data import Question, Stop
 from search.calls import Failure
 from search.text import clean
 from search.web import Client, Job, Limit, key_of
 
 KEY = "JUDGE_API_KEY"  # in the environment
-CONCURRENCY = 8  # questions to the llm judge at once
 TIMEOUT = 60.0  # seconds of silence before a question is asked again
 PATIENCE = 600.0  # seconds for a verdict in all
 RETRIES, PAUSE = 5, 0.5  # attempts beyond the first; seconds before the second, about (they double)
@@ -55,20 +57,28 @@ answer, contradicts it, hedges between several answers, or gives none. Say one w
 
 @dataclass(frozen=True)
 class JudgeOptions(Options):
-    """Second opinions on answers."""
+    """The llm judge."""
 
-    judges: tuple[str, ...] = option((), "second opinions on the answers", JUDGES)
-    judge_url: str = option("https://api.openai.com/v1", "OpenAI-compatible endpoint of the llm judge (JUDGE_API_KEY)")
-    judge_model: str = option("gpt-4o", "the llm judge")
-    judge_cache: str = option("runs/judge.sqlite", "verdicts of the llm judge, so that none is paid for twice")
+    judge_url: str = option("https://api.openai.com/v1", "its OpenAI-compatible URL (JUDGE_API_KEY)", marks="resume")
+    judge_model: str = option("gpt-4o", "the model there")
+    judge_pictures: bool = option(True, "show it the picture; false: for models that only read")
+    judge_cache: str = option("runs/judge.sqlite", "its verdicts, so that none is paid for twice", marks="resume")
+    judge_threads: int = option(8, "verdicts at once (of a rank)", "above 0", marks="resume")
 
     def __post_init__(self):
         super().__post_init__()
         check_url("judge_url", self.judge_url, required=True)
 
 
+@dataclass(frozen=True)
+class JudgesOptions(JudgeOptions):
+    """Second opinions on answers."""
+
+    judges: tuple[str, ...] = option((), "second opinions on the answers", JUDGES)
+
+
 def judge(
-    records: list[dict], questions: dict[str, Question], options: JudgeOptions, progress: bool = False
+    records: list[dict], questions: dict[str, Question], options: JudgesOptions, progress: bool = False
 ) -> tuple[list[dict], Counter]:
     """The records, each with `judged`: {judge: True, False or None (missing)} for each of options.judges, in their
     order; and why judgings are missing: reason -> how many. questions: by id, for their pictures. Aborted
@@ -80,22 +90,18 @@ def judge(
             for r in done:
                 r["judged"][name] = reward.MATCHES[name](r["answer"], r["answers"])
             continue
-        asked = dict.fromkeys(_asked(r) for r in done)  # equal responses are asked about once
-        with closing(LLMJudge(options)) as llm, ThreadPoolExecutor(CONCURRENCY) as pool:
-            verdicts = pool.map(lambda id, said: llm.verdict(questions[id], said), *zip(*asked, strict=True))
-            verdicts = tqdm(verdicts, "judging", len(asked), leave=False, disable=not progress)
-            answers = dict(zip(asked, verdicts, strict=True))
-        for r in done:
-            r["judged"][name], why = answers[_asked(r)]
-            missing.update([why] if why else [])
+        with closing(LLMJudge(options)) as llm:
+            asked = [llm.ask(questions[r["question_id"]], _response(r)) for r in done]
+            for r, verdict in zip(done, tqdm(asked, "judging", leave=False, disable=not progress), strict=True):
+                r["judged"][name], why = verdict.get()
+                missing.update([why] if why else [])
     return judged, missing
 
 
-def _asked(record):
-    """(question id, what is judged: the answer, or the last turn if it holds none)."""
+def _response(record):
+    """What is judged: the answer, or the last turn if it holds none."""
     said = [turn["text"] for turn in record["turns"] if turn["role"] == "model"]
-    response = record["answer"] if record["answer"] is not None else said[-1] if said else ""
-    return record["question_id"], response[-MAX_TEXT:]
+    return record["answer"] if record["answer"] is not None else said[-1] if said else ""
 
 
 def judges_table(records: list[dict], missing: Counter) -> str:
@@ -125,12 +131,12 @@ def agreement(records: list[dict]) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 class LLMJudge:
-    """Asks for verdicts over HTTP; `verdict` may be called from many threads. Close it at the end."""
+    """Asks for verdicts over HTTP, on threads. Close it at the end."""
 
     def __init__(self, options: JudgeOptions):
         """Raises InputError if the endpoint is not there or refuses the key: before the work, not after it."""
-        self.url, self.model = options.judge_url.rstrip("/"), options.judge_model
-        self.client = Client("judge", Limit(CONCURRENCY), key=key_of(KEY))
+        self.url, self.options = options.judge_url.rstrip("/"), options
+        self.client = Client("judge", Limit(options.judge_threads), key=key_of(KEY))
         self.client.read_timeout, self.client.retries, self.client.pause = TIMEOUT, RETRIES, PAUSE
         try:
             self.client.fetch_json(f"{self.url}/models", Job(TIMEOUT))
@@ -147,34 +153,103 @@ class LLMJudge:
             self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
-        self.lock, self.reasons = threading.Lock(), {}
+        self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()
+        self.asked: dict[tuple, AsyncResult] = {}
+        self.pool = ThreadPool(options.judge_threads)  # of daemons: a judge that hangs keeps no program from ending
+
+    def ask(self, question: Question, response: str) -> AsyncResult:
+        """`verdict`, on a thread. What is in `asked` is not asked again."""
+        what = question.text, question.answers, question.images, response[-MAX_TEXT:]
+        if what not in self.asked:
+            self.asked[what] = self.pool.apply_async(self.verdict, (question, response[-MAX_TEXT:]))
+        return self.asked[what]
 
     def verdict(self, question: Question, response: str) -> tuple[bool | None, str]:
         """(True or False, "") or (None, why not)."""
         material = {"question": question.text, "accepted answers": list(question.answers), "response": response}
         text = PROMPT.replace("{material}", json.dumps(material, ensure_ascii=False, indent=1))
-        pictures = [hashlib.sha256(image).hexdigest() for image in question.images]
-        key = hashlib.sha256(json.dumps([self.model, SIDE, text, pictures]).encode()).hexdigest()
-        with self.lock:
-            found = self.db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
-        if found:
-            return bool(found[0]), ""
-        urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in question.images]
-        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+        model, images = self.options.judge_model, question.images if self.options.judge_pictures else ()
+        pictures = [hashlib.sha256(image).hexdigest() for image in images]
+        key = hashlib.sha256(json.dumps([model, SIDE, text, pictures]).encode()).hexdigest()
+        job = Job(PATIENCE)
         try:
-            said = self.client.chat(self.url, Job(PATIENCE), self.model, content, temperature=0)
+            with self.lock:
+                found = self.db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
+            if found:
+                return bool(found[0]), ""
+            urls = [picture_url(image, SIDE, "jpeg", quality=90) for image in images]
+            shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            said = self.client.chat(self.url, job, model, [*shown, {"type": "text", "text": text}], temperature=0)
+            job.add(calls=1)
+            right = verdict_in(said)
+            if right is None:
+                return None, "neither yes nor no"
+            row = (key, int(right), model, clean(said, 200))
+            with self.lock:
+                self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
+            return right, ""
         except Failure as failure:
             return None, self.reasons.setdefault(failure.reason, failure.said)  # in the words of the first like it
-        right = verdict_in(said)
-        if right is None:
-            return None, "neither yes nor no"
-        row = (key, int(right), self.model, clean(said, 200))
-        with self.lock:
-            self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
-        return right, ""
+        except sqlite3.Error as error:
+            return None, f"{self.options.judge_cache}: {error}"
+        finally:
+            with self.lock:
+                self.used.update(calls=job.used["calls"], tokens=job.used["tokens"])
 
     def close(self):
+        self.pool.terminate()
         self.db.close()
+
+
+class JudgedReward:
+    """The reward of `train.py --reward judge`: that of `score_episode`, but the llm judge decides where an answer does
+    not match. It is asked when a conversation ends, while others go on."""
+
+    def __init__(self, options: JudgeOptions, cfg: Config):
+        self.llm, self.cfg = LLMJudge(options), cfg
+        self.counts, self.missing, self.waited = Counter(), Counter(), 0.0
+
+    def ask(self, episode: Episode) -> AsyncResult | None:
+        """Ask for a verdict; None where none is needed: the answer matches, or there is none."""
+        matched = reward.score_episode(episode, self.cfg)
+        if episode.stop == Stop.ABORTED or matched.correct or not matched.answer:
+            return None
+        return self.llm.ask(episode.question, matched.answer)
+
+    def wait(self) -> None:
+        """Until all that was asked is judged, or cannot be, but no longer than PATIENCE."""
+        started = time.monotonic()
+        for asked in self.llm.asked.values():
+            asked.wait(started + PATIENCE - time.monotonic())
+        self.waited += time.monotonic() - started
+
+    def score(self, episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
+        """As `score_episode`, by the verdict; without one, neither right nor rewarded."""
+        asked = self.ask(episode)
+        if asked is None:
+            return reward.score_episode(episode, cfg, penalty)
+        right, why = asked.get() if asked.ready() else (None, "no verdict in time")
+        self.counts.update(asked=1, right=bool(right), missing=right is None)
+        self.missing.update([why] if why else [])
+        earned = reward.score_episode(episode, cfg, penalty, correct=right)
+        return earned if right is not None else replace(earned, correct=None, reward=None)
+
+    def figures(self) -> dict[str, float]:
+        """What was asked since the last call, over all ranks, and the seconds that this one waited with nothing else to
+        do. All ranks must call it. Raises SearchDown, on all of them, if most verdicts are missing."""
+        from policy import all_gather
+        from rollout import stop_if_most_failed
+
+        totals, reasons = Counter(), Counter()
+        for counts, missing in all_gather([(self.counts + self.llm.used, self.missing)]):
+            totals.update(counts)
+            reasons.update(missing)
+        stop_if_most_failed("verdicts", totals["asked"], reasons)
+        found = {f"judge/{name}": totals[name] for name in ("asked", "right", "missing", "calls", "tokens")}
+        found["seconds/judge"] = self.waited
+        self.counts, self.missing, self.waited = Counter(), Counter(), 0.0
+        self.llm.used, self.llm.asked = Counter(), {}  # what is missing is asked for again
+        return found
 
 
 def verdict_in(said: str) -> bool | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import toy
 from analysis import picture_url
+from analysis.judge import JudgeOptions
 from analysis.results import CONVERSATION, checked, questions_about, read_log
 from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
 from data import Call, Question, picture_key, to_json
@@ -70,7 +71,7 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
     if pictures.left_out:
         notes.append(f"{pictures.left_out} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
     page = dict(runs=parts, conversations=conversations, pictures=pictures.urls, notes=notes)
-    page |= dict(defaults=as_dict(Config(), toy.Recipe()), tools=list(TOOLS))
+    page |= dict(defaults=as_dict(Config(), toy.Recipe(), JudgeOptions()), tools=list(TOOLS))
     out = Path(options.out or runs[0] / "report.html")
     with replacing(out) as temporary:
         temporary.write_text(fill_template(page), encoding="utf-8")
@@ -117,7 +118,7 @@ def read_conversations(folder: Path, limit: int) -> tuple[list[dict], int]:
 
 def reward_parts(record: dict, format_weight: float) -> dict[str, float] | None:
     """The reward as a sum: what the right answer earned, what searching cost of it, what the format earned. Computed
-    from the reward itself, so that it also holds under a ramped penalty. None for an aborted conversation."""
+    from the reward itself, so that it also holds under a ramped penalty. None for one that is aborted or not judged."""
     if record["reward"] is None:
         return None
     right, form = (1 - format_weight) * record["correct"], format_weight * record["format_ok"]

@@ -42,11 +42,12 @@ CALL = {
 }  # fmt: skip
 CONVERSATION = {
     "question_id": str, "sample": int, "data_source": str, "question": str, "answers": [str], "pictures": ([str],),
-    "turns": [{"role": str, "text": str}], "calls": [CALL], "answer": (str,), "stop": str, "correct": bool,
+    "turns": [{"role": str, "text": str}], "calls": [CALL], "answer": (str,), "stop": str, "correct": (bool,),
     "format_ok": bool, "reward": (float,), "tokens": (int,), "sampled_tokens": (int,), "judged": ({...: (bool,)},),
     "images": ([str],), "mode": (str,), "advantage": (float,), "logp_gap": (float,),
 }  # fmt: skip
 HEADER = {"config": {"mode": (str,), "files": ([str],)}}
+UNJUDGED = {"reward": None, "correct": None}  # the judge's verdict, which was to reward it, is missing
 LOGGED = {"step": int, "phase": str, "greedy": ({...: {...: object}},), "sampled": ({...: {...: object}},)}
 
 
@@ -62,8 +63,9 @@ def check(value, form, where: str, field: str = "") -> None:
     elif isinstance(form, dict) and isinstance(value, dict):
         for name, f in (dict.fromkeys(value, form[...]) if ... in form else form).items():
             check(value.get(name), f, where, f"{field}.{name}".lstrip("."))
-        if form is CONVERSATION and value["stop"] != "aborted":
+        if form is CONVERSATION and value["stop"] != "aborted" and not UNJUDGED.items() <= value.items():
             check(value.get("reward"), float, where, "reward")
+            check(value.get("correct"), bool, where, "correct")
     elif form is float:
         sound = isinstance(value, int | float) and abs(value) < 1e100
     else:

@@ -19,7 +19,7 @@ import tools
 import toy
 from analysis.compare import CompareOptions
 from analysis.curves import CurvesOptions
-from analysis.judge import JudgeOptions
+from analysis.judge import JudgeOptions, JudgesOptions
 from analysis.labels import LabelOptions
 from analysis.plan import PlanOptions
 from analysis.report import ReportOptions
@@ -30,7 +30,7 @@ from search.service import SearchServer
 
 COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
 KINDS = (
-    Config, EvalOptions, toy.Recipe, JudgeOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
+    Config, EvalOptions, toy.Recipe, JudgesOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
     CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
 )  # fmt: skip
 FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -167,7 +167,7 @@ def test_several_kinds_of_options_from_one_command_line():
     assert (cfg, options, recipe) == (Config(steps=4), EvalOptions(samples=2), toy.Recipe(toy_seed=3))
     assert "--samples" in refused("--samples=2") and "--steps" in refused("--steps=2", kind=EvalOptions)
     names = [field.name for kind in (Config, EvalOptions, toy.Recipe) for field in dataclasses.fields(kind)]
-    assert len(names) == len(set(names)) and len(dataclasses.fields(Config)) <= 90
+    assert len(names) == len(set(names)) and len(dataclasses.fields(Config)) <= 91
     values = config.as_dict(cfg, options, recipe)
     assert values.keys() == set(names) and from_dict(Config, values) == cfg and from_dict(toy.Recipe, values) == recipe
 
@@ -268,7 +268,8 @@ POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
     "tensor_parallel tool_threads updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm "
-    "max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps gpu_memory search_deadline samples count"
+    "max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps gpu_memory search_deadline samples count "
+    "judge_threads"
 ).split()
 SHARES = "search_penalty format_weight clip_low balance sft_min_reward".split()
 
@@ -337,6 +338,8 @@ def limits(**values):
     ("deterministic web", Config, dict(deterministic=True, search="live")),
     ("deterministic web", Config, dict(deterministic=True, search="record", search_cache="c")),
     ("deterministic web", Config, dict(deterministic=True, search_url="http://host:1")),
+    ("deterministic match judge", Config, dict(deterministic=True, reward="judge")),
+    ("sft match judge", Config, dict(loss="sft", reward="judge")),
     ("search_deadline million", Config, dict(search_deadline=1.1e6)),
     ("rollout_deadline million", Config, dict(rollout_deadline=10**18)),
     ("lr 2**63", Config, dict(lr=10**400)),
@@ -344,10 +347,10 @@ def limits(**values):
     ("tool_limits nonsense", Config, dict(tool_limits=("nonsense",))),
     ("tool_results crop=x", Config, dict(tool_results=("image_search=1", "crop=x"))),
     ("search_index", needs_index, dict(preset="qwen2.5-vl-7b")),
-    ("judges em llm", JudgeOptions, dict(judges=("em", "gpt"))),
-    ("judge_url", JudgeOptions, dict(judge_url="ftp://judge/v1")),
-    ("judge_url password", JudgeOptions, dict(judge_url="https://me:secret@judge/v1")),
-    ("judge_url", JudgeOptions, dict(judge_url="")),
+    ("judges em llm", JudgesOptions, dict(judges=("em", "gpt"))),
+    ("judge_url", JudgesOptions, dict(judge_url="ftp://judge/v1")),
+    ("judge_url password", JudgesOptions, dict(judge_url="https://me:secret@judge/v1")),
+    ("judge_url", JudgesOptions, dict(judge_url="")),
     ("record search_cache", Config, dict(search="record")),
     ("replay search_cache", Config, dict(search="replay")),
     ("reader_url", Config, dict(reader_url="")),
@@ -411,15 +414,16 @@ def test_limits_and_results_of_tools():
 @pytest.mark.parametrize("mark, names", [
     ("resume", "resume accept_changes overwrite run_dir steps save_every keep_last eval_every val_limit "
                "threads deterministic concurrency tool_threads rollout_deadline log search search_cache search_url "
-               "search_budget search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir"),
+               "search_budget search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir "
+               "judge_url judge_cache judge_threads"),
     ("neutral", "run_dir resume accept_changes overwrite threads log concurrency tool_threads toy_dir "
-                "search_url search_budget search_deadline image_host allow_hosts out"),
+                "search_url search_budget search_deadline image_host allow_hosts out reward"),
     ("model", "preset prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens dialect "
               "max_turns tool_limits tool_results max_tokens_per_turn max_result_tokens max_tokens"),
 ])  # fmt: skip
 def test_marks(mark, names):
     """What a resumed run may change, what an interrupted evaluation may continue with, what an export keeps."""
-    kinds = (Config, toy.Recipe) if mark == "resume" else (Config, EvalOptions, toy.Recipe)
+    kinds = (Config, toy.Recipe, JudgeOptions) if mark == "resume" else (Config, EvalOptions, toy.Recipe)
     assert marked(mark, *kinds) == set(names.split())
 
 

@@ -1,23 +1,37 @@
-"""Judges: the llm judge against a local server that speaks the chat completion format, with faults; agreement."""
+"""Judges: the llm judge against a local server that speaks the chat completion format, with faults; agreement; training
+that it rewards."""
 
 import base64
 import io
 import json
+import os
 import random
+import re
+import signal
 import sqlite3
 import threading
+import zlib
 from collections import Counter
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import question, replace
+import torch
+from conftest import SHORT_WORLD, on_two_ranks, question, replace
 from local_web import SUMMARIZER, LocalWeb, gzip_bomb
 from PIL import Image
 
-from analysis import judge
+import config
+import eval as evaluation
+import toy
+import train
+from analysis import figures, judge, report
+from analysis.results import read_results
+from chat import Chat
 from config import InputError
 from data import Question
+from rollout import Rollout, SearchDown, turn_seed
+from toy.lessons import ScriptedEngine
 
 SECRET = "sk-very-secret"
 
@@ -89,7 +103,7 @@ def serve(tmp_path, monkeypatch):
         server = Server(reply)
         servers.append(server)
         values = dict(judges=("em", "sub_em", "llm"), judge_url=server.url, judge_cache=str(tmp_path / "c.sqlite"))
-        return server, judge.JudgeOptions(**values, **changes)
+        return server, judge.JudgesOptions(**values, **changes)
 
     yield start
     for server in servers:
@@ -262,7 +276,7 @@ def test_passing_faults_are_got_over_by_many_at_once(serve, monkeypatch):
         return says("yes" if number % 2 else "no")
 
     server, options = serve(reply)
-    monkeypatch.setattr(judge, "CONCURRENCY", 4)
+    options = replace(options, judge_threads=4)
     order = random.Random(0).sample(range(300), 300)
     records, missing = run(options, [str(i) for i in order], [question(0)] * 300)
     assert [r["judged"]["llm"] for r in records] == [bool(i % 2) for i in order] and not missing
@@ -310,7 +324,7 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values, why):
     with pytest.raises(InputError, match=why) as error:
-        judge.JudgeOptions(**values)
+        judge.JudgesOptions(**values)
     assert "secret" not in str(error.value)
 
 
@@ -348,3 +362,276 @@ def test_agreement_and_the_table_against_a_recount():
     assert f"em and llm agree on {same} of {len(both)}" in table and f"not judged: HTTP 500 {60 - len(both)}" in table
     line = next(x for x in table.splitlines() if x.startswith("all") and "llm" in x)
     assert line.split()[1:5] == ["llm", str(len(both)), str(60 - len(both)), f"{right:.3f}"]
+
+
+# ------------------------------------------------------------------------------------------------ reward by the judge
+
+
+def variant(asked, sample):
+    """What a conversation of this question is: 0 right, 1 right in other words, 2 wrong, 3 without an answer."""
+    return (zlib.crc32(asked.id.encode()) + sample) % 4
+
+
+@pytest.fixture
+def trainer(world, serve, tmp_path, monkeypatch):
+    """trainer(reply, more options) -> (server, a run that is rewarded by it): 3 questions, 4 conversations each, of
+    every variant one."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+
+    def start(server, *more, run_dir="run", cache="c.sqlite"):
+        here = [*SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / run_dir}"]
+        size = ["--prompts_per_step=3", "--samples_per_prompt=4", "--val_limit=8", "--max_mismatch=1e9"]
+        size += ["--max_tokens=400", "--max_tokens_per_turn=80", "--steps=2", "--save_every=1", "--entropy_coef=0"]
+        judged = ["--reward=judge", f"--judge_url={server.url}", f"--judge_cache={tmp_path / cache}"]
+        whole = train.Run(*config.parse([*here, *size, *judged, *more], config.Config, toy.Recipe, judge.JudgeOptions))
+        about = {whole.chat.picture(q.images[0]).key: q for q in [*whole.train, *whole.val]}
+
+        def script(prompt, images, sampling):
+            asked = about[images[0].key]
+            places = [(step, sample) for step in range(4) for sample in range(4)]
+            sample = next(n for s, n in places if turn_seed(0, s, asked.id, n, 0) == sampling.seed)
+            said = [asked.answers[0], f"it is {asked.answers[0]}", "nobody"]
+            said = [f"<answer>{answer}</answer>" for answer in said] + ["no idea"]
+            return f"<reason>x</reason>{said[variant(asked, sample)]}"
+
+        whole.engine = whole.rollout.engine = ScriptedEngine(whole.chat, script)
+        whole.engine.load_weights = lambda named_tensors, version: [None for _ in named_tensors]  # on every rank
+        return whole
+
+    def begin(reply, *more, **how):
+        server, _ = serve(reply)
+        return server, start(server, *more, **how)
+
+    begin.again = start
+    return begin
+
+
+def fair(body, _=1):
+    """Right is what holds the accepted answer; a verdict takes 7 tokens."""
+    words = "yes" if asked(body)["accepted answers"][0] in asked(body)["response"] else "no"
+    reply = {"choices": [{"message": {"content": words}}], "usage": {"total_tokens": 7}}
+    return 200, {}, json.dumps(reply).encode()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def logged(run, phase):
+    return [line for line in read(run / "metrics.jsonl") if line["phase"] == phase]
+
+
+def advantages(rewards):
+    known = torch.tensor([r for r in rewards if r is not None], dtype=torch.float64)
+    return [None if r is None else float((r - known.mean()) / (known.std() + 1e-6)) for r in rewards]
+
+
+def test_training_is_rewarded_by_the_judge(trainer, tmp_path, capfd):
+    """In step and validation: a match is right unasked, no answer wrong unasked, and what is between is asked once."""
+    server, whole = trainer(fair)
+    whole.loop()
+    run, earned = tmp_path / "run", [1.0, 1.0, 0.1, 0.0]
+    numbers = {q.id: q for q in [*whole.train, *whole.val]}
+    for file in sorted((run / "rollouts").iterdir()):
+        for r in read(file):
+            kind = variant(numbers[r["question_id"]], r["sample"])
+            assert (r["reward"], r["correct"]) == (pytest.approx(earned[kind]), kind < 2), file
+    for number, metrics in enumerate(logged(run, "train")):
+        records = read(run / f"rollouts/step-{number:06d}.jsonl")
+        for start in range(0, 12, 4):
+            rewards = [r["reward"] for r in records[start : start + 4]]
+            found = [r["advantage"] for r in records[start : start + 4]]
+            assert found == pytest.approx(advantages(rewards), abs=1e-4)
+        counts = {name: metrics[f"judge/{name}"] for name in ("asked", "right", "missing", "calls", "tokens")}
+        assert counts == dict(asked=6, right=3, missing=0, calls=6, tokens=42)
+        assert metrics["accuracy"] == 0.5 and metrics["reward"] == pytest.approx(2.1 / 4)
+        assert 0 <= metrics["seconds/judge"] <= metrics["seconds/rollout"]
+    first = logged(run, "eval")[0]
+    right = sum(variant(q, 0) < 2 for q in whole.val)
+    assert first["greedy"]["all"]["accuracy"] == right / len(whole.val)
+    doubtful = sum(variant(q, 0) in (1, 2) for q in whole.val)
+    assert first["judge/asked"] == 2 * doubtful and first["judge/calls"] == doubtful > 0  # greedy, then sampled
+    materials = [json.dumps(asked(body)) for body in server.bodies]
+    assert len(materials) == len(set(materials)) and server.keys == {f"Bearer {SECRET}": len(materials)}
+    assert {asked(body)["response"].split()[0] for body in server.bodies} == {"it", "nobody"}
+    left = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    said = capfd.readouterr()
+    assert SECRET.encode() not in left and SECRET not in said.out + said.err
+    assert "the judge: at most 56 verdicts" in said.err  # 2 steps of 12, 4 validations of 8
+    config_file = json.loads((run / "config.json").read_text())
+    assert (config_file["judge_url"], config_file["judge_model"]) == (server.url, "gpt-4o")
+
+
+def test_a_missing_verdict_leaves_its_group_and_is_not_trained_on(trainer, tmp_path):
+    """The judge fails about one question's other words: neither right nor wrong, in step and in validation."""
+
+    def reply(body, _):
+        fails = asked(body)["response"] == f"it is {lost}" and not healthy
+        return (503, {}, b"busy") if fails else fair(body)
+
+    healthy = []
+    server, whole = trainer(reply, "--steps=1")
+    lost = train.questions_of_step(whole.train, 0, whole.cfg)[0].answers[0]
+    whole.step(0)
+    path = tmp_path / "run/rollouts/step-000000.jsonl"
+    records, metrics = read(path), whole.step(0)
+    gone = [r for r in records if r["reward"] is None]
+    assert gone and all(r["answer"] == f"it is {lost}" and r["correct"] is None for r in gone)
+    assert all(r["advantage"] is None and r["logp_gap"] is None for r in gone)
+    for start in range(0, 12, 4):
+        rewards = [r["reward"] for r in records[start : start + 4]]
+        found = [r["advantage"] for r in records[start : start + 4]]
+        assert found == pytest.approx(advantages(rewards), abs=1e-4)
+    kept = [r["reward"] for r in records if r["reward"] is not None]
+    assert metrics["reward"] == pytest.approx(sum(kept) / len(kept)) and len(kept) == 12 - len(gone)
+    assert metrics["judge/missing"] == len(gone) and metrics["judge/asked"] == 6 and metrics["judge/calls"] == 0
+    summary = figures.summarize(read_results(path)[1], whole.cfg)["all"]
+    assert summary["n"] == len(kept) and summary["reward"] == pytest.approx(metrics["reward"])
+    assert "not judged" in report.render([tmp_path / "run"], report.ReportOptions()).read_text()
+    healthy.append(True)  # a verdict that was missing is asked for again
+    metrics = whole.step(0)
+    assert (metrics["judge/missing"], metrics["judge/calls"]) == (0, len(gone))
+
+
+def main_of(monkeypatch, whole):
+    """train.main with a run that is there already: what it exits with."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr("sys.argv", ["train.py"])
+        patch.setattr(train, "Run", lambda *_: whole)
+        train.main()
+    whole.dir.lock.close()
+    return str(exit.value)
+
+
+@pytest.mark.parametrize("how", ["503", "hangs"])
+def test_a_run_stops_when_most_verdicts_are_missing_and_resumes_without_asking_twice(
+    trainer, tmp_path, monkeypatch, how
+):
+    """The judge goes down in the second step."""
+    failing, end = [], threading.Event()
+
+    def reply(body, count):
+        if not failing:
+            return fair(body)
+        return (503, {}, f"busy with {SECRET}".encode()) if how == "503" else end.wait(60) and None
+
+    server, whole = trainer(reply, "--eval_every=0")
+    step = whole.step
+
+    def then_down(number):
+        failing.extend([True] * (number == 1))
+        monkeypatch.setattr(judge, "PATIENCE", 600.0 if how == "503" or number == 0 else 1.0)
+        return step(number)
+
+    whole.step = then_down
+    message = main_of(monkeypatch, whole)
+    why = r"HTTP 503: busy with \*{3} 6" if how == "503" else ".*no verdict in time \d.*"
+    assert re.fullmatch(rf"error: step 1: 6 of 6 verdicts failed \({why}\); --resume auto .*", message)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    assert len(logged(tmp_path / "run", "train")) == 1
+    end.set()
+    whole.judge.llm.pool.terminate()  # as the end of the process would
+    whole.judge.llm.pool.join()
+    failing.clear()
+    monkeypatch.setattr(judge, "PATIENCE", 600.0)
+    paid = [json.dumps(asked(body)) for body in server.bodies]
+    again = trainer.again(server, "--eval_every=0", "--resume=auto")
+    again.loop()
+    new = [json.dumps(asked(body)) for body in server.bodies[len(paid) :]]
+    assert len(new) == len(set(new)) and len(logged(tmp_path / "run", "train")) == 2
+    before = len(server.bodies)
+    branch = trainer.again(server, f"--resume={tmp_path / 'run/checkpoints/step-000001'}", run_dir="branch")
+    branch.loop()
+    assert len(server.bodies) == before  # a step that is made again is not paid again
+    one, two = logged(tmp_path / "run", "train")[1], logged(tmp_path / "branch", "train")[0]
+    accounts = ("seconds/", "tokens_per", "memory", "judge/calls", "judge/tokens")
+    assert {k: v for k, v in one.items() if not k.startswith(accounts)} == {
+        k: v for k, v in two.items() if not k.startswith(accounts)
+    }
+    assert two["judge/asked"] == 6 and two["judge/calls"] == two["judge/tokens"] == 0
+
+
+def test_the_engine_goes_on_while_the_judge_thinks(trainer):
+    """One conversation at a time, and no verdict before the last has begun."""
+    begun, last, seen = [], threading.Event(), []
+
+    def reply(body, _):
+        seen.append(last.wait(60))
+        return fair(body)
+
+    _, whole = trainer(reply, "--concurrency=1")
+    submit = whole.engine.submit
+
+    def counted(*request):
+        begun.append(request)
+        if len(begun) == 12:
+            last.set()
+        submit(*request)
+
+    whole.engine.submit = counted
+    episodes = whole.roll_out(train.questions_of_step(whole.train, 0, whole.cfg), 0)
+    assert len(episodes) == 12 and seen == [True] * 6
+    assert all(verdict.ready() for verdict in whole.judge.llm.asked.values())  # a rollout ends with its verdicts
+
+
+def test_a_judge_that_only_reads_is_shown_no_picture(serve):
+    server, options = serve(lambda *_: says("no"))
+    run(options, ["bako"])
+    run(replace(options, judge_pictures=False), ["bako"])
+    kinds = [[part["type"] for part in body["messages"][0]["content"]] for body in server.bodies]
+    assert kinds == [["image_url", "text"], ["text"]]  # and one's verdict is not the other's
+
+
+def test_a_cache_that_cannot_be_written_is_a_missing_verdict(serve):
+    server, options = serve(lambda *_: says("yes"))
+    with closing(judge.LLMJudge(options)) as llm:
+        llm.db.execute("PRAGMA query_only = ON")
+        right, why = llm.ask(question(0), "tilo").get(30)
+    assert right is None and why.startswith(options.judge_cache) and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(("where", "code"), [("train", 2), ("eval", 2)])
+def test_what_is_wrong_is_said_before_the_work(world, serve, tmp_path, monkeypatch, capfd, where, code):
+    server, _ = serve(lambda *_: says("yes"))
+    server.models = (401, {}, b"who are you?")
+    here = [*SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / 'run'}"]
+    here += ["--reward=judge"] + [f"--judge_url={server.url}"] * (where == "train")
+    monkeypatch.setattr("sys.argv", [f"{where}.py", *here])
+    with pytest.raises(SystemExit) as exit:
+        config.run_main({"train": train, "eval": evaluation}[where].main)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    words = {"train": "refuses the key in JUDGE_API_KEY", "eval": "python -m analysis judge"}[where]
+    assert exit.value.code == code and len(lines) == 1 and words in lines[0] and SECRET not in lines[0]
+
+
+def two_ranks_worker(rank, store, folder, results):
+    """Rank 0's verdicts are missing, rank 1's are not; each opens the cache at the same time."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    cfg = config.Config(threads=1, max_tokens_per_turn=60, reward="judge")
+    options = judge.JudgeOptions(judge_url=os.environ["JUDGE_URL"], judge_cache=f"{store}.sqlite")
+    judge.RETRIES = 0
+    chat, judged, said = Chat(folder, cfg), judge.JudgedReward(options, cfg), []
+    for count in (2, 6):  # of rank 0
+        questions = [question(10 * count + i) for i in range(count if rank == 0 else 4)]
+        answers = iter([f"{'lost' if rank == 0 else 'bako it is'} {i}" for i in range(9)])
+        engine = ScriptedEngine(chat, lambda *_, a=answers: f"<reason> x</reason><answer>{next(a)}</answer>")
+        episodes = Rollout(engine, None, chat, cfg, judge=judged).run(questions)
+        scores = [judged.score(e, cfg) for e in episodes]
+        assert [s.correct for s in scores] == [None if rank == 0 else True] * len(scores)
+        try:
+            said.append(judged.figures() | {"seconds/judge": 0})
+        except SearchDown as error:
+            said.append(str(error))
+    results.put((rank, said))
+    dist.destroy_process_group()
+
+
+def test_ranks_count_their_verdicts_together_and_stop_together(folder, serve, tmp_path, monkeypatch):
+    server, _ = serve(lambda body, _: (500, {}, b"") if asked(body)["response"].startswith("lost") else fair(body))
+    monkeypatch.setenv("JUDGE_URL", server.url)
+    (_, first), (_, second) = on_two_ranks(two_ranks_worker, folder, tmp_path)
+    assert first == second and first[0]["judge/asked"] == 6 and first[0]["judge/missing"] == 2
+    assert first[0]["judge/right"] == first[0]["judge/calls"] == 4 and first[0]["judge/tokens"] == 28
+    assert first[1] == "6 of 10 verdicts failed (HTTP 500 6)"

@@ -23,6 +23,7 @@ import toy
 from analysis import report
 from analysis.__main__ import main
 from analysis.figures import summarize
+from analysis.judge import JudgeOptions
 from analysis.report import ReportOptions
 from chat import Chat
 from config import InputError
@@ -94,7 +95,7 @@ def hostile(folder, tmp_path_factory):
             records.append(record(episode, score_episode(episode, cfg)))
     records[2]["calls"].append(CROP)
     (place / "run" / "rollouts").mkdir(parents=True)
-    config.save(place / "run" / "config.json", cfg, toy.Recipe())
+    config.save(place / "run" / "config.json", cfg, toy.Recipe(), JudgeOptions())
     trained = [{**r, "advantage": r["sample"] - 2.5, "logp_gap": 0.0012} for r in records]
     log = []
     for step in (0, 1):

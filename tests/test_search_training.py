@@ -22,6 +22,7 @@ import tools
 import toy
 import train
 from analysis import figures
+from analysis.judge import JudgeOptions
 from chat import Chat, Episode
 from data import Call, Hit, Result, Usage
 from rollout import run
@@ -77,7 +78,7 @@ def live_run(world, server, tmp_path, monkeypatch, *more):
         "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900", "--max_mismatch=1e9",
         "--tool_results", "image_search=1", "text_search=1", *options_of(settings(server)), *more,
     ]  # fmt: skip
-    whole = train.Run(*config.parse(arguments, config.Config, toy.Recipe))
+    whole = train.Run(*config.parse(arguments, config.Config, toy.Recipe, JudgeOptions))
     whole.engine = whole.rollout.engine = Talker(whole.chat, [*whole.train, *whole.val])
     return whole
 
@@ -137,7 +138,7 @@ def test_a_run_stops_when_most_searches_fail_and_can_be_resumed(world, tmp_path,
 
         whole.step = then_down
         monkeypatch.setattr(sys, "argv", ["train.py"])
-        monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
+        monkeypatch.setattr(train, "Run", lambda *_: whole)
         with pytest.raises(SystemExit) as exit:
             train.main()
         whole.dir.lock.close()

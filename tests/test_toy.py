@@ -22,6 +22,7 @@ import eval as evaluation
 import tools
 import toy
 import train
+from analysis.judge import JudgeOptions
 from chat import Chat
 from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
@@ -289,7 +290,7 @@ def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp
     here = [*SHORT_WORLD, f"--toy_dir={recipe.toy_dir}", "--threads=1"]
     run_dir = tmp_path / "run"
     argv = ["--preset=toy-crop", *here, *SHORT_RUN, "--max_turns=3", "--steps=2", f"--run_dir={run_dir}"]
-    train.Run(*parse(argv, Config, Recipe)).loop()
+    train.Run(*parse(argv, Config, Recipe, JudgeOptions)).loop()
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
     exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)

@@ -36,6 +36,7 @@ import toy
 import train
 from analysis import imitation, results
 from analysis.__main__ import main as analysis_main
+from analysis.judge import JudgeOptions
 from chat import Chat
 from config import InputError
 from data import Hit, Result, Stop, load_questions, read_jsonl, write_questions
@@ -55,7 +56,7 @@ def arguments(world):
 
 def parsed(arguments):
     """The options of train.py."""
-    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe)
+    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe, JudgeOptions)
 
 
 def started(monkeypatch, *arguments):
@@ -69,7 +70,7 @@ def started(monkeypatch, *arguments):
 def main_with(monkeypatch, whole):
     """train.main, with a run that is there already."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(train, "Run", lambda cfg, recipe: whole)
+    monkeypatch.setattr(train, "Run", lambda *_: whole)
     train.main()
 
 
@@ -803,7 +804,7 @@ def test_which_conversations_train(arguments, monkeypatch):
 
     def of(*changes):
         """({number: advantage} of those that are compared, the numbers of those that are trained on)"""
-        cfg, _ = parsed([*arguments, *changes])
+        cfg, *_ = parsed([*arguments, *changes])
         samples.extend(train.rate(episodes, {str(n): n for n in range(4)}, 0, cfg))
         kept = train.trained(samples[-12:], cfg)
         rated = {i: s.advantage for i, s in enumerate(samples[-12:]) if s.advantage is not None}
@@ -845,7 +846,7 @@ def test_kinds_of_advantages_against_plain_loops(arguments, device):
         scores.append(reward.Score(0.9 * r * 0.7**n + 0.1 * w, bool(r), bool(w), n, "x"))
 
     def of(*changes):
-        cfg, _ = parsed([*arguments, "--search_penalty=0.3", *changes])
+        cfg = parsed([*arguments, "--search_penalty=0.3", *changes])[0]
         return train.advantages(scores, groups, 0.3, cfg).tolist()
 
     def by_group(values):
@@ -876,7 +877,7 @@ def test_kinds_of_advantages_against_plain_loops(arguments, device):
 
 @pytest.mark.parametrize("advantage", ["bn_grpo", "gdpo"])
 def test_a_step_without_a_signal_is_no_division_by_nothing(arguments, device, advantage):
-    cfg, _ = parsed([*arguments, f"--advantage={advantage}"])
+    cfg = parsed([*arguments, f"--advantage={advantage}"])[0]
     assert train.advantages([], [], 0.1, cfg).tolist() == []
     assert train.advantages([reward.Score(1.0, True, True, 0, "x")] * 3, [1, 1, 2], 0.1, cfg).tolist() == [0.0] * 3
 
@@ -1270,6 +1271,6 @@ def test_fewer_questions_than_updates_are_refused(world, tmp_path):
     path = tmp_path / "one.parquet"
     write_questions(path, [question()], {})
     argv = ["--threads=1", f"--toy_dir={recipe.toy_dir}", *SHORT_WORLD, f"--run_dir={tmp_path / 'run'}"]
-    options = config.parse([*argv, f"--train_files={path}", "--updates_per_step=2"], config.Config, toy.Recipe)
+    options = parsed([*argv, f"--train_files={path}", "--updates_per_step=2"])
     with pytest.raises(InputError, match="updates_per_step=2, but there are only 1 questions"):
         train.Run(*options)
