@@ -12,10 +12,11 @@ tensor-parallel vLLM, the first of them has the conversations and the others rep
 import dataclasses
 import hashlib
 import itertools
+import random
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Generator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,7 @@ from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
 from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
 from engines import Reply, Sampling
-from policy import all_gather, all_sum
+from policy import all_gather, all_max, all_sum
 from reward import Score, record, score_episode
 from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool
 
@@ -162,12 +163,14 @@ class Rollout:
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
     def run(
-        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None
+        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None, refill=None
     ) -> list[Episode]:
         """`samples` conversations about each question; episodes come back question by question, sample by sample.
 
         mode: agent (tools on demand), direct (one turn, no tool is offered), pipeline (always both searches).
-        progress(episode) is called at the end of each conversation. Ranks that follow another's engine get none.
+        progress(episode) is called at the end of each conversation; refill(episodes) when all about a question have
+        ended, in time: the further question that it returns, or None, is asked in the same rollout, and its episodes
+        come after the others. Ranks that follow another's engine get none.
         """
         if self.group and dist.get_rank(self.group):
             self._follow()
@@ -178,11 +181,11 @@ class Rollout:
         if mode == "direct":
             cfg = replace(cfg, max_turns=1)
             talk = partial(converse, template=self.chat.template(FIRST_PROMPTS[mode]))
-        self.conversations = []
+        self.talk = partial(talk, chat=self.chat, cfg=cfg, step=step, temperature=temperature)
+        self.conversations, self.waiting, self.samples, self.refill = [], deque(), samples, refill
+        self.ended: dict[str, list[Episode]] = defaultdict(list)  # by question
         for question in questions:
-            for sample in range(samples):
-                conversation = talk(question, self.chat, cfg, sample=sample, step=step, temperature=temperature)
-                self.conversations.append((question, conversation))
+            self._ask(question)
         self.generating: dict[str, int] = {}
         self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
@@ -198,14 +201,19 @@ class Rollout:
                 dist.broadcast_object_list([None], group_src=0, group=self.group)  # the others leave `_follow`
         return [self.episodes[index] for index in range(len(self.conversations))]
 
+    def _ask(self, question):
+        """Queue the conversations about a question."""
+        for sample in range(self.samples):
+            self.waiting.append(len(self.conversations))
+            self.conversations.append((question, self.talk(question, sample=sample)))
+
     def _drive(self):
         deadline = time.monotonic() + (self.cfg.rollout_deadline or 1e9)
-        waiting = deque(range(len(self.conversations)))
-        while waiting or self.generating or self.calling:
+        while self.waiting or self.generating or self.calling:
             if time.monotonic() > deadline:
-                return self._abort(waiting)
-            while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
-                self._advance(waiting.popleft(), None)
+                return self._abort()
+            while self.waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
+                self._advance(self.waiting.popleft(), None)
             if self.generating:
                 for reply in self._command("step"):
                     self._advance(self.generating.pop(reply.request_id), reply)
@@ -219,8 +227,13 @@ class Rollout:
             request = conversation.send(answer)
         except StopIteration as end:
             self.episodes[index] = end.value
+            group = self.ended[question.id]
+            group.append(end.value)
             if self.progress:
                 self.progress(end.value)
+            further = self.refill(group) if self.refill and len(group) == self.samples else None
+            if further:
+                self._ask(further)
             return
         if not ask:
             return
@@ -245,8 +258,9 @@ class Rollout:
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self._advance(self.calling.pop(future), future.result())
 
-    def _abort(self, waiting):
+    def _abort(self):
         """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
+        self.refill, waiting = None, self.waiting
         for reply in self._command("abort", list(self.generating)):
             self._advance(self.generating.pop(reply.request_id), reply)
         for index in waiting:
@@ -280,6 +294,68 @@ def share(items: list, cfg: Config) -> list:
     """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
     rank, size = dist.get_rank(), cfg.tensor_parallel
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
+
+
+# ------------------------------------------------------------------------------------- questions without a signal
+
+
+class Refill:
+    """The questions of a step, and the `refill` of its rollout: where all conversations about one earned the same, it
+    is replaced, up to refill_groups times (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
+
+    Further questions are drawn for each step anew, and each has its place and round: neither the schedule nor the
+    number of ranks decides what replaces what. With refill_groups, of the questions that had only right and equal
+    conversations when they were asked last, half are passed over, if there are others.
+    """
+
+    def __init__(
+        self, own: list[Question], questions: list[Question], outcomes: dict[str, list[float]],
+        no_signal: Callable[[list[Episode], int, Config], bool], step: int, cfg: Config,
+    ):  # fmt: skip
+        """own: those of all `questions` whose turn it is. outcomes: question id -> [share of right answers, spread of
+        rewards] when it was asked last; `count` adds this step's. no_signal(episodes, step, cfg): whether all about a
+        question earned the same."""
+        self.no_signal, self.outcomes, self.step, self.cfg = no_signal, outcomes, step, cfg
+        draws, taken = random.Random(f"{cfg.seed} refill {step}"), {q.id for q in own}
+        others = [q for q in draws.sample(questions, len(questions)) if q.id not in taken]
+        easy = {id for id, outcome in outcomes.items() if outcome == [1.0, 0.0] and cfg.refill_groups}
+        last = {q.id for q in questions if draws.random() < 0.5 and q.id in easy}
+        order = sorted([*own, *others], key=lambda q: q.id in last)
+        self.questions, self.further = order[: len(own)], order[len(own) :]
+        self.numbers = {q.id: number for number, q in enumerate(self.questions)}  # without those replaced
+        self.replaced = Counter()  # number -> how often
+
+    def __call__(self, episodes: list[Episode]) -> Question | None:
+        id = episodes[0].question.id
+        number = self.numbers[id]
+        index = self.replaced[number] * len(self.questions) + number
+        left = self.replaced[number] < self.cfg.refill_groups and index < len(self.further)
+        if not left or not self.no_signal(episodes, self.step, self.cfg):
+            return None
+        self.replaced[number] += 1
+        self.numbers[self.further[index].id] = self.numbers.pop(id)
+        return self.further[index]
+
+    def count(self, records: list[dict]) -> None:
+        """Keep how the step's questions went, by the records of all ranks; aborted conversations do not count."""
+        groups = defaultdict(list)
+        for r in records:
+            if r["reward"] is not None:
+                groups[r["question_id"]].append(r)
+        for id, group in groups.items():
+            rewards = [r["reward"] for r in group]
+            right = sum(r["correct"] for r in group) / len(group)
+            self.outcomes[id] = [right, max(rewards) - min(rewards)]
+
+    def metrics(self, device) -> dict[str, float]:
+        """Of the questions asked so far, and of this step's groups on all ranks."""
+        right, asked = [share_right for share_right, _ in self.outcomes.values()], max(1, len(self.outcomes))
+        figures = {"always_right": right.count(1.0) / asked, "never_right": right.count(0.0) / asked}
+        if self.cfg.refill_groups:
+            replaced = all_sum({"": self.replaced.total()}, device)[""]
+            figures["replaced_groups"] = replaced / (replaced + len(self.numbers))
+            figures["refill_rounds"] = all_max(max(self.replaced.values(), default=0), device)
+        return figures
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

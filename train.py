@@ -39,7 +39,7 @@ from data import Question, Stop, load_questions, path_of, prompt_path, read_json
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
 from reward import Score, ramped_penalty, record, score_episode
-from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
+from rollout import Refill, Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
 # ----------------------------------------------------------------------------------------------- rating: who did well
@@ -50,23 +50,37 @@ class Sample:
     """An episode of the step, and its role in the update."""
 
     episode: Episode
-    number: int  # of its question in the step: the samples of one question are a group
+    number: int | None  # of its question in the step: the samples of one question are a group. None: it was replaced
     score: Score | None = None  # None on a rank that only trains on it
     advantage: float | None = None  # None: it is not compared with its group, and not trained on
 
 
 def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config) -> list[Sample]:
     """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
-    in the step."""
-    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-    samples = [Sample(e, numbers[e.question.id], score_episode(e, cfg, penalty)) for e in episodes]
-    compared = [s for s in samples if is_compared(s.episode, cfg)]
+    in the step; those without one were replaced."""
+    samples = [Sample(e, numbers.get(e.question.id), score) for e, score in scored(episodes, step, cfg)]
+    compared = [s for s in samples if s.number is not None and is_compared(s.episode, cfg)]
     rewards = torch.tensor([s.score.reward for s in compared], dtype=torch.float64)
     groups, kind = [s.number for s in compared], cfg.advantage
     values = grpo.group_advantages(rewards, groups, normalize=kind == "grpo", leave_one_out=kind == "rloo")
     for sample, value in zip(compared, values.tolist(), strict=True):
         sample.advantage = value
+        if cfg.fatal_failures and sample.episode.cut_at_failures(cfg.fatal_failures):
+            sample.advantage = max(value, 0.0)  # what led there is not to blame
     return samples
+
+
+def scored(episodes: list[Episode], step: int, cfg: Config) -> list[tuple[Episode, Score]]:
+    """What each has earned, the penalty being the step's."""
+    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
+    return [(episode, score_episode(episode, cfg, penalty)) for episode in episodes]
+
+
+def has_no_signal(episodes: list[Episode], step: int, cfg: Config) -> bool:
+    """Whether a question's conversations all earned the same. Fewer than two that may be compared are the fault of the
+    infrastructure, and no reason to ask more."""
+    rewards = [score.reward for e, score in scored(episodes, step, cfg) if is_compared(e, cfg)]
+    return len(rewards) > 1 and min(rewards) == max(rewards)
 
 
 def is_compared(episode: Episode, cfg: Config) -> bool:
@@ -78,6 +92,8 @@ def is_compared(episode: Episode, cfg: Config) -> bool:
 def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
     """Those that the update takes into account."""
     chosen = [s for s in samples if s.advantage is not None]
+    if cfg.fatal_failures:
+        chosen = [s for s in chosen if any(s.episode.trained)]
     if "truncated" in cfg.leave_out:
         chosen = [s for s in chosen if s.episode.stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
     if "zero_variance" in cfg.leave_out:
@@ -196,7 +212,7 @@ def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, devic
     batches = equal_counts(batches, chat, model, device)
     batches[0].extra_count = len(skipped)
     if cfg.loss_norm == "tokens":
-        batches[0].extra_count = sum(sum(s.episode.sampled) for s in skipped)
+        batches[0].extra_count = sum(sum(s.episode.trained) for s in skipped)
     return batches
 
 
@@ -287,7 +303,7 @@ class Run:
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered)
         self.checkpoint_seconds = 0.0
-        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
+        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None}, outcomes={})
         searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
         self.inputs |= {"model": folder, "prompts": prompt_path(cfg.prompts), f"search {cfg.search}": searched}
         inputs = input_ids(self.inputs, [*self.questions.values(), *val])
@@ -331,7 +347,7 @@ class Run:
         steps = self.cfg.steps - self.state["step"]
         between = (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 0
         per_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
-        per_step *= self.cfg.loss != "sft"  # there they are made already
+        per_step *= 1 + self.cfg.refill_groups if self.cfg.loss != "sft" else 0  # there they are made already
         return steps * per_step + (between + 4) * len(self.val)  # first and last: greedy and sampled
 
     def _resume(self, ordered):
@@ -345,7 +361,7 @@ class Run:
             need(same, f"{what} was made: --accept_changes true continues")
         self.state["inputs"] = saved["inputs"] | self.state["inputs"]
         own = {"inputs", "threads"} | ({"metrics_bytes", "best"} if self.dir.elsewhere else set())
-        self.state |= {key: saved[key] for key in self.state if key not in own}
+        self.state |= {key: saved[key] for key in self.state if key in saved and key not in own}
 
     def loop(self) -> None:
         cfg = self.cfg
@@ -375,9 +391,9 @@ class Run:
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
-        questions = questions_of_step(self.train, step, cfg)
-        numbers = {question.id: number for number, question in enumerate(questions)}
-        episodes = self.roll_out(questions, step)
+        own = questions_of_step(self.train, step, cfg)
+        refill = Refill(own, self.train, self.state["outcomes"], has_no_signal, step, cfg)
+        episodes, numbers = self.roll_out(refill.questions, step, refill), refill.numbers
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
@@ -393,7 +409,7 @@ class Run:
         except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
             raise
-        self.write_rollouts(step, samples, mine)
+        refill.count(self.write_rollouts(step, samples, mine))
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
         self.engine.load_weights(self.weights(), version=step + 1)
@@ -401,10 +417,11 @@ class Run:
         rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
         advantages = advantage_metrics(samples, self.device)
         finished = time.monotonic()
-        tokens = rolled["tokens"] * len(questions) * cfg.samples_per_prompt
+        tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
         return {
             **rolled,
             **advantages,
+            **refill.metrics(self.device),
             **learned,
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
@@ -418,12 +435,12 @@ class Run:
         """The policy's, one by one, in the type that the engine computes in."""
         return full_weights(self.policy, policy.compute_dtype(self.cfg, self.device))
 
-    def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
+    def roll_out(self, questions: list[Question], step: int, refill: Refill | None = None) -> list[Episode]:
         """This rank's conversations of the step."""
         cfg, mine = self.cfg, share(questions, self.cfg)
         total, quiet = len(mine) * cfg.samples_per_prompt, dist.get_rank() != 0
         with tqdm(total=total, desc="rollout", leave=False, disable=quiet) as bar:
-            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature)
+            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature, refill=refill)
             return self.stopper.rollout(lambda: self.rollout.run(mine, **how, progress=lambda _: bar.update()))
 
     def first_look(self, episodes: list[Episode]) -> None:
@@ -450,8 +467,9 @@ class Run:
             spent = all_sum({"spent": self.web.spent}, self.device)["spent"]
             self.dir.searches_spent(int(spent))
 
-    def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
-        """rollouts/step-N.jsonl: the conversations of all ranks. Training may have been on another rank."""
+    def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
+        """rollouts/step-N.jsonl: the conversations of all ranks, which it returns. Training may have been on another
+        rank."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
         gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []
@@ -461,6 +479,7 @@ class Run:
         records = all_gather(records)
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"step-{step:06d}.jsonl", records)
+        return records
 
     def imitate(self, step: int) -> dict:
         """One supervised step; returns its metrics."""

@@ -427,7 +427,7 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     episodes[0].stop = Stop.ABORTED
     rewards = iter([0.9, 1.0, 0.1] + [0.5] * 6)
     scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
-    monkeypatch.setattr(whole, "roll_out", lambda questions, step: episodes)
+    monkeypatch.setattr(whole, "roll_out", lambda *_: episodes)
     monkeypatch.setattr(train, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
     metrics = whole.step(0)
     lines = [json.loads(line) for line in (tmp_path / "run/rollouts/step-000000.jsonl").read_text().splitlines()]
