@@ -246,14 +246,15 @@ class Rollout:
 
     def _collect(self, deadline):
         """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
-        started = time.monotonic()
+        started, may_start = time.monotonic(), self.waiting and len(self.calling) < self.cfg.concurrency
+        busy = self.generating or may_start
         patience = max(0.0, deadline - started)
         if self.ordered:
-            due = self.due if self.generating else self.calling
+            due = self.due if busy else self.calling
             done, _ = wait(due, patience)
             self.due = [future for future in self.calling if future not in done]
         else:
-            done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
+            done, _ = wait(self.calling, 0 if busy else patience, FIRST_COMPLETED)
         self.waited += time.monotonic() - started
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self._advance(self.calling.pop(future), future.result())
