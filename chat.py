@@ -465,9 +465,10 @@ class Episode:
             yield False, self.tokens[position:]
 
     def bracketed(self) -> str:
-        """The conversation as text, what the policy sampled (and is trained on) in brackets."""
-        shown = [(sampled, self.chat.show(ids)) for sampled, ids in self.pieces()]
-        return "".join(f"⟦{text}⟧" if sampled else text for sampled, text in shown)
+        """The conversation as text, what the policy sampled and is trained on in brackets."""
+        runs = itertools.groupby(zip(self.trained, self.tokens, strict=True), key=lambda pair: pair[0])
+        shown = [(trained, self.chat.show([id for _, id in run])) for trained, run in runs]
+        return "".join(f"⟦{text}⟧" if trained else text for trained, text in shown)
 
     def serialize(self) -> dict:
         """What another rank needs to train on this conversation, without what it has: of the question only the id, of

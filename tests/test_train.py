@@ -462,6 +462,7 @@ def test_what_follows_failed_calls_in_a_row_is_not_trained_on(failing, monkeypat
             assert s.advantage == (
                 0 if value < 1 and turns < 4 else pytest.approx(0.7071 if value == 1 else -0.7071, 1e-3)
             )
+        assert [s.episode.bracketed().count("⟦") for s in samples] == [int(turns) for turns in kept]
         chosen = [samples.index(s) for s in train.trained(samples, cfg)]
         assert chosen == [i for i, turns in enumerate(kept) if turns != "0"]
 
