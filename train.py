@@ -393,7 +393,7 @@ class Run:
         cfg, started = self.cfg, time.monotonic()
         own = questions_of_step(self.train, step, cfg)
         refill = Refill(own, self.train, self.state["outcomes"], has_no_signal, step, cfg)
-        episodes, numbers = self.roll_out(refill.questions, step, refill), refill.numbers
+        episodes, numbers = self.roll_out(refill.questions, step, refill), refill.numbers  # of those that were kept
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
