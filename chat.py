@@ -360,6 +360,7 @@ class Episode:
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
+    trained_end: int | None = None  # what is sampled from this token on is not trained on
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
     @classmethod
@@ -378,6 +379,24 @@ class Episode:
     def responses(self) -> list[str]:
         """The text of each of the model's turns, without the token that ended it."""
         return [self.chat.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
+
+    @property
+    def trained(self) -> list[bool]:
+        """`sampled`, without what is not trained on all the same."""
+        end = len(self.tokens) if self.trained_end is None else self.trained_end
+        return self.sampled[:end] + [False] * (len(self.tokens) - end)
+
+    def cut_at_failures(self, failures: int) -> bool:
+        """Do not train on the turn that begins so many failed calls in a row, nor on what follows: OpenSearch-VL's
+        fatal-aware masking (arXiv 2605.05185, section 4.2; 3 failures there). Returns whether there is such a turn."""
+        failed = 0
+        for number, (_, result) in enumerate(self.calls):
+            failed = failed + 1 if result.status == "error" else 0
+            if failed == failures:
+                first = self.call_turns[number + 1 - failures]  # counted from 1
+                self.trained_end = self.turns[first - 1].start
+                return True
+        return False
 
     def room(self) -> int:
         """Tokens left in the conversation's budget."""
@@ -446,16 +465,18 @@ class Episode:
             yield False, self.tokens[position:]
 
     def bracketed(self) -> str:
-        """The conversation as text, what the policy sampled (and is trained on) in brackets."""
-        shown = [(sampled, self.chat.show(ids)) for sampled, ids in self.pieces()]
-        return "".join(f"⟦{text}⟧" if sampled else text for sampled, text in shown)
+        """The conversation as text, what the policy sampled and is trained on in brackets."""
+        runs = itertools.groupby(zip(self.trained, self.tokens, strict=True), key=lambda pair: pair[0])
+        shown = [(trained, self.chat.show([id for _, id in run])) for trained, run in runs]
+        return "".join(f"⟦{text}⟧" if trained else text for trained, text in shown)
 
     def serialize(self) -> dict:
         """What another rank needs to train on this conversation, without what it has: of the question only the id, of
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
         images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
-        sent = dict(question_id=self.question.id, sample=self.sample, images=images, turns=self.turns, stop=self.stop)
+        sent = dict(question_id=self.question.id, sample=self.sample, images=images)
+        sent |= {name: getattr(self, name) for name in ("turns", "stop", "trained_end")}
         for name, kind in (("tokens", np.int32), ("sampled", bool), ("logprobs", np.float64)):
             sent[name] = np.array(getattr(self, name), kind)
         return sent
@@ -466,7 +487,8 @@ class Episode:
         question = questions[sent["question_id"]]
         rest = {name: sent[name].tolist() for name in ("tokens", "sampled", "logprobs")}
         images = [(question.images[i] if isinstance(i, int) else i, thumbnail) for i, thumbnail in sent["images"]]
-        rest |= dict(images=list(itertools.starmap(chat.picture, images)), turns=sent["turns"], stop=sent["stop"])
+        rest |= {name: sent[name] for name in ("turns", "stop", "trained_end")}
+        rest["images"] = list(itertools.starmap(chat.picture, images))
         return cls(question, chat, sent["sample"], **rest)
 
     def record(self) -> dict:

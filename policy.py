@@ -356,7 +356,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
     positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
     lengths = [len(e.tokens) for e in episodes] or [1]
     ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
-    sampled = torch.tensor([s for e in episodes for s in e.sampled]).nonzero()[:, 0]
+    sampled = torch.tensor([trained for e in episodes for trained in e.trained]).nonzero()[:, 0]
     logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[sampled]
     return PackedBatch(

@@ -12,23 +12,27 @@ tensor-parallel vLLM, the first of them has the conversations and the others rep
 import dataclasses
 import hashlib
 import itertools
+import random
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
+import grpo
 from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
 from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
 from engines import Reply, Sampling
-from policy import all_gather, all_sum
-from reward import Score, record, score_episode
+from policy import all_gather, all_max, all_sum
+from reward import Score, economy, ramped_penalty, record, score_episode
 from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool
 
 
@@ -164,12 +168,14 @@ class Rollout:
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
 
     def run(
-        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None
+        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None, refill=None
     ) -> list[Episode]:
         """`samples` conversations about each question; episodes come back question by question, sample by sample.
 
         mode: agent (tools on demand), direct (one turn, no tool is offered), pipeline (always both searches).
-        progress(episode) is called at the end of each conversation. Ranks that follow another's engine get none.
+        progress(episode) is called at the end of each conversation; refill(episodes) when all about a question have
+        ended, in time: the further question that it returns, or None, is asked in the same rollout, and its episodes
+        come after the others. Ranks that follow another's engine get none.
         """
         if self.group and dist.get_rank(self.group):
             self._follow()
@@ -180,11 +186,11 @@ class Rollout:
         if mode == "direct":
             cfg = replace(cfg, max_turns=1)
             talk = partial(converse, template=self.chat.template(FIRST_PROMPTS[mode]))
-        self.conversations = []
+        self.talk = partial(talk, chat=self.chat, cfg=cfg, step=step, temperature=temperature)
+        self.conversations, self.waiting, self.samples, self.refill = [], deque(), samples, refill
+        self.ended: dict[str, list[Episode]] = defaultdict(list)  # by question
         for question in questions:
-            for sample in range(samples):
-                conversation = talk(question, self.chat, cfg, sample=sample, step=step, temperature=temperature)
-                self.conversations.append((question, conversation))
+            self._ask(question)
         self.generating: dict[str, int] = {}
         self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
@@ -202,14 +208,19 @@ class Rollout:
             self.judge.wait()
         return [self.episodes[index] for index in range(len(self.conversations))]
 
+    def _ask(self, question):
+        """Queue the conversations about a question."""
+        for sample in range(self.samples):
+            self.waiting.append(len(self.conversations))
+            self.conversations.append((question, self.talk(question, sample=sample)))
+
     def _drive(self):
         deadline = time.monotonic() + (self.cfg.rollout_deadline or 1e9)
-        waiting = deque(range(len(self.conversations)))
-        while waiting or self.generating or self.calling:
+        while self.waiting or self.generating or self.calling:
             if time.monotonic() > deadline:
-                return self._abort(waiting)
-            while waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
-                self._advance(waiting.popleft(), None)
+                return self._abort()
+            while self.waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
+                self._advance(self.waiting.popleft(), None)
             if self.generating:
                 for reply in self._command("step"):
                     self._advance(self.generating.pop(reply.request_id), reply)
@@ -225,8 +236,13 @@ class Rollout:
             self.episodes[index] = end.value
             if self.judge:
                 self.judge.ask(end.value)
+            group = self.ended[question.id]
+            group.append(end.value)
             if self.progress:
                 self.progress(end.value)
+            further = self.refill(group) if self.refill and len(group) == self.samples else None
+            if further:
+                self._ask(further)
             return
         if not ask:
             return
@@ -239,20 +255,22 @@ class Rollout:
 
     def _collect(self, deadline):
         """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
-        started = time.monotonic()
+        started, may_start = time.monotonic(), self.waiting and len(self.calling) < self.cfg.concurrency
+        busy = self.generating or may_start
         patience = max(0.0, deadline - started)
         if self.ordered:
-            due = self.due if self.generating else self.calling
+            due = self.due if busy else self.calling
             done, _ = wait(due, patience)
             self.due = [future for future in self.calling if future not in done]
         else:
-            done, _ = wait(self.calling, 0 if self.generating else patience, FIRST_COMPLETED)
+            done, _ = wait(self.calling, 0 if busy else patience, FIRST_COMPLETED)
         self.waited += time.monotonic() - started
         for future in [f for f in self.calling if f in done]:  # in the order of their submission
             self._advance(self.calling.pop(future), future.result())
 
-    def _abort(self, waiting):
+    def _abort(self):
         """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
+        self.refill, waiting = None, self.waiting
         for reply in self._command("abort", list(self.generating)):
             self._advance(self.generating.pop(reply.request_id), reply)
         for index in waiting:
@@ -286,6 +304,138 @@ def share(items: list, cfg: Config) -> list:
     """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
     rank, size = dist.get_rank(), cfg.tensor_parallel
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
+
+
+# ----------------------------------------------------------------------------------------------- rating: who did well
+
+
+@dataclass
+class Sample:
+    """An episode of the step, and its role in the update."""
+
+    episode: Episode
+    number: int | None  # of its question in the step: the samples of one question are a group. None: it was replaced
+    score: Score | None = None  # None on a rank that only trains on it
+    advantage: float | None = None  # None: it is not compared with its group, and not trained on
+
+
+def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, judge=None) -> list[Sample]:
+    """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
+    in the step; those without one were replaced. judge: as in `Rollout`. All ranks must call it."""
+    samples = [Sample(e, numbers.get(e.question.id), score) for e, score in scored(episodes, step, cfg, judge)]
+    compared = [s for s in samples if s.number is not None and is_compared(s.episode, s.score, cfg)]
+    values = advantages([s.score for s in compared], [s.number for s in compared], step, cfg)
+    for sample, value in zip(compared, values.tolist(), strict=True):
+        sample.advantage = value
+        if cfg.fatal_failures and sample.episode.cut_at_failures(cfg.fatal_failures):
+            sample.advantage = max(value, 0.0)  # what led there is not to blame
+    return samples
+
+
+def scored(episodes: list[Episode], step: int, cfg: Config, judge=None) -> list[tuple[Episode, Score]]:
+    """What each has earned, the penalty being the step's."""
+    score = judge.score if judge else score_episode
+    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
+    return [(episode, score(episode, cfg, penalty)) for episode in episodes]
+
+
+def is_compared(episode: Episode, score: Score, cfg: Config) -> bool:
+    """Aborted conversations and those without a judge's verdict say nothing about the policy, nor, if so configured,
+    those in which a tool failed."""
+    failed = any(result.status == "error" for _, result in episode.calls)
+    left_out = failed and "failed_tools" in cfg.leave_out
+    return episode.stop != Stop.ABORTED and score.reward is not None and not left_out
+
+
+def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -> Tensor:
+    """float32 [N], of the kind that --advantage names. Each group's sum is 0, and so is the batch's mean."""
+    kind, weight = cfg.advantage, cfg.format_weight
+    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
+    right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
+    well_formed = torch.tensor([s.format_ok for s in scores], dtype=torch.float64)
+    saved = torch.tensor([economy(s.searches, penalty, cfg.per_search_penalty) for s in scores], dtype=torch.float64)
+    if kind in ("decoupled", "mastered"):
+        accuracy = (1 - weight) * right + weight * well_formed
+        saving = grpo.mastered(right, groups) if kind == "mastered" else right > 0
+        return grpo.decoupled_advantages(accuracy, saved, saving, groups, cfg.economy_weight)
+    if kind == "gdpo":
+        values = (1 - weight) * grpo.group_advantages(right, groups)
+        values += weight * grpo.group_advantages(well_formed, groups)
+        values += cfg.economy_weight * grpo.group_advantages(saved, groups)
+    else:
+        rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
+        normalize = kind in ("grpo", "bn_grpo")
+        values = grpo.group_advantages(rewards, groups, normalize=normalize, leave_one_out=kind == "rloo")
+    if kind in ("gdpo", "bn_grpo"):
+        batch = torch.tensor(all_gather(values.tolist()))
+        values = values / (batch.square().mean().sqrt() + grpo.STD_EPSILON)
+    return values
+
+
+# ------------------------------------------------------------------------------------- questions without a signal
+
+
+class Refill:
+    """The questions of a step, and the `refill` of its rollout: where all conversations about one earned the same, it
+    is replaced, up to refill_groups times (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
+
+    Further questions are drawn for each step anew, and each has its place and round: neither the schedule nor the
+    number of ranks decides what replaces what. With refill_groups, of the questions that had only right and equal
+    conversations when they were asked last, half are passed over, if there are others.
+    """
+
+    def __init__(
+        self, own: list[Question], questions: list[Question], outcomes: dict[str, list[float]], step: int, cfg: Config
+    ):
+        """own: those of all `questions` whose turn it is. outcomes: question id -> [share of right answers, spread of
+        rewards] when it was asked last; `count` adds this step's."""
+        self.outcomes, self.step, self.cfg = outcomes, step, cfg
+        draws, taken = random.Random(f"{cfg.seed} refill {step}"), {q.id for q in own}
+        others = [q for q in draws.sample(questions, len(questions)) if q.id not in taken]
+        easy = {id for id, outcome in outcomes.items() if outcome == [1.0, 0.0] and cfg.refill_groups}
+        last = {q.id for q in questions if draws.random() < 0.5 and q.id in easy}
+        order = sorted([*own, *others], key=lambda q: q.id in last)
+        self.questions, self.further = order[: len(own)], order[len(own) :]
+        self.numbers = {q.id: number for number, q in enumerate(self.questions)}  # without those replaced
+        self.replaced = Counter()  # number -> how often
+
+    def __call__(self, episodes: list[Episode]) -> Question | None:
+        id = episodes[0].question.id
+        number = self.numbers[id]
+        index = self.replaced[number] * len(self.questions) + number
+        left = self.replaced[number] < self.cfg.refill_groups and index < len(self.further)
+        if not left or not self.earned_the_same(episodes):
+            return None
+        self.replaced[number] += 1
+        self.numbers[self.further[index].id] = self.numbers.pop(id)
+        return self.further[index]
+
+    def earned_the_same(self, episodes):
+        """Fewer than two that may be compared are the fault of the infrastructure, and no reason to ask more."""
+        pairs = scored(episodes, self.step, self.cfg)
+        rewards = [score.reward for episode, score in pairs if is_compared(episode, score, self.cfg)]
+        return len(rewards) > 1 and min(rewards) == max(rewards)
+
+    def count(self, records: list[dict]) -> None:
+        """Keep how the step's questions went, by the records of all ranks; aborted conversations do not count."""
+        groups = defaultdict(list)
+        for r in records:
+            if r["reward"] is not None:
+                groups[r["question_id"]].append(r)
+        for id, group in groups.items():
+            rewards = [r["reward"] for r in group]
+            right = sum(r["correct"] for r in group) / len(group)
+            self.outcomes[id] = [right, max(rewards) - min(rewards)]
+
+    def metrics(self, device) -> dict[str, float]:
+        """Of the questions asked so far, and of this step's groups on all ranks."""
+        right, asked = [share_right for share_right, _ in self.outcomes.values()], max(1, len(self.outcomes))
+        figures = {"always_right": right.count(1.0) / asked, "never_right": right.count(0.0) / asked}
+        if self.cfg.refill_groups:
+            replaced = all_sum({"": self.replaced.total()}, device)[""]
+            figures["replaced_groups"] = replaced / (replaced + len(self.numbers))
+            figures["refill_rounds"] = all_max(max(self.replaced.values(), default=0), device)
+        return figures
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

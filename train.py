@@ -21,7 +21,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -38,69 +38,18 @@ from config import Config, Options, need, parse, run_main
 from data import Question, Stop, load_questions, path_of, prompt_path, read_jsonl, thinned, write_jsonl
 from engines import Engine, EngineDied, engine_limits, make_engine
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
-from reward import Score, economy, ramped_penalty, record, score_episode
-from rollout import Rollout, SearchDown, check_calls, evaluate, rollout_metrics, share
+from reward import record
+from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
-# ----------------------------------------------------------------------------------------------- rating: who did well
-
-
-@dataclass
-class Sample:
-    """An episode of the step, and its role in the update."""
-
-    episode: Episode
-    number: int  # of its question in the step: the samples of one question are a group
-    score: Score | None = None  # None on a rank that only trains on it
-    advantage: float | None = None  # None: it is not compared with its group, and not trained on
-
-
-def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, judge=None) -> list[Sample]:
-    """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
-    in the step."""
-    score = judge.score if judge else score_episode
-    penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-    samples = [Sample(e, numbers[e.question.id], score(e, cfg, penalty)) for e in episodes]
-    compared = [s for s in samples if s.score.reward is not None and is_compared(s.episode, cfg)]
-    values = advantages([s.score for s in compared], [s.number for s in compared], penalty, cfg)
-    for sample, value in zip(compared, values.tolist(), strict=True):
-        sample.advantage = value
-    return samples
-
-
-def advantages(scores: list[Score], groups: list[int], penalty: float, cfg: Config) -> torch.Tensor:
-    """float32 [N], of the kind that --advantage names. Each group's sum is 0, and so is the batch's mean."""
-    kind, weight = cfg.advantage, cfg.format_weight
-    right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
-    well_formed = torch.tensor([s.format_ok for s in scores], dtype=torch.float64)
-    saved = torch.tensor([economy(s.searches, penalty, cfg.per_search_penalty) for s in scores], dtype=torch.float64)
-    if kind in ("decoupled", "mastered"):
-        accuracy = (1 - weight) * right + weight * well_formed
-        saving = grpo.mastered(right, groups) if kind == "mastered" else right > 0
-        return grpo.decoupled_advantages(accuracy, saved, saving, groups, cfg.economy_weight)
-    if kind == "gdpo":
-        values = (1 - weight) * grpo.group_advantages(right, groups)
-        values += weight * grpo.group_advantages(well_formed, groups)
-        values += cfg.economy_weight * grpo.group_advantages(saved, groups)
-    else:
-        rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
-        normalize = kind in ("grpo", "bn_grpo")
-        values = grpo.group_advantages(rewards, groups, normalize=normalize, leave_one_out=kind == "rloo")
-    if kind in ("gdpo", "bn_grpo"):
-        batch = torch.tensor(all_gather(values.tolist()))
-        values = values / (batch.square().mean().sqrt() + grpo.STD_EPSILON)
-    return values
-
-
-def is_compared(episode: Episode, cfg: Config) -> bool:
-    """Aborted conversations say nothing about the policy, nor, if so configured, those in which a tool failed."""
-    failed = any(result.status == "error" for _, result in episode.calls)
-    return episode.stop != Stop.ABORTED and not (failed and "failed_tools" in cfg.leave_out)
+# ------------------------------------------------------------------------------------------- samples and their ranks
 
 
 def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
     """Those that the update takes into account."""
     chosen = [s for s in samples if s.advantage is not None]
+    if cfg.fatal_failures:
+        chosen = [s for s in chosen if any(s.episode.trained)]
     if "truncated" in cfg.leave_out:
         chosen = [s for s in chosen if s.episode.stop not in (Stop.TRUNCATED_TURN, Stop.MAX_TOKENS)]
     if "zero_variance" in cfg.leave_out:
@@ -219,7 +168,7 @@ def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, devic
     batches = equal_counts(batches, chat, model, device)
     batches[0].extra_count = len(skipped)
     if cfg.loss_norm == "tokens":
-        batches[0].extra_count = sum(sum(s.episode.sampled) for s in skipped)
+        batches[0].extra_count = sum(sum(s.episode.trained) for s in skipped)
     return batches
 
 
@@ -313,7 +262,7 @@ class Run:
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered, self.judge)
         self.checkpoint_seconds = 0.0
-        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None})
+        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None}, outcomes={})
         searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
         self.inputs |= {"model": folder, "prompts": prompt_path(cfg.prompts), f"search {cfg.search}": searched}
         inputs = input_ids(self.inputs, [*self.questions.values(), *val])
@@ -358,7 +307,7 @@ class Run:
         steps = self.cfg.steps - self.state["step"]
         between = (steps - 1) // self.cfg.eval_every if self.cfg.eval_every else 0
         per_step = min(self.cfg.prompts_per_step, len(self.train)) * self.cfg.samples_per_prompt
-        per_step *= self.cfg.loss != "sft"  # there they are made already
+        per_step *= 1 + self.cfg.refill_groups if self.cfg.loss != "sft" else 0  # there they are made already
         return steps * per_step + (between + 4) * len(self.val)  # first and last: greedy and sampled
 
     def _resume(self, ordered):
@@ -372,7 +321,7 @@ class Run:
             need(same, f"{what} was made: --accept_changes true continues")
         self.state["inputs"] = saved["inputs"] | self.state["inputs"]
         own = {"inputs", "threads"} | ({"metrics_bytes", "best"} if self.dir.elsewhere else set())
-        self.state |= {key: saved[key] for key in self.state if key not in own}
+        self.state |= {key: saved[key] for key in self.state if key in saved and key not in own}
 
     def loop(self) -> None:
         cfg = self.cfg
@@ -402,9 +351,9 @@ class Run:
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
-        questions = questions_of_step(self.train, step, cfg)
-        numbers = {question.id: number for number, question in enumerate(questions)}
-        episodes = self.roll_out(questions, step)
+        own = questions_of_step(self.train, step, cfg)
+        refill = Refill(own, self.train, self.state["outcomes"], step, cfg)
+        episodes, numbers = self.roll_out(refill.questions, step, refill), refill.numbers  # of those that were kept
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
@@ -421,7 +370,7 @@ class Run:
         except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
             raise
-        self.write_rollouts(step, samples, mine)
+        refill.count(self.write_rollouts(step, samples, mine))
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
         self.engine.load_weights(self.weights(), version=step + 1)
@@ -429,11 +378,12 @@ class Run:
         rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
         advantages = advantage_metrics(samples, self.device)
         finished = time.monotonic()
-        tokens = rolled["tokens"] * len(questions) * cfg.samples_per_prompt
+        tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
         return {
             **rolled,
             **advantages,
             **judged,
+            **refill.metrics(self.device),
             **learned,
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
@@ -447,12 +397,12 @@ class Run:
         """The policy's, one by one, in the type that the engine computes in."""
         return full_weights(self.policy, policy.compute_dtype(self.cfg, self.device))
 
-    def roll_out(self, questions: list[Question], step: int) -> list[Episode]:
+    def roll_out(self, questions: list[Question], step: int, refill: Refill | None = None) -> list[Episode]:
         """This rank's conversations of the step."""
         cfg, mine = self.cfg, share(questions, self.cfg)
         total, quiet = len(mine) * cfg.samples_per_prompt, dist.get_rank() != 0
         with tqdm(total=total, desc="rollout", leave=False, disable=quiet) as bar:
-            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature)
+            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature, refill=refill)
             return self.stopper.rollout(lambda: self.rollout.run(mine, **how, progress=lambda _: bar.update()))
 
     def first_look(self, episodes: list[Episode]) -> None:
@@ -479,8 +429,9 @@ class Run:
             spent = all_sum({"spent": self.web.spent}, self.device)["spent"]
             self.dir.searches_spent(int(spent))
 
-    def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> None:
-        """rollouts/step-N.jsonl: the conversations of all ranks. Training may have been on another rank."""
+    def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
+        """rollouts/step-N.jsonl: the conversations of all ranks, which it returns. Training may have been on another
+        rank."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
         gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []
@@ -490,6 +441,7 @@ class Run:
         records = all_gather(records)
         if dist.get_rank() == 0:
             write_jsonl(self.dir.rollouts / f"step-{step:06d}.jsonl", records)
+        return records
 
     def imitate(self, step: int) -> dict:
         """One supervised step; returns its metrics."""

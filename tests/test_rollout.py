@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -453,6 +454,122 @@ def test_an_exception_of_a_search_surfaces_and_leaves_the_engine_empty(cfg, fold
         assert not release.is_set() and engine.queue == [] and len(engine.said) == 4
     finally:
         release.set()
+
+
+# --------------------------------------------------------------------------------------- questions without a signal
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_further_question_starts_while_others_run(cfg, folder, ordered):
+    """Question 0 is over at once; the two that follow in its place, one after the other, end before question 1, whose
+    search waits for them. Each is told of once, when all its conversations are over."""
+    chat, told, over = Chat(folder, cfg), [], threading.Event()
+
+    def script(prompt, *_):
+        return says(TEXT, ANSWER)(prompt, *_) if "number 1" in prompt else ANSWER
+
+    def refill(episodes):
+        told.append([e.name for e in episodes])
+        if len(told) == 3:
+            over.set()
+        return {"q0": questions[2], "q2": questions[3]}.get(episodes[0].question.id)
+
+    questions = numbered(4)
+    late = Search(lambda *_: None if over.wait(0.2 if ordered else 20) else Result("error"))
+    engine = Watched(chat, script)
+    episodes = run(questions[:2], engine, late, chat, cfg, samples=2, refill=refill, ordered=ordered)
+    assert [e.name for e in episodes] == [f"q{q} sample {s}" for q in (0, 1, 2, 3) for s in (0, 1)]
+    assert sorted(told) == [[f"q{q} sample 0", f"q{q} sample 1"] for q in range(4)]
+    assert all(e.stop == Stop.ANSWERED for e in episodes) and engine.queue == []
+    if ordered:  # the same batches, whatever the timing
+        assert engine.batches == [["0", "0", "1", "1"], ["2", "2"], ["1", "1", "3", "3"]]
+    else:
+        assert told[-1][0] == "q1 sample 0" and [r.status for _, r in episodes[2].calls] == ["ok"]
+
+
+def test_the_deadline_ends_a_refill(cfg, folder, monkeypatch):
+    """What follows question 0 is aborted with the rest, and nothing follows it, or a question that is aborted."""
+    chat, clock, told = Chat(folder, cfg), Clock(monkeypatch), []
+    engine = Slow(chat, lambda prompt, *_: ANSWER * (3 if "number 1" in prompt else 1), clock)
+
+    def refill(episodes):
+        told.append(episodes[0].question.id)
+        return numbered(9)[len(told) + 1]
+
+    # an answer takes five steps of ten seconds or so
+    episodes = run(numbered(2), engine, None, chat, replace(cfg, rollout_deadline=75), samples=2, refill=refill)
+    assert told == ["q0"] and [e.question.id for e in episodes] == ["q0"] * 2 + ["q1"] * 2 + ["q2"] * 2
+    assert [e.stop for e in episodes] == [Stop.ANSWERED] * 2 + [Stop.ABORTED] * 4 and engine.queue == []
+    assert 0 < sum(episodes[4].sampled) < sum(episodes[0].sampled)
+
+
+def asked(refill, equal, place):
+    """The ids of what is asked at one place of a step, where the questions of `equal` have no signal."""
+    ids, question = [], refill.questions[place]
+    while question:
+        ids.append(question.id)
+        refill.earned_the_same = lambda episodes: episodes[0].question.id in equal
+        question = refill([SimpleNamespace(question=question)])
+    return ids
+
+
+def test_what_replaces_what(cfg, device):
+    """A function of seed, step, place and round: in whatever order, on whatever rank. At most refill_groups rounds, as
+    long as there are further questions; of the kept ones each has its place."""
+    questions, cfg = numbered(11), replace(cfg, refill_groups=2)
+    everything = {q.id for q in questions}
+
+    def chains(order, equal=everything, step=0, **changes):
+        refill = rollout.Refill(questions[:4], questions, {}, step, replace(cfg, **changes))
+        found = {place: asked(refill, equal, place) for place in order}
+        assert {found[place][-1]: place for place in order}.items() <= refill.numbers.items()
+        return found, refill
+
+    whole, refill = chains(range(4))
+    assert [whole[place][0] for place in range(4)] == ["q0", "q1", "q2", "q3"]
+    assert [len(whole[place]) for place in range(4)] == [3, 3, 3, 2]  # 7 further ones: the last place had no more
+    assert sorted(sum(whole.values(), [])) == sorted(everything)  # none twice
+    figures = {"always_right": 0, "never_right": 0, "replaced_groups": 7 / 11, "refill_rounds": 2}
+    assert refill.metrics(device) == figures
+    assert chains([3, 1])[0] == {place: whole[place] for place in (1, 3)}  # another rank's part
+    assert chains(range(4), everything - {whole[0][1]})[0] == whole | {0: whole[0][:2]}
+    assert chains(range(4), set())[0] == {place: [f"q{place}"] for place in range(4)}
+    assert chains(range(4), refill_groups=1)[0] == {place: ids[:2] for place, ids in whole.items()}
+    assert chains(range(4), step=1)[0] != whole != chains(range(4), seed=1)[0]
+    none, refill = chains(range(4), refill_groups=0)
+    assert none == {place: [f"q{place}"] for place in range(4)}
+    assert refill.metrics(device).keys() == {"always_right", "never_right"}
+
+
+def test_always_right_and_equal_is_asked_half_as_often(cfg):
+    """But not what was right after unequal numbers of searches, nor what was never right; without others, all are."""
+    questions, cfg = numbered(40), replace(cfg, refill_groups=1)
+    easy = {f"q{i}": [1.0, 0.0] for i in range(20)}
+    outcomes = easy | {f"q{i}": [1.0, 0.1] for i in range(20, 25)} | {f"q{i}": [0.0, 0.0] for i in range(25, 30)}
+
+    def times(outcomes, own, cfg=cfg):
+        drawn = [rollout.Refill(own, questions, outcomes, step, cfg) for step in range(200)]
+        assert all(len({q.id for q in d.questions}) == len(own) for d in drawn)
+        assert all(len({q.id for q in [*d.questions, *d.further]}) == 40 for d in drawn)
+        return [[q.id for q in d.questions] for d in drawn]
+
+    own = questions[18:28]
+    asked = Counter(id for ids in times(outcomes, own) for id in ids)
+    assert all(asked[q.id] == 200 for q in own[2:]) and all(70 < asked[q.id] < 130 for q in own[:2])
+    fill_in = [sum(asked[f"q{i}"] for i in some) / len(some) for some in (range(18), range(28, 40))]
+    assert 0 < fill_in[0] < 0.8 * fill_in[1]
+    assert all(ids == [q.id for q in own] for ids in times(outcomes, own, replace(cfg, refill_groups=0)))
+    assert all(ids == [q.id for q in own] for ids in times({}, own))
+    assert len(times({q.id: [1.0, 0.0] for q in questions}, questions[:40])) == 200
+
+
+def test_how_questions_went(cfg):
+    """Shares of right answers and spreads of rewards, of the last time; aborted conversations do not count."""
+    refill = rollout.Refill(numbered(2), numbered(9), {"q7": [0.0, 0.0], "q0": [0.0, 0.5]}, 0, cfg)
+    of = [("q0", True, 1.0), ("q0", True, 0.9), ("q1", False, 0.1), ("q1", True, 1.0), ("q2", True, None)]
+    refill.count([{"question_id": id, "correct": right, "reward": reward} for id, right, reward in of])
+    assert refill.outcomes == {"q7": [0.0, 0.0], "q0": [1.0, pytest.approx(0.1)], "q1": [0.5, 0.9]}
+    assert refill.metrics(None) == {"always_right": 1 / 3, "never_right": 1 / 3}
 
 
 # -------------------------------------------------------------------------------------------------------- seeds

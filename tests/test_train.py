@@ -31,6 +31,7 @@ import checkpoint
 import config
 import policy
 import reward
+import rollout
 import tools
 import toy
 import train
@@ -421,6 +422,75 @@ def test_several_updates_use_the_log_probs_from_before_the_first(folder, chat, c
     assert after_step(folder, chat, epochs, batch, advantages, device)[1]["clip_high"] > 0
 
 
+FAILURES = ("", "23", "13", "123")  # of four conversations, the calls that fail, of three
+
+
+@pytest.fixture
+def failing(folder, cfg):
+    """(chat, four conversations of four turns whose calls fail as in FAILURES)"""
+    chat = Chat(folder, replace(cfg, max_tokens_per_turn=40, max_turns=4, max_tokens=400))
+    turns = ["<search><img></search>", *["<text_search> b</text_search>"] * 2, "<answer> bako</answer>"]
+    made = Counter()
+
+    def search(call, about):
+        made[about.id] += 1
+        fails = str(made[about.id]) in FAILURES[int(about.id[1:])]
+        return Result("error", error="x", error_kind="server") if fails else Result("ok", (Hit("bako"),))
+
+    engine = ScriptedEngine(chat, lambda prompt, *_: turns[prompt.count("<|im_start|>assistant") - 1])
+    episodes = run(
+        [question(i) for i in range(4)], engine, SimpleNamespace(search=search), chat, chat.cfg, ordered=True
+    )
+    assert [len(e.turns) for e in episodes] == [4] * 4
+    return chat, episodes
+
+
+@pytest.mark.parametrize(("failures", "kept"), [(0, "4444"), (1, "4100"), (2, "4140"), (3, "4440"), (4, "4444")])
+def test_what_follows_failed_calls_in_a_row_is_not_trained_on(failing, monkeypatch, failures, kept):
+    """The turns that train, by hand: all before the first of the calls. The advantage of such a conversation, one of
+    two about a question here, counts if it is good, and one of which nothing is left is not trained on."""
+    chat, episodes = failing
+    cfg, numbers = replace(chat.cfg, fatal_failures=failures), {"q0": 0, "q1": 0, "q2": 1, "q3": 1}
+    for rewards in ([1.0, 0.1, 0.1, 1.0], [0.1, 1.0, 1.0, 0.1]):
+        earned = zip(numbers, rewards, strict=True)
+        scores = {id: reward.Score(value, True, True, 0, "x") for id, value in earned}
+        monkeypatch.setattr(rollout, "score_episode", lambda e, *_, scores=scores: scores[e.question.id])
+        samples = train.rate(episodes, numbers, 0, cfg)
+        for s, turns, value in zip(samples, map(int, kept), rewards, strict=True):
+            spans = [range(t.start, t.end) for t in s.episode.turns]
+            trained = [any(i in span for span in spans[:turns]) for i in range(len(s.episode.tokens))]
+            assert s.episode.trained == trained and sum(s.episode.sampled) == sum(map(len, spans))
+            assert s.advantage == (
+                0 if value < 1 and turns < 4 else pytest.approx(0.7071 if value == 1 else -0.7071, 1e-3)
+            )
+        assert [s.episode.bracketed().count("⟦") for s in samples] == [int(turns) for turns in kept]
+        chosen = [samples.index(s) for s in train.trained(samples, cfg)]
+        assert chosen == [i for i, turns in enumerate(kept) if turns != "0"]
+
+
+@pytest.mark.parametrize("norm", ["tokens", "sequence"])
+def test_a_step_without_what_follows_failed_calls(failing, folder, device, norm):
+    """Against a plain loop over the tokens that are left, which alone are in the denominator; of a conversation without
+    an advantage, too."""
+    chat, episodes = failing
+    cfg, advantages = replace(chat.cfg, loss_norm=norm, max_grad_norm=1e9), [0.7, 0.9, -0.5, 0.0]
+    for e in episodes:
+        e.cut_at_failures(2)
+    episodes[3].trained_end = episodes[3].turns[1].start  # something is left of it
+    stepped, metrics = after_step(folder, chat, cfg, episodes, advantages, device)
+    plain, counts = policy.load_policy(folder, chat, cfg, device), [sum(e.trained) for e in episodes]
+    assert counts[1] < counts[0] == counts[2] and 0 < counts[3] < counts[0]
+    before = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    for e, advantage in zip(episodes, advantages, strict=True):
+        end, e.trained_end = e.trained_end, None
+        (packed,) = policy.pack([e], chat, plain, 400)
+        logp = plain.packed_logprobs(packed, 1.0)[0][: sum(e.sampled[:end])]
+        (-advantage * (logp.sum() / sum(counts) if norm == "tokens" else logp.mean() / 4)).backward()
+    expected = {n: before[n] - p.grad for n, p in plain.named_parameters()}
+    assert difference(stepped, expected) < 1e-5 * max(1.0, difference(before, expected))
+    assert metrics["trained_tokens"] == sum(counts[:3]) and 1e-3 < difference(before, expected)
+
+
 def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path, monkeypatch):
     """One of three samples is aborted: it has no advantage, and the two others are compared with each other alone."""
     whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1")
@@ -428,8 +498,8 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     episodes[0].stop = Stop.ABORTED
     rewards = iter([0.9, 1.0, 0.1] + [0.5] * 6)
     scores = [reward.Score(r, True, True, 0, "x") for r in rewards]
-    monkeypatch.setattr(whole, "roll_out", lambda questions, step: episodes)
-    monkeypatch.setattr(train, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
+    monkeypatch.setattr(whole, "roll_out", lambda *_: episodes)
+    monkeypatch.setattr(rollout, "score_episode", lambda episode, cfg, penalty: scores[episodes.index(episode)])
     metrics = whole.step(0)
     lines = [json.loads(line) for line in (tmp_path / "run/rollouts/step-000000.jsonl").read_text().splitlines()]
     assert [line["advantage"] for line in lines[:3]] == [
@@ -816,7 +886,7 @@ def test_which_conversations_train(arguments, monkeypatch):
         calls = [(None, Result("error" if i == 10 else "ok"))]
         episodes.append(SimpleNamespace(number=i, question=SimpleNamespace(id=str(i // 3)), stop=stop, calls=calls))
     rewards = [1.0, 1.0, 0.1, 0.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 0.5, 0.0]
-    monkeypatch.setattr(train, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
+    monkeypatch.setattr(rollout, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
     advantages, kept = of()
     assert kept == list(advantages) == list(range(1, 12)) and advantages[3] < 0 < advantages[4]
     assert train.advantage_metrics(samples, torch.device("cpu")) == {
@@ -847,7 +917,7 @@ def test_kinds_of_advantages_against_plain_loops(arguments, device):
 
     def of(*changes):
         cfg = parsed([*arguments, "--search_penalty=0.3", *changes])[0]
-        return train.advantages(scores, groups, 0.3, cfg).tolist()
+        return rollout.advantages(scores, groups, 0, cfg).tolist()
 
     def by_group(values):
         return loop_normalized(values[:4]) + loop_normalized(values[4:])
@@ -878,8 +948,8 @@ def test_kinds_of_advantages_against_plain_loops(arguments, device):
 @pytest.mark.parametrize("advantage", ["bn_grpo", "gdpo"])
 def test_a_step_without_a_signal_is_no_division_by_nothing(arguments, device, advantage):
     cfg = parsed([*arguments, f"--advantage={advantage}"])[0]
-    assert train.advantages([], [], 0.1, cfg).tolist() == []
-    assert train.advantages([reward.Score(1.0, True, True, 0, "x")] * 3, [1, 1, 2], 0.1, cfg).tolist() == [0.0] * 3
+    assert rollout.advantages([], [], 0, cfg).tolist() == []
+    assert rollout.advantages([reward.Score(1.0, True, True, 0, "x")] * 3, [1, 1, 2], 0, cfg).tolist() == [0.0] * 3
 
 
 def test_in_a_decoupled_run_the_cost_of_searching_reaches_right_answers_alone(arguments, tmp_path, monkeypatch):
@@ -940,6 +1010,7 @@ def balance_worker(rank, store, folder, results):
     episodes = run(questions[rank::2], ScriptedEngine(chat, script), found, chat, cfg, samples=2)
     for n, episode in enumerate(episodes):
         episode.logprobs = [-0.001 * n - rank for _ in episode.logprobs]
+        episode.trained_end = 5 + n if n % 2 else None
     # The last question of each rank tells nothing; the others' samples are told apart.
     samples = []
     for e in episodes:
@@ -957,7 +1028,7 @@ def told(sample):
     images = [(p.key, p.grid, p.tokens) for p in episode.images]
     turns = [(t.start, t.end, t.version) for t in episode.turns]
     name = (sample.number, episode.sample, sample.advantage)
-    return *name, episode.tokens, episode.sampled, episode.logprobs, images, turns, episode.stop
+    return *name, episode.tokens, episode.sampled, episode.logprobs, images, turns, episode.stop, episode.trained_end
 
 
 def test_ranks_share_out_their_conversations(folder, tmp_path):
@@ -977,6 +1048,146 @@ def test_ranks_share_out_their_conversations(folder, tmp_path):
         assert max(uneven) > 1.15 * min(uneven) and max(even) < 1.15 * min(even), (uneven, even)
 
 
+# ------------------------------------------------------------------------------------- questions without a signal
+
+
+@pytest.fixture(scope="module")
+def dozen(arguments, world, tmp_path_factory):
+    """The command line of a run on twelve questions, six a step in two mini-batches, with replacements."""
+    path = tmp_path_factory.mktemp("dozen") / "train.parquet"
+    write_questions(path, load_questions([world[0].train])[:12], {})
+    return [
+        *arguments, f"--train_files={path}", f"--val_files={path}", "--prompts_per_step=6", "--updates_per_step=2",
+        "--refill_groups=2", "--max_mismatch=1000", "--entropy_coef=0", "--lr=1e-3", "--keep_last=9",
+    ]  # fmt: skip
+
+
+def scripted(whole):
+    """The run with an engine that answers every third question always rightly, every third always wrongly, and every
+    third rightly in the first of its conversations alone."""
+    asked = {whole.chat.picture(q.images[0]).key: (n, q) for n, q in enumerate(whole.train)}
+
+    def script(prompt, images, sampling):
+        number, q = asked[images[0].key]
+        first = sampling.seed in [rollout.turn_seed(whole.cfg.seed, step, q.id, 0, 0) for step in range(9)]
+        right = [True, False, first][number % 3]
+        return f"<reason> well.</reason><answer> {q.answers[0] if right else 'unknown'}</answer>"
+
+    whole.rollout.engine = ScriptedEngine(whole.chat, script)
+    return whole
+
+
+def groups_of(path, step):
+    """question id -> its records, in the order of the file."""
+    groups = {}
+    for line in (path / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        groups.setdefault(r["question_id"], []).append(r)
+    return groups
+
+
+def test_questions_without_a_signal_are_replaced(dozen, tmp_path, monkeypatch):
+    """What is trained on, with which numbers, and what is counted: a plain account of a step from its records."""
+    whole = scripted(started(monkeypatch, *dozen, f"--run_dir={tmp_path / 'run'}", "--steps=9"))
+    whole.first, updated, update = -1, [], train.update_policy  # no first look
+    monkeypatch.setattr(train, "update_policy", lambda *a: updated.append(a) or update(*a))
+    own = [q.id for q in train.questions_of_step(whole.train, 0, whole.cfg)]
+    figures, place = whole.step(0), {q.id: n for n, q in enumerate(whole.train)}
+    groups, samples = groups_of(tmp_path / "run", 0), updated[0][3]
+    numbers = {s.episode.question.id: s.number for s in samples}
+    assert sorted(numbers.values()) == list(range(6)) and updated[0][4] == 6 and len(samples) == 18
+    replaced = groups.keys() - numbers.keys()
+    assert 0 < len(replaced) and all(place[id] % 3 < 2 for id in replaced)
+    for id, group in groups.items():
+        equal = place[id] % 3 < 2
+        assert len(group) == 3 and len({r["reward"] for r in group}) == 2 - equal
+        assert all((r["advantage"] is None) == (id in replaced) for r in group)
+        assert id in replaced or equal or sum(bool(r["advantage"]) for r in group) == 3
+        if id in own and id not in replaced:
+            assert numbers[id] == own.index(id)
+    still = sum(place[id] % 3 < 2 for id in numbers)  # there were six further questions: some places had no more
+    assert figures["zero_variance_groups"] == pytest.approx(still / 6)
+    assert figures["replaced_groups"] == pytest.approx(len(replaced) / len(groups)) and figures["refill_rounds"] == 1
+    everything = [r for group in groups.values() for r in group]
+    assert figures["reward"] == pytest.approx(sum(r["reward"] for r in everything) / len(everything))
+    assert figures["stop/answered"] == len(everything) == 3 * len(groups)
+    assert figures["always_right"] == pytest.approx(sum(place[id] % 3 == 0 for id in groups) / len(groups))
+    assert figures["never_right"] == pytest.approx(sum(place[id] % 3 == 1 for id in groups) / len(groups))
+    assert whole.state["outcomes"].keys() == groups.keys()
+    assert whole._conversations_to_come() == 9 * 6 * 3 * 3 + (4 + 4) * 3
+
+
+def test_what_has_no_signal(cfg, monkeypatch):
+    """The rewards of `rate`, its ramp included, of those that are compared; a single one of these is no reason."""
+
+    def no_signal(*earned, step=0, aborted=(), failed=(), **changes):
+        episodes = [SimpleNamespace(n=n, stop=Stop.ANSWERED, calls=[]) for n in range(len(earned))]
+        for n in aborted:
+            episodes[n].stop = Stop.ABORTED
+        for n in failed:
+            episodes[n].calls = [(None, Result("error"))]
+
+        def score(e, cfg, penalty):
+            return reward.Score(earned[e.n] - (penalty if e.n == 0 else 0.0), True, True, 0, "x")
+
+        monkeypatch.setattr(rollout, "score_episode", score)
+        changed = replace(cfg, search_penalty=0.0 if not changes else 0.1, **changes)
+        return rollout.Refill([], [], {}, step, changed).earned_the_same(episodes)
+
+    assert no_signal(1.0, 1.0, 1.0) and no_signal(0.1, 0.1) and not no_signal(1.0, 1.0, 0.9)
+    assert no_signal(1.0, 1.0, 0.1, aborted=[2]) and not no_signal(1.0, 1.0, aborted=[1])
+    assert not no_signal(1.0, 1.0, aborted=[0, 1])
+    assert not no_signal(1.0, 1.0, 0.1, failed=[2])
+    assert no_signal(1.0, 1.0, 0.1, failed=[2], leave_out=("failed_tools",), penalty_ramp_steps=2, step=1)
+    assert [no_signal(1.0, 1.0, penalty_ramp_steps=2, step=step) for step in range(3)] == [False, True, False]
+
+
+def test_a_resumed_run_replaces_and_passes_over_the_same_questions(dozen, tmp_path, monkeypatch):
+    """To the bit, with questions that were always right before the checkpoint; and without what was kept of them it
+    would ask others."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run_dir, *more in ((whole, "--steps=5"), (parts, "--steps=2"), (parts, "--steps=5", "--resume=auto")):
+        running = scripted(started(monkeypatch, *dozen, f"--run_dir={run_dir}", *more))
+        running.loop()
+        running.dir.lock.close()
+    assert_same_run(whole, parts)
+    outcomes = json.loads((whole / "checkpoints" / "step-000002" / "state.json").read_text())["outcomes"]
+    assert [1.0, 0.0] in outcomes.values() and [0.0, 0.0] in outcomes.values()
+    asked = [list(groups_of(whole, step))[:6] for step in range(2, 5)]
+    assert asked != [[q.id for q in train.questions_of_step(running.train, step, running.cfg)] for step in range(2, 5)]
+
+
+def refill_worker(rank, store, arguments, results):
+    """A step of a whole run on two ranks; on this one, as many rounds as there are."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    whole = scripted(train.Run(*parsed(arguments.split("\n"))))
+    whole.engine.load_weights(policy.full_weights(whole.policy), version=0)
+    whole.first, runs, run = -1, [], whole.rollout.run
+    whole.rollout.run = lambda *args, **how: runs.append(run(*args, **how)) or runs[-1]
+    figures = [whole.step(step) for step in range(2)]
+    ids = [[e.question.id for e in episodes] for episodes in runs]
+    kept = [{k: v for k, v in f.items() if not k.startswith(TIMING)} for f in figures]
+    results.put((rank, ids, whole.state["outcomes"], kept))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_replace_as_one_does(dozen, tmp_path, monkeypatch):
+    """The ranks have unequal numbers of conversations, and agree on what they count; the questions are those of one
+    rank, whose engine says the same."""
+    command = "\n".join([*dozen, f"--run_dir={tmp_path / 'two'}", "--steps=9"])
+    (_, ids, outcomes, figures), (_, others, same, agreed) = on_two_ranks(refill_worker, command, tmp_path)
+    assert outcomes == same and figures == agreed
+    assert any(len(a) != len(b) for a, b in zip(ids, others, strict=True))
+    whole = scripted(started(monkeypatch, *dozen, f"--run_dir={tmp_path / 'one'}", "--steps=9"))
+    whole.first = -1
+    for step in range(2):
+        alone = whole.step(step)
+        assert groups_of(tmp_path / "one", step).keys() == groups_of(tmp_path / "two", step).keys()
+        for name in ("reward", "replaced_groups", "refill_rounds", "always_right", "zero_variance_groups", "loss"):
+            assert figures[step][name] == pytest.approx(alone[name], abs=1e-5)
+    assert outcomes.keys() == whole.state["outcomes"].keys()
+
+
 def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch):
     """The whole step, from rollout to new weights, on a random model and a reward that any model can learn to earn: the
     share of even ids in what it says."""
@@ -991,7 +1202,7 @@ def test_it_learns_what_it_is_rewarded_for(folder, world, tmp_path, monkeypatch)
         ids = [id for id, sampled in zip(episode.tokens, episode.sampled, strict=True) if sampled]
         return reward.Score(sum(id % 2 == 0 for id in ids) / len(ids), False, True, 0, None)
 
-    monkeypatch.setattr(train, "score_episode", evenness)
+    monkeypatch.setattr(rollout, "score_episode", evenness)
     whole = started(monkeypatch, *options)
     rewards = [whole.step(step)["reward"] for step in range(16)]
     assert 0.4 < rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.75, rewards
