@@ -489,12 +489,12 @@ def file_id(path: str | Path) -> str:
         return digest.hexdigest()[:16]
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
-    written, and is left out. Raises InputError."""
+def read_jsonl(path: str | Path, unfinished: bool = True) -> Iterator[dict]:
+    """The records of a file of JSON lines; NaN and infinities become None. unfinished: a last line without its end is
+    still being written, and is left out. Raises InputError."""
     with refusing(f"{path}: cannot read it"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
+            if line.strip() and (line.endswith(b"\n") or not unfinished):
                 with refusing(f"line {number} is not JSON"):
                     record = json.loads(line.decode(), parse_constant=lambda _: None)
                 yield record

@@ -23,7 +23,7 @@ import toy
 from analysis import picture_url
 from analysis.results import CONVERSATION, checked, questions_about, read_log
 from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
-from data import Call, Question, picture_key, to_json
+from data import Call, Question, picture_key, refusing, to_json
 from search.index import SearchDB
 from tools import TOOLS, ask_search, run_tool
 
@@ -89,11 +89,9 @@ def fill_template(page: dict) -> str:
 
 def read_settings(run: Path) -> dict:
     """The run's config.json. Raises InputError if `run` is no run directory (a model's folder also has a config)."""
-    try:
+    with refusing(f"{run}: holds no run of train.py, no config.json of one", KeyError, TypeError):
         settings = json.loads((run / "config.json").read_text())
         settings["run_dir"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        raise InputError(f"{run}: holds no run of train.py (no config.json of one)") from None
     need((run / "metrics.jsonl").is_file(), f"{run}: has no metrics.jsonl: the run has not begun")
     return settings
 

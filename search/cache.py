@@ -19,8 +19,8 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from config import Config, InputError, replacing
-from data import Call, Hit, Question, Result, Usage, decode_image, first_line
+from config import Config, InputError, need, replacing
+from data import Call, Hit, Question, Result, Usage, decode_image, refusing
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile, sha256
@@ -215,22 +215,17 @@ def snapshot_rows(path: str | Path) -> Iterator[tuple[str, float, Result]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
-    try:
+    with refusing(f"{path}: not a readable parquet file of recorded results", pa.ArrowException):
         with pq.ParquetFile(path, page_checksum_verification=True) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                with refusing(f"row {number}: not an exported cache", KeyError, TypeError, AttributeError):
                     yield _row(row)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}, row {number}: not an exported cache ({type(error).__name__}: {error})") from None
 
 
 def _row(row):
-    if canonical(json.loads(row["request"])) != row["request"] or row["status"] not in ("ok", "no_results", "error"):
-        raise ValueError("request or status")
+    sound = canonical(json.loads(row["request"])) == row["request"] and row["status"] in ("ok", "no_results", "error")
+    need(sound, "request or status")
     hits = []
     for hit in row["hits"]:
         if hit["image"] is not None:

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Call, Hit, Question, Result, decode_image, first_line
+from data import Call, Hit, Question, Result, decode_image, first_line, refusing
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
 from search.text import PAGE_SENTENCES, passages, terms
@@ -389,10 +389,8 @@ def _embed_documents(db, encode):
 
 
 def _as_dict(row):
-    try:
+    with refusing("not JSON"):
         row = json.loads(row) if isinstance(row, bytes) else row
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
     need(isinstance(row, dict), "expected a JSON object")
     return row
 
