@@ -252,25 +252,24 @@ class CachedSearch:
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
-        self.methods = {"image_search": self._image_request, "text_search": self._text_request, "visit": self._visit}
         self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
         self._empty: set[str] = set()  # requests for which this process has found nothing
 
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
-        asked = method_for(call, question, self.methods)(call, question)
+        asked = method_for(call, question, self)(call, question)
         engines = {**engine_of(self.cfg).names, "visit": "reader"}
         asked |= {"kind": TOOLS[call.tool].key, "engine": engines[call.tool]}
         return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
-    def _image_request(self, call, question):
+    def for_image_search(self, call, question):
         return {"image": sha256([picture_of(call, question)]), "thumbnail_side": THUMBNAIL_SIDE}
 
-    def _text_request(self, call, question):
+    def for_text_search(self, call, question):
         return self._page_request(query_of(call))
 
-    def _visit(self, call, question):
+    def for_visit(self, call, question):
         goal = clean(call.query, MAX_QUERY)
         return {"url": page_url(call.url), "sentences": PAGE_SENTENCES, **self._page_request(goal)}
 

@@ -413,25 +413,24 @@ class OfflineSearch:
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
         try:
-            hits = method_for(call, question, self.methods)(call, question)
+            hits = method_for(call, question, self)(call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except (Failure, InputError, sqlite3.DatabaseError) as error:
             return failed(error)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
-    def _image_search(self, call, question):
+    def for_image_search(self, call, question):
         return self.db.image(picture_of(call, question), self.results[call.tool])
 
-    def _text_search(self, call, question):
+    def for_text_search(self, call, question):
         return self.db.text(call.query, self.results[call.tool])
 
-    def _visit(self, call, question):
+    def for_visit(self, call, question):
         parts = self.db.page(call.url.strip())
         text = passages("\n".join(part.text for part in parts), call.query, PAGE_SENTENCES)
         return [replace(part, text=text) for part in parts[:1]]
