@@ -332,7 +332,10 @@ def _insert(source, name, add, skip_bad_rows):
     bad = 0
     for where, row in tqdm(_rows(source, name), f"index {name}", unit=" rows", leave=False, disable=None):
         try:
-            add(_as_dict(row))
+            with refusing("not JSON"):
+                row = json.loads(row) if isinstance(row, bytes) else row
+            need(isinstance(row, dict), "expected a JSON object")
+            add(row)
         except InputError as error:
             if not skip_bad_rows:
                 raise InputError(f"{where}: {error}") from None
@@ -386,13 +389,6 @@ def _embed_documents(db, encode):
                 vectors = (vector.astype(np.float16).tobytes() for vector in encode(list(texts)))
                 db.executemany("INSERT INTO vectors(rowid, embedding) VALUES (?, ?)", zip(rowids, vectors, strict=True))
                 progress.update(len(rowids))
-
-
-def _as_dict(row):
-    with refusing("not JSON"):
-        row = json.loads(row) if isinstance(row, bytes) else row
-    need(isinstance(row, dict), "expected a JSON object")
-    return row
 
 
 def _strings(row, *required):

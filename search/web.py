@@ -304,10 +304,8 @@ def cut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """The machine's certificates (or those that SSL_CERT_FILE names), loaded once."""
-    return ssl.create_default_context()
+# the machine's certificates (or those that SSL_CERT_FILE names), loaded once
+tls_context = functools.cache(ssl.create_default_context)
 
 
 def _prepared(base: str, url: str, types=(), secret=(), payload=None) -> PreparedRequest:
