@@ -287,8 +287,7 @@ class Chat:
     # -- pictures
 
     def picture(self, data: bytes, thumbnail: bool = False, size: tuple[int, int] | None = None) -> Picture:
-        """The record of an encoded image, at the pixel range of questions or of thumbnails. size: its (width, height),
-        where it is known; else it is decoded."""
+        """An encoded image as a record, at the pixel range of questions or thumbnails. size: width, height, if known"""
         key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge, _ = self.sizes
         height, width = self._sizes.get(key, lambda: self._size(size or decode_image(data).size, thumbnail))

@@ -267,8 +267,7 @@ class RunDir:
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 
     def _check_begun(self, before):
-        """Raise InputError if a run without a checkpoint had one before (it made more steps than it took to its first),
-        or began at another run's."""
+        """Raise InputError if a run without a checkpoint had one (by its steps), or began at another run's."""
         begun, what = before.get("resume", "auto"), f"{self.path} has no checkpoint"
         need(begun in ("", "auto"), f"{what}, and began at {begun}: --resume that, or --overwrite")
         steps = self.metrics.read_bytes().count(b'"phase": "train"') if self.metrics.exists() else 0

@@ -142,8 +142,7 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, matc
     A file in which no question has a picture has to be meant: text=PATH (veRL layout).
 
     only: a set of the ids to read (None: all rows). match: the option; an answer has to be one that it can compare.
-    Raises InputError naming file, row (from 0) and field, or a file of which nothing is left; with skip_bad_rows bad
-    rows are left out and counted.
+    Raises InputError naming a file of which nothing is left, or file, row (from 0) and field (not if skip_bad_rows).
     """
     import pyarrow as pa
 
@@ -453,8 +452,7 @@ def _decode(data, formats, max_pixels):
 
 
 def _without_metadata(data):
-    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
-    checksum or form."""
+    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, broken metadata."""
     kept, start = [data[:8]], 8
     while start < len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]

@@ -89,8 +89,7 @@ def several(records: list[dict], judge: str = "") -> dict:
 
 
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
-    """Figures of each data_source, and over all of them under "all". Aborted conversations are counted, and left out
-    of the shares."""
+    """Figures of each data_source, and over all of them under "all". Aborted conversations are in no share."""
     by_source = defaultdict(list)
     for r in records:
         by_source[r["data_source"]].append(r)

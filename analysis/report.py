@@ -43,8 +43,7 @@ class ReportOptions(Options):
 
 def render(runs: list[str | Path], options: ReportOptions) -> Path:
     """Write the page of one or several run directories; returns its path. If there are more conversations than the
-    limit, it takes whole groups, evenly over the steps. Raises InputError for a folder that holds no run, and for
-    damaged files in one."""
+    limit, it takes whole groups, evenly over the steps. Raises InputError for what is no run, or damaged."""
     runs = [Path(run) for run in runs]
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -145,8 +144,7 @@ class Pictures:
 
 
 def add_made_pictures(record: dict, sources: dict[str, bytes], pictures: Pictures) -> None:
-    """Add what tools made of pictures that are at hand, such as a crop: it is made again, and is at hand for the next
-    one. sources: key -> encoded picture."""
+    """Make again what tools made of pictures in `sources` (key -> encoded picture), such as crops; add it there."""
     named = {f"img_{number}": key for number, key in enumerate(record.get("images") or [], 1)}
     for call in record["calls"]:
         source = sources.get(named.get(call.get("picture") or "img_1"))

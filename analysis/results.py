@@ -143,8 +143,7 @@ class ResultFile:
     """The file to which an evaluation writes its conversations. Each rank has its own; only rank 0 calls `finish`."""
 
     def __init__(self, path: str | Path, header: dict, rank: int = 0, neutral: set[str] = frozenset()):
-        """neutral: names of settings that may differ from those of the evaluation that is resumed. Raises InputError if
-        path is something else than a file."""
+        """neutral: settings that may differ from the resumed evaluation's. Raises InputError if path is not a file."""
         _check_file(path)
         self.path, self.header, self.rank, self.neutral = Path(path), header, rank, neutral
         self.part, self.file = Path(f"{path}.part{rank}"), None

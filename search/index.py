@@ -156,8 +156,7 @@ class SearchDB(SQLiteFile):
         return [Hit(title, url, text) for title, url, _, text in rows]
 
     def page(self, url: str) -> list[Hit]:
-        """The documents with this url, in the order they were indexed: the parts of a page. Raises
-        sqlite3.DatabaseError as `text` does."""
+        """The documents with this url, as indexed: the parts of a page. Raises sqlite3.DatabaseError as `text` does."""
         if re.search("[\ud800-\udfff]", url):
             return []  # SQLite takes no halves of characters, and no document has one
         with self._connection() as db:

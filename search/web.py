@@ -367,8 +367,7 @@ def _in_time(job, function):
 
 
 def is_public(address: str) -> bool:
-    """True for what the public internet routes; not for loopback, private, link-local, multicast, reserved addresses,
-    nor for IPv6 ones that stand for such."""
+    """True for what the public internet routes; not for local, multicast or reserved addresses."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
