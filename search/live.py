@@ -28,14 +28,11 @@ from config import Config, InputError, need
 from data import Call, Hit, Question, Result, Usage, decode_image, prompt_path, read_prompt
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
-from search.engine import MAX_TITLE, SearchEngine
-from search.serpapi import SerpApi
-from search.serper import Serper
+from search.engine import ENGINES, MAX_TITLE, SearchEngine
 from search.text import PAGE_SENTENCES, clean, inline_text, passages, plain_text, sentences
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, page_url, tokens_in
 from tools import picture_of, results
 
-ENGINES = {"serpapi": SerpApi, "serper": Serper}  # those of config.SEARCH_ENGINES
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
 READER_IN_FLIGHT, READER_PER_SECOND = 32, 8.0  # requests at once; begun a second, over all ranks
 SUMMARIZER_IN_FLIGHT, PICTURES_IN_FLIGHT = 64, 64
