@@ -474,21 +474,19 @@ class Episode:
         for sampled, ids in self.pieces():
             text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
             turns.append({"role": "model" if sampled else "context", "text": text})
-        asked, made = self.question, zip(self.calls, self.call_turns, strict=True)
-        calls = [{"turn": turn, **_call_record(*pair)} for pair, turn in made]
+        calls = []
+        for (call, result), turn in zip(self.calls, self.call_turns, strict=True):
+            made = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}
+            outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
+            hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
+            calls.append({"turn": turn, **made, **outcome, "usage": dict(vars(result.usage)), "hits": hits})
+        asked = self.question
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
         record |= dict(pictures=[picture_key(image) for image in asked.images])
         record |= dict(images=[picture_key(image.data) for image in self.images])  # img_1, img_2 ...
         record |= dict(answers=list(asked.answers), sample=self.sample, turns=turns, calls=calls)
         record |= dict(stop=self.stop.value if self.stop else None, results_cut=self.results_cut)
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))
-
-
-def _call_record(call, result):
-    asked = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}
-    outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
-    hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
-    return asked | outcome | {"usage": dict(vars(result.usage)), "hits": hits}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

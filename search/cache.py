@@ -47,11 +47,6 @@ CREATE TABLE images(hash TEXT PRIMARY KEY, data BLOB NOT NULL);
 """
 
 
-def request_key(request: str) -> str:
-    """The key of a request, which is canonical JSON (see `canonical`)."""
-    return sha256([request])
-
-
 def canonical(request: dict) -> str:
     """A request as JSON that is always written the same."""
     return json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -75,7 +70,7 @@ class SearchCache(SQLiteFile):
 
     def get(self, request: dict, count: bool = False) -> Result | None:
         """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
-        key = request_key(canonical(request))
+        key = sha256([canonical(request)])
         with self._connection() as db:
             row = db.execute("SELECT status, result, sha256 FROM results WHERE key = ?", (key,)).fetchone()
             kept = row and _load_result(db, canonical(request), *row)
@@ -131,7 +126,7 @@ class SearchCache(SQLiteFile):
             if sha256([data]) != hash:
                 yield f"image {hash}: its bytes have another hash"
         for key, request, *row in db.execute("SELECT key, request, status, result, sha256 FROM results"):
-            if request_key(request) != key:
+            if sha256([request]) != key:
                 yield f"result {key}: its request has another hash"
             try:
                 _load_result(db, request, *row)
@@ -169,7 +164,7 @@ def _insert_result(db, request, created, result):
         "ON CONFLICT(key) DO UPDATE SET status = excluded.status, result = excluded.result, sha256 = excluded.sha256, "
         "created = excluded.created WHERE results.status = 'error' "
         "OR (results.status = 'no_results' AND excluded.status = 'ok')",
-        (request_key(request), request, result.status, content, sha256((request, result.status, content)), created),
+        (sha256([request]), request, result.status, content, sha256((request, result.status, content)), created),
     )
 
 

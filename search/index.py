@@ -125,14 +125,12 @@ class SearchDB(SQLiteFile):
         self.embedding, self.text_embedding = self._settings["image_embedding"], self._settings["text_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
         self._embed = load_encoder(self.embedding) if self.embedding and len(self._images[0]) else embed_image
-        self._embed_texts = self._text_encoder() if len(self._vectors[0]) else None
-
-    def _text_encoder(self):
-        encode, probe = load_text_encoder(self.text_embedding)
-        built = np.frombuffer(self._settings["text_probe"], np.float32)
-        same = len(probe) == len(built) and probe @ built > 0.999  # a GPU and a CPU differ by less
-        need(same, f"text_embedding {self.text_embedding!r}: not the model that {self.path} was built with")
-        return encode
+        self._embed_texts = None
+        if len(self._vectors[0]):
+            self._embed_texts, probe = load_text_encoder(self.text_embedding)
+            built = np.frombuffer(self._settings["text_probe"], np.float32)
+            same = len(probe) == len(built) and probe @ built > 0.999  # a GPU and a CPU differ by less
+            need(same, f"text_embedding {self.text_embedding!r}: not the model that {self.path} was built with")
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).

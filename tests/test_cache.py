@@ -33,9 +33,9 @@ from data import Call, Hit, Result
 from search import __main__ as search_main
 from search import embedding as search_embedding
 from search import open_search
-from search.cache import CachedSearch, SearchCache, canonical, request_key, snapshot_rows
+from search.cache import CachedSearch, SearchCache, canonical, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
-from search.index import SearchDB, build
+from search.index import SearchDB, build, sha256
 
 JPEG = picture(1, format="JPEG")
 
@@ -644,7 +644,7 @@ def test_fvqa_s_entries_are_about_the_question_s_own_picture(tmp_path):
 
 
 def test_keys_are_content():
-    assert request_key(canonical({"b": 1, "a": "ä"})) == hashlib.sha256('{"a":"ä","b":1}'.encode()).hexdigest()
+    assert sha256([canonical({"b": 1, "a": "ä"})]) == hashlib.sha256('{"a":"ä","b":1}'.encode()).hexdigest()
 
 
 def test_what_earlier_versions_recorded_is_still_found(tmp_path):
@@ -663,7 +663,7 @@ def test_what_earlier_versions_recorded_is_still_found(tmp_path):
     ):
         cfg = Config(search="replay", search_cache=str(tmp_path / "c"), **{"tool_results": threes, **changes})
         SearchCache(tmp_path / "c", write=True).close()
-        assert request_key(canonical(open_search(cfg).request(call, about))) == key
+        assert sha256([canonical(open_search(cfg).request(call, about))]) == key
 
 
 def test_a_picture_at_full_size_stays_one(tmp_path, cache):
