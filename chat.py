@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 import data
@@ -454,19 +453,15 @@ class Episode:
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
         images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
-        sent = dict(question_id=self.question.id, sample=self.sample, images=images, turns=self.turns, stop=self.stop)
-        for name, kind in (("tokens", np.int32), ("sampled", bool), ("logprobs", np.float64)):
-            sent[name] = np.array(getattr(self, name), kind)
-        return sent
+        kept = {name: getattr(self, name) for name in ("sample", "tokens", "sampled", "logprobs", "turns", "stop")}
+        return dict(question_id=self.question.id, images=images, kept=kept)
 
     @classmethod
     def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
         """The conversation that `serialize` made; questions by their ids."""
         question = questions[sent["question_id"]]
-        rest = {name: sent[name].tolist() for name in ("tokens", "sampled", "logprobs")}
         images = [(question.images[i] if isinstance(i, int) else i, thumbnail) for i, thumbnail in sent["images"]]
-        rest |= dict(images=list(itertools.starmap(chat.picture, images)), turns=sent["turns"], stop=sent["stop"])
-        return cls(question, chat, sent["sample"], **rest)
+        return cls(question, chat, images=list(itertools.starmap(chat.picture, images)), **sent["kept"])
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
