@@ -27,6 +27,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from config import InputError, need, replacing
@@ -144,8 +146,6 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, matc
     only: a set of the ids to read (None: all rows). match: the option; an answer has to be one that it can compare.
     Raises InputError naming a file of which nothing is left, or file, row (from 0) and field (not if skip_bad_rows).
     """
-    import pyarrow as pa
-
     questions, bad = [], []
     names = [Path(path_of(file)).name for file in files]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
@@ -228,9 +228,6 @@ def _columns(names, benchmark):
 
 
 def _rows(file, benchmark) -> Iterator[dict]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
     if Path(file).suffix in (".jsonl", ".json"):
         with refusing(f"{file}: not a readable JSON file, a list of rows or one row a line"):
@@ -264,9 +261,6 @@ def _as_verl(row, benchmark):
 
 def write_questions(path: str | Path, questions: list[Question], columns: dict[str, list]) -> None:
     """Write questions as parquet in veRL layout, with further columns. Raises InputError if it cannot be written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     fields = [
         ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),

@@ -19,6 +19,9 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from config import Config, InputError, need, replacing
 from data import Call, Hit, Question, Result, Usage, decode_image, refusing
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
@@ -189,9 +192,6 @@ def _load_result(db, request, status, content, hash):
 def export(cache: SearchCache, path: str | Path) -> int:
     """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
     full_size}], with the checksums of its pages. Returns the number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     text, count = pa.string(), 0
     hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary(), "full_size": pa.bool_()})
     names = ("request", "status", "error", "error_kind")
@@ -207,9 +207,6 @@ def export(cache: SearchCache, path: str | Path) -> int:
 
 def snapshot_rows(path: str | Path) -> Iterator[tuple[str, float, Result]]:
     """The rows of an exported file, as `SearchCache.put_all` takes them. Raises InputError if one is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with refusing(f"{path}: not a readable parquet file of recorded results", pa.ArrowException):
         with pq.ParquetFile(path, page_checksum_verification=True) as table:
             rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
