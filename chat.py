@@ -485,8 +485,6 @@ class Episode:
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
-
-
 def final_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
     """(height, width) a picture is resized to: multiples of `factor`, of low to high pixels, no narrower than 1:200.
 

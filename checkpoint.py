@@ -37,9 +37,8 @@ from data import Question, file_id, first_line, path_of, picture_key, prompt_pat
 from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, whole
 from tools import limits, results
 
+
 # ------------------------------------------------------------------------------------------ checkpoints and exports
-
-
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
     `state`, a JSON dict. Of a model with adapters, only theirs. Raises InputError if the disk does not take it."""
@@ -201,8 +200,6 @@ def input_ids(inputs: dict[str, str | Path], questions: list[Question]) -> dict[
 
 
 # --------------------------------------------------------------------------------------------------- run directory
-
-
 class RunDir:
     """The directory of a run. Rank 0 writes."""
 
@@ -341,8 +338,6 @@ def _step_of(path: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ logs
-
-
 def check_log(cfg: Config) -> None:
     """Raise InputError if the package that cfg.log needs is missing."""
     try:
@@ -404,8 +399,6 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- signals
-
-
 class Stopper:
     """SIGINT and SIGTERM: a rollout is left at once, anything else is finished; then all ranks agree to stop."""
 

@@ -132,8 +132,6 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------- question files
-
-
 def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, match="em") -> list[Question]:
     """Read questions from parquet, JSONL or JSON files (a list), each PATH in veRL layout or BENCHMARK=PATH.
 
@@ -398,8 +396,6 @@ def normalize_answer(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
-
-
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), 2)}  # by EXIF's orientation

@@ -92,8 +92,6 @@ def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question],
 
 
 # ------------------------------------------------------------------------------------------------------ one question
-
-
 def asked_question(options: EvalOptions) -> Question:
     if not options.image:
         return Question(id="asked", text=options.question)
@@ -130,8 +128,6 @@ def print_call(call, result) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- question files
-
-
 def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, world: toy.Toy, device) -> None:
     """Evaluate on question files; write the conversations and print the table."""
     from analysis.figures import summarize, table

@@ -40,8 +40,6 @@ class Score:
 
 
 # ------------------------------------------------------------------------------------------------------- matching
-
-
 def extract_answer(turn: str) -> str | None:
     """The text of the last `<answer>…</answer>` in a turn (it may span lines), stripped; None if there is none."""
     answers = [action for action in find_actions(turn) if isinstance(action, str)]
@@ -136,8 +134,6 @@ MATCHES = {"em": exact_match, "em_unicode": unicode_match, "sub_em": partial(uni
 
 
 # --------------------------------------------------------------------------------------------------------- format
-
-
 def turn_kinds(turn: str, dialect: str = "tags") -> list[str]:
     """What a well-formed turn does: ["answer"], or the tools it calls, in the dialect json several; else []. White
     space around it aside, such a turn begins with its reasoning, ends in what it does, and holds no other tag. A whole
@@ -181,8 +177,6 @@ def count_searches(responses: Sequence[str], dialect: str = "tags") -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- score
-
-
 def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
     """The search penalty at a step, counted from 0: from -penalty, a bonus for searching, at step 0 rising linearly
     to +penalty at step ramp_steps and after. ramp_steps = 0: no ramp."""

@@ -129,8 +129,6 @@ TOOLS = {
 
 
 # ------------------------------------------------------------------------------------------------ what a turn says
-
-
 def find_actions(text: str, dialect: str = "tags") -> list[Call | str]:
     """The complete actions in a turn, calls and answers (their text), in the order in which they end. An action runs
     from the last opening tag to the first closing tag after it, over lines too."""
@@ -197,8 +195,6 @@ def has_answer(text: str, dialect: str = "tags") -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- limits and calls
-
-
 def limits(cfg: Config) -> dict[str, int]:
     """Tool -> how often it may be called in a conversation. Raises InputError."""
     return _numbers("limit", "tool_limits", cfg)

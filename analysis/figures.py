@@ -123,8 +123,6 @@ def _figures(records, cfg):
 
 
 # ------------------------------------------------------------------------------------------------------- as text
-
-
 def aligned(rows: list[list[str]], sides: str) -> list[str]:
     """Rows of cells as lines of text; sides: for each column, whether its cells stand at the left or right: < or >."""
     widths, lines = [max(map(len, column)) for column in zip(*rows, strict=True)], []

@@ -127,8 +127,6 @@ def _found_picture(client, folder, picture):
 
 
 # ------------------------------------------------------------------------------------------------------- pickles
-
-
 class _Made:
     """What a pickle names, or would call and give a state: a picture, a numpy array or data type, or what pictures
     carry along (fractions and notes of their metadata), which nobody looks at."""
