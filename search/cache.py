@@ -91,17 +91,11 @@ class SearchCache(SQLiteFile):
     def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> int:
         """Keep many (request, time, result), all or none; returns their number."""
         count = 0
-        with self._connection() as db, self._writing:
+        with self._connection() as db, self._writing, db:  # the last commits, or rolls back
             db.execute("BEGIN IMMEDIATE")
-            try:
-                for row in rows:
-                    _insert_result(db, *row)
-                    count += 1
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # a full disk has ended it already
-                    db.execute("ROLLBACK")
-                raise
+            for row in rows:
+                _insert_result(db, *row)
+                count += 1
         return count
 
     def rows(self) -> Iterator[tuple[str, float, Result]]:
