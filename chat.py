@@ -88,8 +88,8 @@ class Chat:
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             low, high = self._check_image_processor()
         for name in ("min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"):
-            inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
-            need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
+            size = getattr(cfg, name)
+            need(low <= size <= high, f"{name}={size}: the image processor of {folder} takes {low} to {high} pixels")
         for thumbnail in (False, True):
             with refusing("thumb_min_pixels, thumb_max_pixels" if thumbnail else "min_pixels, max_pixels"):
                 self._size((1, 1), thumbnail)  # raises InputError if no size fits the range

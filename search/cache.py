@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import Config, InputError, need, replacing
+from config import Config, need, replacing
 from data import Call, Hit, Question, Result, Usage, decode_image, refusing
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
@@ -135,13 +135,10 @@ def _make_cache(path):
     """An empty cache; of several processes that make it at once, one does."""
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
-        with closing(sqlite3.connect(temporary)) as db:
-            db.executescript(CACHE_SCHEMA)
-        os.link(temporary, path)  # unlike a rename, it never replaces what another process has made and begun to fill
-    except FileExistsError:
-        pass
-    except (OSError, sqlite3.OperationalError) as error:
-        raise InputError(f"{path}: cannot make this search cache ({error})") from None
+        with refusing(f"{path}: cannot make this search cache", sqlite3.OperationalError), suppress(FileExistsError):
+            with closing(sqlite3.connect(temporary)) as db:
+                db.executescript(CACHE_SCHEMA)
+            os.link(temporary, path)  # unlike a rename, it never replaces what another process has begun to fill
     finally:
         temporary.unlink(missing_ok=True)
 

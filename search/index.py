@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Call, Hit, Question, Result, decode_image, first_line, refusing
+from data import Call, Hit, Question, Result, decode_image, refusing
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
 from search.text import PAGE_SENTENCES, passages, terms
@@ -113,15 +113,12 @@ class SearchDB(SQLiteFile):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        try:
-            with self._connection() as db:
-                self._settings = dict(db.execute("SELECT name, value FROM settings"))
-                self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
+        kinds = sqlite3.DatabaseError, TypeError  # the second: of a number where bytes should be
+        with refusing(f"{path}: damaged search index, build it again", *kinds), self._connection() as db:
+            self._settings = dict(db.execute("SELECT name, value FROM settings"))
+            self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
             sum = _head_sum(self._settings, self._images, self._vectors)
             need(self._settings.get("sha256") == sum, "a wrong hash")
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:  # TypeError: a number where bytes should be
-            self.close()
-            raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
         self.embedding, self.text_embedding = self._settings["image_embedding"], self._settings["text_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
         self._embed = load_encoder(self.embedding) if self.embedding and len(self._images[0]) else embed_image
