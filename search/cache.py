@@ -288,7 +288,10 @@ class CachedSearch:
         return mine.result()
 
     def _answer(self, request, call, question):
-        kept = self._kept(request, call, question)
+        kept = self.cache.get(request, count=self.inner is not None)
+        if kept is None and "image" in request and call.image is None and question.data_id:
+            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
+            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
         if kept and (self.inner is None or kept.status == "ok" or canonical(request) in self._empty):
             return dataclasses.replace(kept, usage=Usage(cached=1))
         if self.inner is None:
@@ -297,10 +300,3 @@ class CachedSearch:
         if found.status == "no_results":
             self._empty.add(canonical(request))
         return dataclasses.replace(self.cache.put(request, found), usage=found.usage)
-
-    def _kept(self, request, call, question):
-        kept = self.cache.get(request, count=self.inner is not None)
-        if kept is None and "image" in request and call.image is None and question.data_id:
-            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
-            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
-        return kept
