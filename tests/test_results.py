@@ -145,6 +145,8 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
         results.read_results(tmp_path / "twice.jsonl")
     (tmp_path / "foreign.jsonl").write_text(json.dumps(conversation("\u2028\x85", True), ensure_ascii=False) + "\n\n")
     assert len(results.read_results(tmp_path / "foreign.jsonl")[1]) == 1
+    (tmp_path / "open.jsonl").write_text(json.dumps(conversation(0, True)))  # its last line has no end
+    assert len(results.read_results(tmp_path / "open.jsonl")[1]) == 1
     with pytest.raises(InputError, match="cannot read"):
         results.read_results(tmp_path / "nowhere.jsonl")
     data.write_jsonl(tmp_path / "kinds.jsonl", [conversation(0, True) | {"calls": [{"kind": "image"}]}])
