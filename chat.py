@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 import data
@@ -89,8 +88,8 @@ class Chat:
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
             low, high = self._check_image_processor()
         for name in ("min_pixels", "max_pixels", "thumb_min_pixels", "thumb_max_pixels"):
-            inside, pixels = low <= getattr(cfg, name) <= high, getattr(cfg, name)
-            need(inside, f"{name}={pixels}: the image processor of {folder} takes {low} to {high} pixels")
+            size = getattr(cfg, name)
+            need(low <= size <= high, f"{name}={size}: the image processor of {folder} takes {low} to {high} pixels")
         for thumbnail in (False, True):
             with refusing("thumb_min_pixels, thumb_max_pixels" if thumbnail else "min_pixels, max_pixels"):
                 self._size((1, 1), thumbnail)  # raises InputError if no size fits the range
@@ -287,8 +286,7 @@ class Chat:
     # -- pictures
 
     def picture(self, data: bytes, thumbnail: bool = False, size: tuple[int, int] | None = None) -> Picture:
-        """The record of an encoded image, at the pixel range of questions or of thumbnails. size: its (width, height),
-        where it is known; else it is decoded."""
+        """An encoded image as a record, at the pixel range of questions or thumbnails. size: width, height, if known"""
         key = picture_key(data) + ("t" if thumbnail else "q")
         patch, merge, _ = self.sizes
         height, width = self._sizes.get(key, lambda: self._size(size or decode_image(data).size, thumbnail))
@@ -475,21 +473,16 @@ class Episode:
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
         images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
-        sent = dict(question_id=self.question.id, sample=self.sample, images=images)
-        sent |= {name: getattr(self, name) for name in ("turns", "stop", "trained_end")}
-        for name, kind in (("tokens", np.int32), ("sampled", bool), ("logprobs", np.float64)):
-            sent[name] = np.array(getattr(self, name), kind)
-        return sent
+        names = ("sample", "tokens", "sampled", "logprobs", "turns", "stop", "trained_end")
+        kept = {name: getattr(self, name) for name in names}
+        return dict(question_id=self.question.id, images=images, kept=kept)
 
     @classmethod
     def deserialize(cls, sent: dict, questions: dict[str, Question], chat: Chat) -> "Episode":
         """The conversation that `serialize` made; questions by their ids."""
         question = questions[sent["question_id"]]
-        rest = {name: sent[name].tolist() for name in ("tokens", "sampled", "logprobs")}
         images = [(question.images[i] if isinstance(i, int) else i, thumbnail) for i, thumbnail in sent["images"]]
-        rest |= {name: sent[name] for name in ("turns", "stop", "trained_end")}
-        rest["images"] = list(itertools.starmap(chat.picture, images))
-        return cls(question, chat, sent["sample"], **rest)
+        return cls(question, chat, images=list(itertools.starmap(chat.picture, images)), **sent["kept"])
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
@@ -497,8 +490,13 @@ class Episode:
         for sampled, ids in self.pieces():
             text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
             turns.append({"role": "model" if sampled else "context", "text": text})
-        asked, made = self.question, zip(self.calls, self.call_turns, strict=True)
-        calls = [{"turn": turn, **_call_record(*pair)} for pair, turn in made]
+        calls = []
+        for (call, result), turn in zip(self.calls, self.call_turns, strict=True):
+            made = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}
+            outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
+            hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
+            calls.append({"turn": turn, **made, **outcome, "usage": dict(vars(result.usage)), "hits": hits})
+        asked = self.question
         record = dict(question_id=asked.id, data_source=asked.data_source, question=asked.text)
         record |= dict(pictures=[picture_key(image) for image in asked.images])
         record |= dict(images=[picture_key(image.data) for image in self.images])  # img_1, img_2 ...
@@ -507,16 +505,7 @@ class Episode:
         return record | dict(tokens=len(self.tokens), sampled_tokens=sum(self.sampled))
 
 
-def _call_record(call, result):
-    asked = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}
-    outcome = {name: getattr(result, name) for name in ("status", "error", "error_kind")}
-    hits = [{**vars(hit), "image": hit.image and picture_key(hit.image)} for hit in result.hits]
-    return asked | outcome | {"usage": dict(vars(result.usage)), "hits": hits}
-
-
 # ---------------------------------------------------------------------------------------------------------- pictures
-
-
 def final_size(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
     """(height, width) a picture is resized to: multiples of `factor`, of low to high pixels, no narrower than 1:200.
 

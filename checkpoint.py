@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -33,13 +32,12 @@ import config
 from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
-from data import Question, file_id, first_line, path_of, picture_key, prompt_path, to_json
+from data import Question, file_id, first_line, path_of, picture_key, prompt_path, refusing, to_json
 from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, whole
 from tools import limits, results
 
+
 # ------------------------------------------------------------------------------------------ checkpoints and exports
-
-
 def save_state(path: Path, model, optimizer, state: dict) -> None:
     """Write a checkpoint folder: sharded fp32 master weights and optimiser state (torch.distributed.checkpoint), and
     `state`, a JSON dict. Of a model with adapters, only theirs. Raises InputError if the disk does not take it."""
@@ -100,12 +98,11 @@ def put_away(folder: Path) -> Path:
 
 def read_state(path: Path) -> dict:
     """The JSON part of a checkpoint. Raises InputError if it is not what was saved."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    what = "not a checkpoint as it was saved: state.json is missing or damaged; --resume takes an older one's path"
+    with refusing(f"{path}: {what}", KeyError, TypeError, AttributeError):
         state = json.loads((Path(path) / "state.json").read_text())
-        if state.pop("seal") == digest_of(state):
-            return state
-    what = "not a checkpoint as it was saved (state.json is missing or damaged)"
-    raise InputError(f"{path}: {what}; --resume takes an older one's path")
+        need(state.pop("seal") == digest_of(state), "another seal")
+        return state
 
 
 def load_state(path: Path, model, optimizer) -> dict:
@@ -201,8 +198,6 @@ def input_ids(inputs: dict[str, str | Path], questions: list[Question]) -> dict[
 
 
 # --------------------------------------------------------------------------------------------------- run directory
-
-
 class RunDir:
     """The directory of a run. Rank 0 writes."""
 
@@ -234,10 +229,8 @@ class RunDir:
         need(not lost, f"{self.metrics} is shorter than when the checkpoint was made: lines are lost; {way}")
         kept = self.metrics.read_bytes()[: self.keep_bytes] if self.keep_bytes else b""
         for number, line in enumerate(kept.splitlines(keepends=True), 1):
-            sound = False
-            with suppress(ValueError, AttributeError, RecursionError):
-                sound = line.endswith(b"\n") and json.loads(line).keys() >= {"step", "phase"}
-            need(sound, f"line {number} of {self.metrics} is damaged; {way}")
+            with refusing(f"line {number} of {self.metrics} is damaged; {way}", AttributeError):
+                need(line.endswith(b"\n") and json.loads(line).keys() >= {"step", "phase"}, "not as it was written")
         note = self.path / "searches_spent"
         spent = note.read_bytes() if self.cfg.resume and note.is_file() else b"0"
         sound = re.fullmatch(rb"\s*\d{1,15}\s*", spent)
@@ -248,11 +241,10 @@ class RunDir:
         cfg, path, now = self.cfg, self.path, config.as_dict(*self.options)
         ways = "--resume auto to continue, --overwrite to start again, or --run_dir"
         need(cfg.resume or cfg.overwrite, f"{path} is not empty: give {ways}")
-        try:
+        what = f"{path} is not empty and holds no run of this program; give another --run_dir"
+        with refusing(what, KeyError, TypeError):
             before = json.loads((path / "config.json").read_text())
             Path(before["run_dir"])  # a model folder has a config.json, too
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is not empty and holds no run of this program; give another --run_dir") from None
         if cfg.resume == "auto" and not self.resume_from:
             self._check_begun(before)
         mixed = self.elsewhere and self.saved()
@@ -267,8 +259,7 @@ class RunDir:
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 
     def _check_begun(self, before):
-        """Raise InputError if a run without a checkpoint had one before (it made more steps than it took to its first),
-        or began at another run's."""
+        """Raise InputError if a run without a checkpoint had one (by its steps), or began at another run's."""
         begun, what = before.get("resume", "auto"), f"{self.path} has no checkpoint"
         need(begun in ("", "auto"), f"{what}, and began at {begun}: --resume that, or --overwrite")
         steps = self.metrics.read_bytes().count(b'"phase": "train"') if self.metrics.exists() else 0
@@ -342,15 +333,11 @@ def _step_of(path: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ logs
-
-
 def check_log(cfg: Config) -> None:
     """Raise InputError if the package that cfg.log needs is missing."""
-    try:
+    with refusing(f"log={cfg.log}: its package is not installed: pip install {cfg.log}", ImportError):
         if cfg.log:
             importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(cfg.log, cfg.log))
-    except ImportError:
-        raise InputError(f"log={cfg.log}: its package is not installed: pip install {cfg.log}") from None
 
 
 def open_log(cfg: Config, folder: Path, step: int) -> Callable[[int, dict[str, float]], None]:
@@ -405,8 +392,6 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- signals
-
-
 class Stopper:
     """SIGINT and SIGTERM: a rollout is left at once, anything else is finished; then all ranks agree to stop."""
 

@@ -230,8 +230,6 @@ class Config(Options):
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-
-
 def need(ok, message: str) -> None:
     """Raise InputError with the message unless ok."""
     if not ok:
@@ -303,8 +301,6 @@ def check_url(name: str, url: str, required: bool = False) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- command line
-
-
 def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool = False):
     """The command line as options (argv: without the program's name; None: sys.argv[1:]).
 

@@ -27,6 +27,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from config import InputError, need, replacing
@@ -130,8 +132,6 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------- question files
-
-
 def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, match="em") -> list[Question]:
     """Read questions from parquet, JSONL or JSON files (a list), each PATH in veRL layout or BENCHMARK=PATH.
 
@@ -142,11 +142,8 @@ def load_questions(files, *, skip_bad_rows=False, progress=True, only=None, matc
     A file in which no question has a picture has to be meant: text=PATH (veRL layout).
 
     only: a set of the ids to read (None: all rows). match: the option; an answer has to be one that it can compare.
-    Raises InputError naming file, row (from 0) and field, or a file of which nothing is left; with skip_bad_rows bad
-    rows are left out and counted.
+    Raises InputError naming a file of which nothing is left, or file, row (from 0) and field (not if skip_bad_rows).
     """
-    import pyarrow as pa
-
     questions, bad = [], []
     names = [Path(path_of(file)).name for file in files]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
@@ -229,9 +226,6 @@ def _columns(names, benchmark):
 
 
 def _rows(file, benchmark) -> Iterator[dict]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     need(os.path.isfile(file), f"{file}: {'not a file' if os.path.exists(file) else 'no such file'}")
     if Path(file).suffix in (".jsonl", ".json"):
         with refusing(f"{file}: not a readable JSON file, a list of rows or one row a line"):
@@ -265,9 +259,6 @@ def _as_verl(row, benchmark):
 
 def write_questions(path: str | Path, questions: list[Question], columns: dict[str, list]) -> None:
     """Write questions as parquet in veRL layout, with further columns. Raises InputError if it cannot be written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     fields = [
         ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
@@ -405,8 +396,6 @@ def normalize_answer(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
-
-
 MAX_ASPECT = 200  # Qwen-VL's image processors refuse narrower pictures
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), 2)}  # by EXIF's orientation
@@ -453,8 +442,7 @@ def _decode(data, formats, max_pixels):
 
 
 def _without_metadata(data):
-    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, metadata with a wrong
-    checksum or form."""
+    """A PNG without what Pillow may refuse it for although its pixels are sound: long texts, broken metadata."""
     kept, start = [data[:8]], 8
     while start < len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -489,12 +477,12 @@ def file_id(path: str | Path) -> str:
         return digest.hexdigest()[:16]
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a file of JSON lines; NaN and infinities become None. A last line without its end is still being
-    written, and is left out. Raises InputError."""
+def read_jsonl(path: str | Path, unfinished: bool = True) -> Iterator[dict]:
+    """The records of a file of JSON lines; NaN and infinities become None. unfinished: a last line without its end is
+    still being written, and is left out. Raises InputError."""
     with refusing(f"{path}: cannot read it"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
+            if line.strip() and (line.endswith(b"\n") or not unfinished):
                 with refusing(f"line {number} is not JSON"):
                     record = json.loads(line.decode(), parse_constant=lambda _: None)
                 yield record

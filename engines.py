@@ -110,8 +110,6 @@ def check_none_missing(names: set[str]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- plain PyTorch
-
-
 class TorchEngine(Engine):
     """Sampling in this process, in plain PyTorch, with a KV cache and its own unsharded copy of the weights.
 
@@ -340,8 +338,6 @@ class EngineDied(RuntimeError):
 
 
 # ----------------------------------------------------------------------------------------------------------- vLLM
-
-
 class VLLMEngine(Engine):
     """vLLM inside of this process, driven request by request: continuous batching, prefix cache, no barrier.
 

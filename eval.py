@@ -22,8 +22,8 @@ import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
 from checkpoint import say
-from config import Config, InputError, Options, as_dict, lock, marked, need, option, parse, run_main
-from data import Question, decode_image, file_id, load_questions, path_of, thinned
+from config import Config, Options, as_dict, lock, marked, need, option, parse, run_main
+from data import Question, decode_image, file_id, load_questions, path_of, refusing, thinned
 from engines import Engine, engine_limits, make_engine
 from policy import all_gather, init_distributed, is_deterministic
 from reward import extract_answer
@@ -93,16 +93,12 @@ def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question],
 
 
 # ------------------------------------------------------------------------------------------------------ one question
-
-
 def asked_question(options: EvalOptions) -> Question:
     if not options.image:
         return Question(id="asked", text=options.question)
-    data = Path(options.image).read_bytes()
-    try:
+    with refusing(f"{options.image}: cannot read it"):
+        data = Path(options.image).read_bytes()
         decode_image(data)
-    except InputError as error:
-        raise InputError(f"{options.image}: {error}") from None
     return Question(id="asked", text=options.question, images=(data,))
 
 
@@ -133,8 +129,6 @@ def print_call(call, result) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- question files
-
-
 def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, world: toy.Toy, device) -> None:
     """Evaluate on question files; write the conversations and print the table."""
     from analysis.figures import summarize, table

@@ -45,8 +45,6 @@ RANK_WAITS = timedelta(hours=3)  # for the slowest rank, in a rollout or a valid
 
 
 # ----------------------------------------------------------------------------------------------------- processes
-
-
 def init_distributed(cfg: Config) -> torch.device:
     """Join the process group that torchrun describes (or one of a single process); returns this rank's device."""
     use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
@@ -118,8 +116,6 @@ def all_max(value: float, device) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------- the model
-
-
 def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainable=True, offload=False, like=None):
     """A model from a Hugging Face folder or hub id, sharded over the ranks, master weights in fp32; with lora_rank,
     adapters in fp32 on weights in the type that is computed in.
@@ -220,7 +216,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ adapters
-
 # y = W x + b + LORA_ALPHA / rank * B A x, where W and b stay as they are (LoRA, arXiv 2106.09685). All linear layers,
 # alpha = 32, A uniform within 1 / sqrt(inputs) (Kaiming's with a = sqrt(5)) and B zero, both with one learning rate,
 # about 10 times that of full fine-tuning whatever the rank: "LoRA Without Regret" (Schulman et al., 2025).
@@ -283,8 +278,6 @@ def without_adapters(model):
 
 
 # ------------------------------------------------------------------------------------------------------- packing
-
-
 @dataclass
 class PackedBatch:
     """Episodes one behind the other (see the top of the file) and what the loss needs; on the CPU until `to`."""
@@ -384,8 +377,6 @@ def equal_counts(batches: list[PackedBatch], chat: Chat, model, device) -> list[
 
 
 # ----------------------------------------------------------------------------------------------------- log-probs
-
-
 def packed_logprobs(model, batch: PackedBatch, temperature: float, entropy_grad=False) -> tuple[Tensor, ...]:
     """(log-prob [S] of each sampled token, entropy [S] of the distribution it was drawn from, a zero to add to the
     loss), float32. Call it on the sharded model as `model.packed_logprobs(batch, ...)`, the batch on its device.
@@ -475,8 +466,6 @@ def logprobs(model, batches: list[PackedBatch], temperature: float, device) -> l
 
 
 # ----------------------------------------------------------------------------------------------- optimiser steps
-
-
 def adamw(model, cfg: Config, device) -> torch.optim.AdamW:
     """The optimiser of what is trained. Where the policy is on a GPU it is the fused one: the others hold square roots
     as large as the weights for a moment, and are slow on weights in CPU memory."""

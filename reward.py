@@ -15,7 +15,6 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +41,6 @@ class Score:
 
 
 # ------------------------------------------------------------------------------------------------------- matching
-
-
 def extract_answer(turn: str) -> str | None:
     """The text of the last `<answer>…</answer>` in a turn (it may span lines), stripped; None if there is none."""
     answers = [action for action in find_actions(turn) if isinstance(action, str)]
@@ -138,37 +135,23 @@ MATCHES = {"em": exact_match, "em_unicode": unicode_match, "sub_em": partial(uni
 
 
 # --------------------------------------------------------------------------------------------------------- format
-
-
-def turn_kind(turn: str) -> str | None:
-    """The kind of a well-formed turn, a tool's name or "answer", else None. White space around it aside, such a turn
-    begins and ends with a tag, holds each tag of its kind once and in order, and no tag of another kind. A whole tag
-    such as "<search><img></search>" is one: a part of it is plain text."""
-    turn, kinds = turn.strip(), {ANSWER: ANSWER_TAGS} | {name: tool.tags for name, tool in TOOLS.items()}
-    all_tags = {*REASON_TAGS}.union(*kinds.values())
-    for kind, tags in kinds.items():
-        tags = (*REASON_TAGS, *tags)
-        once_each = all(len(re.findall(tag, turn)) == (tag in tags) for tag in all_tags)
-        if once_each and re.fullmatch(".*".join(tags), turn, re.DOTALL):
-            return kind
-    return None
-
-
 def turn_kinds(turn: str, dialect: str = "tags") -> list[str]:
-    """What a well-formed turn does: ["answer"], or the tools it calls, in the dialect json several; else []. In json,
-    too, it begins with its reasoning and ends in what it does, and nothing else in it looks like a call or an answer.
-    """
-    if dialect == "tags":
-        kind = turn_kind(turn)
-        return [kind] if kind else []
+    """What a well-formed turn does: ["answer"], or the tools it calls, in the dialect json several; else []. White
+    space around it aside, such a turn begins with its reasoning, ends in what it does, and holds no other tag. A whole
+    tag such as "<search><img></search>" is one: a part of it is plain text. In json, calls have to be understood."""
     turn, calls = turn.strip(), parse_calls(turn, dialect)
-    opening, closing = CALL_TAGS if calls else ANSWER_TAGS
-    wanted = Counter(REASON_TAGS) + Counter({tag: max(1, len(calls)) for tag in (opening, closing)})
-    counted = all(turn.count(tag) == wanted[tag] for tag in (*REASON_TAGS, *ANSWER_TAGS, *CALL_TAGS))
-    ordered = re.fullmatch(f"<reason>.*</reason>.*{opening}.*{closing}", turn, re.DOTALL)
-    if not counted or not ordered or turn.index(opening) < turn.index("</reason>"):
-        return []
-    if any(call.problem or call.tool not in TOOLS for call in calls):
+    tags, kinds = ANSWER_TAGS, [tool.tags for tool in TOOLS.values()]
+    if dialect == "json":
+        kinds = [CALL_TAGS]
+        if any(call.problem or call.tool not in TOOLS for call in calls):
+            return []
+    if calls:
+        tags = CALL_TAGS if dialect == "json" else TOOLS[calls[0].tool].tags
+    wanted = dict.fromkeys(REASON_TAGS, 1) | dict.fromkeys(tags, max(1, len(calls)))
+    all_tags = {*REASON_TAGS, *ANSWER_TAGS}.union(*kinds)
+    counted = all(len(re.findall(tag, turn)) == wanted.get(tag, 0) for tag in all_tags)
+    ordered = re.fullmatch(f"<reason>((?!{tags[0]}).)*</reason>.*{'.*'.join(tags)}", turn, re.DOTALL)
+    if not counted or not ordered:
         return []
     return [call.tool for call in calls] or [ANSWER]
 
@@ -195,8 +178,6 @@ def count_searches(responses: Sequence[str], dialect: str = "tags") -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- score
-
-
 def ramped_penalty(penalty: float, step: int, ramp_steps: int) -> float:
     """The search penalty at a step, counted from 0: from -penalty, a bonus for searching, at step 0 rising linearly
     to +penalty at step ramp_steps and after. ramp_steps = 0: no ramp."""
@@ -240,17 +221,10 @@ def score(
 def score_episode(episode: Episode, cfg: Config, penalty: float | None = None, correct: bool | None = None) -> Score:
     """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty;
     correct: instead of the match."""
-    return score(
-        episode.responses,
-        list(episode.question.answers),
-        search_penalty=cfg.search_penalty if penalty is None else penalty,
-        format_weight=cfg.format_weight,
-        match=cfg.match,
-        per_search_penalty=cfg.per_search_penalty,
-        any_order=cfg.any_order,
-        dialect=cfg.dialect,
-        correct=correct,
-    )
+    how = {n: getattr(cfg, n) for n in ("format_weight", "match", "per_search_penalty", "any_order", "dialect")}
+    penalty = cfg.search_penalty if penalty is None else penalty
+    answers = list(episode.question.answers)
+    return score(episode.responses, answers, search_penalty=penalty, correct=correct, **how)
 
 
 def record(episode: Episode, score: Score) -> dict:

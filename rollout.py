@@ -52,8 +52,6 @@ def turn_seed(seed: int, step: int, question_id: str, sample: int, turn: int) ->
 
 
 # ---------------------------------------------------------------------------------------------- one conversation
-
-
 Conversation = Generator[Generate | Call, Reply | Result | None, Episode]
 
 
@@ -150,8 +148,6 @@ def query_in(text: str, dialect: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- many at once
-
-
 class Rollout:
     """Runs conversations with an engine and a search. Each waits for the engine (`generating`) or a tool (`calling`).
 
@@ -307,8 +303,6 @@ def share(items: list, cfg: Config) -> list:
 
 
 # ----------------------------------------------------------------------------------------------- rating: who did well
-
-
 @dataclass
 class Sample:
     """An episode of the step, and its role in the update."""
@@ -373,8 +367,6 @@ def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -
 
 
 # ------------------------------------------------------------------------------------- questions without a signal
-
-
 class Refill:
     """The questions of a step, and the `refill` of its rollout: where all conversations about one earned the same, it
     is replaced, up to refill_groups times (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
@@ -439,8 +431,6 @@ class Refill:
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
-
-
 def evaluate(
     rollout: Rollout, questions: list[Question], *, samples=1, done=None, keep=None, guard=None, progress="", **how
 ) -> list[dict]:
@@ -473,8 +463,6 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------------- figures of a step
-
-
 def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, device) -> dict[str, float]:
     """Global means over the step's conversations, aborted and unjudged ones counted and left out of the means."""
     pairs = zip(episodes, scores, strict=True)

@@ -129,31 +129,23 @@ TOOLS = {
 
 
 # ------------------------------------------------------------------------------------------------ what a turn says
-
-
 def find_actions(text: str, dialect: str = "tags") -> list[Call | str]:
     """The complete actions in a turn, calls and answers (their text), in the order in which they end. An action runs
     from the last opening tag to the first closing tag after it, over lines too."""
     forms, found = {ANSWER: ANSWER_TAGS}, []
     forms |= {"": CALL_TAGS} if dialect == "json" else {name: tool.tags for name, tool in TOOLS.items()}
-    for name, tags in forms.items():
-        for match in re.finditer(_pattern(tags), text, re.DOTALL):
+    for name, (opening, *closing) in forms.items():
+        pattern = f"{opening}((?:(?!{opening}).)*?){closing[0]}" if closing else f"({opening})"
+        for match in re.finditer(pattern, text, re.DOTALL):
             found.append((match.end(), name, match[1]))
     actions = []
     for _, name, content in sorted(found):
-        if name != ANSWER:
-            content = _tag_call(name, content) if name else _json_call(content)
+        if name in TOOLS:
+            content = make_call(name, TOOLS[name].read(content.strip()))
+        elif name != ANSWER:
+            content = _json_call(content)
         actions.append(content)
     return actions
-
-
-def _pattern(tags):
-    opening, *closing = tags
-    return f"{opening}((?:(?!{opening}).)*?){closing[0]}" if closing else f"({opening})"
-
-
-def _tag_call(name, content):
-    return make_call(name, TOOLS[name].read(content.strip()))
 
 
 def _json_call(content):
@@ -203,8 +195,6 @@ def has_answer(text: str, dialect: str = "tags") -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- limits and calls
-
-
 def limits(cfg: Config) -> dict[str, int]:
     """Tool -> how often it may be called in a conversation. Raises InputError."""
     return _numbers("limit", "tool_limits", cfg)

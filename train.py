@@ -42,9 +42,8 @@ from reward import record
 from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
+
 # ------------------------------------------------------------------------------------------- samples and their ranks
-
-
 def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
     """Those that the update takes into account."""
     chosen = [s for s in samples if s.advantage is not None]
@@ -113,8 +112,6 @@ def assign_ranks(loads: list[tuple[int, int, int]], per_update: int, ranks: int)
 
 
 # ------------------------------------------------------------------------------------------------------- the update
-
-
 def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device):
     """Update the policy on this rank's samples, together with the other ranks; returns the step's global metrics.
 
@@ -226,8 +223,6 @@ def questions_of_step(questions: list, step: int, cfg: Config) -> list:
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
-
-
 class Run:
     """Everything a run holds, and its phases."""
 
@@ -523,8 +518,6 @@ def progress(metrics: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- the command
-
-
 def main() -> None:
     from analysis.judge import JudgeOptions
 

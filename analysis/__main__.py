@@ -14,7 +14,15 @@
 import os
 import sys
 
+from analysis.compare import CompareOptions, comparison
+from analysis.curves import CurvesOptions, plot
+from analysis.judge import JudgesOptions, judge, judges_table
+from analysis.labels import LabelOptions, write_labels
+from analysis.prompts import PromptsOptions, write_prompts
+from analysis.report import ReportOptions, render
+from analysis.results import questions_of, read_results
 from config import Config, lock, need, parse, run_main
+from data import write_jsonl
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,30 +36,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(argv):
-    from analysis.report import ReportOptions, render
-
-    runs, options = _read("report RUN ...", argv, ReportOptions)
-    path = render(runs, options)
+    path = render(*_read("report RUN ...", argv, ReportOptions))
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 def _curves(argv):
-    from analysis.curves import CurvesOptions, plot
-
-    runs, options = _read("curves RUN ...", argv, CurvesOptions)
-    print(plot(runs, options))
+    print(plot(*_read("curves RUN ...", argv, CurvesOptions)))
 
 
 def _plan(argv):
-    from analysis.plan import PlanOptions, plan
+    from analysis.plan import PlanOptions, plan  # the one that needs torch
 
     options, cfg = parse(argv, PlanOptions, Config)
     print(plan(cfg, options))
 
 
 def _compare(argv):
-    from analysis.compare import CompareOptions, comparison
-
     (a, b), options = _read("compare A B", argv, CompareOptions)
     try:
         print(comparison(a, b, options.judge), flush=True)
@@ -60,10 +60,6 @@ def _compare(argv):
 
 
 def _judge(argv):
-    from analysis.judge import JudgesOptions, judge, judges_table
-    from analysis.results import questions_of, read_results
-    from data import write_jsonl
-
     (path,), options = _read("judge RESULTS", argv, JudgesOptions)
     with lock(path):
         header, records = read_results(path)
@@ -73,17 +69,12 @@ def _judge(argv):
 
 
 def _label(argv):
-    from analysis.labels import LabelOptions, write_labels
-
     (path,), options = _read("label RESULTS", argv, LabelOptions)
     write_labels(path, options)
 
 
 def _prompts(argv):
-    from analysis.prompts import PromptsOptions, write_prompts
-
-    pickles, options = _read("prompts PICKLE ...", argv, PromptsOptions)
-    write_prompts(pickles, options)
+    write_prompts(*_read("prompts PICKLE ...", argv, PromptsOptions))
 
 
 COMMANDS = dict(

@@ -1,7 +1,5 @@
 """Two result files side by side: what does B get right that A does not?
 
-    python -m analysis compare A.jsonl B.jsonl
-
 Every figure counts questions: the conversations about one question are not independent, so an interval comes from
 drawing questions anew. Nothing here needs torch.
 """

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.results import read_log
-from config import InputError, Options, need, option, replacing
+from config import Options, need, option, replacing
+from data import refusing
 
 KEYS = "reward accuracy search_ratio format turns tokens loss entropy grad_norm mismatch/mean lr tokens_per_second"
 
@@ -19,10 +20,8 @@ class CurvesOptions(Options):
 def plot(runs: list[str], options: CurvesOptions) -> Path:
     """Draw the metrics of runs over each other (dashed: greedy validation); returns the picture's path. Raises
     InputError."""
-    try:
+    with refusing("curves needs matplotlib: pip install matplotlib", ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(15, 9), layout="constrained")
     charts = dict(zip(KEYS.split(), figure.subplots(3, 4).flat, strict=True))
     for number, run in enumerate(runs):

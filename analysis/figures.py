@@ -89,8 +89,8 @@ def several(records: list[dict], judge: str = "") -> dict:
 
 
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
-    """Figures of each data_source, and over all of them under "all". Aborted conversations are counted, and left out
-    of the shares, as are those without the verdict that was to reward them."""
+    """Figures of each data_source, and over all of them under "all". Aborted conversations, and those without the
+    verdict that was to reward them, are in no share."""
     by_source = defaultdict(list)
     for r in records:
         by_source[r["data_source"]].append(r)
@@ -124,8 +124,6 @@ def _figures(records, cfg):
 
 
 # ------------------------------------------------------------------------------------------------------- as text
-
-
 def aligned(rows: list[list[str]], sides: str) -> list[str]:
     """Rows of cells as lines of text; sides: for each column, whether its cells stand at the left or right: < or >."""
     widths, lines = [max(map(len, column)) for column in zip(*rows, strict=True)], []

@@ -24,7 +24,7 @@ from analysis import picture_url
 from analysis.judge import JudgeOptions
 from analysis.results import CONVERSATION, checked, questions_about, read_log
 from config import Config, InputError, Options, as_dict, from_dict, need, option, replacing
-from data import Call, Question, picture_key, to_json
+from data import Call, Question, picture_key, refusing, to_json
 from search.index import SearchDB
 from tools import TOOLS, ask_search, run_tool
 
@@ -44,8 +44,7 @@ class ReportOptions(Options):
 
 def render(runs: list[str | Path], options: ReportOptions) -> Path:
     """Write the page of one or several run directories; returns its path. If there are more conversations than the
-    limit, it takes whole groups, evenly over the steps. Raises InputError for a folder that holds no run, and for
-    damaged files in one."""
+    limit, it takes whole groups, evenly over the steps. Raises InputError for what is no run, or damaged."""
     runs = [Path(run) for run in runs]
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -90,11 +89,9 @@ def fill_template(page: dict) -> str:
 
 def read_settings(run: Path) -> dict:
     """The run's config.json. Raises InputError if `run` is no run directory (a model's folder also has a config)."""
-    try:
+    with refusing(f"{run}: holds no run of train.py, no config.json of one", KeyError, TypeError):
         settings = json.loads((run / "config.json").read_text())
         settings["run_dir"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        raise InputError(f"{run}: holds no run of train.py (no config.json of one)") from None
     need((run / "metrics.jsonl").is_file(), f"{run}: has no metrics.jsonl: the run has not begun")
     return settings
 
@@ -148,8 +145,7 @@ class Pictures:
 
 
 def add_made_pictures(record: dict, sources: dict[str, bytes], pictures: Pictures) -> None:
-    """Add what tools made of pictures that are at hand, such as a crop: it is made again, and is at hand for the next
-    one. sources: key -> encoded picture."""
+    """Make again what tools made of pictures in `sources` (key -> encoded picture), such as crops; add it there."""
     named = {f"img_{number}": key for number, key in enumerate(record.get("images") or [], 1)}
     for call in record["calls"]:
         source = sources.get(named.get(call.get("picture") or "img_1"))

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import InputError, need
-from data import Question, key_of, load_questions, picture_key, read_jsonl, to_json, write_jsonl
+from config import need
+from data import Question, key_of, load_questions, picture_key, read_jsonl, refusing, to_json, write_jsonl
 
 
 def code_version() -> str:
@@ -102,21 +102,13 @@ def _check_file(path):
 def _read(path, unfinished=False):
     """(header, conversations); of an unfinished file without what follows the last end of a line."""
     _check_file(path)
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
     header, records = {}, []
-    for number, line in enumerate(lines[:-1] if unfinished else lines, 1):
+    for number, r in enumerate(read_jsonl(path, unfinished), 1):
         where = f"{path}, line {number}"
-        try:
-            r = json.loads(line, parse_constant=lambda _: None) if line.strip() else None
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}: not a conversation that eval.py or train.py wrote") from None
         if number == 1 and isinstance(r, dict) and "header" in r:
             header = r["header"]
             check(header, HEADER, where)
-        elif line.strip():
+        else:
             check(r, CONVERSATION, where)
             records.append(r)
     return header, [r for r in records if r.get("mode") != "sampled"]
@@ -153,8 +145,7 @@ class ResultFile:
     """The file to which an evaluation writes its conversations. Each rank has its own; only rank 0 calls `finish`."""
 
     def __init__(self, path: str | Path, header: dict, rank: int = 0, neutral: set[str] = frozenset()):
-        """neutral: names of settings that may differ from those of the evaluation that is resumed. Raises InputError if
-        path is something else than a file."""
+        """neutral: settings that may differ from the resumed evaluation's. Raises InputError if path is not a file."""
         _check_file(path)
         self.path, self.header, self.rank, self.neutral = Path(path), header, rank, neutral
         self.part, self.file = Path(f"{path}.part{rank}"), None
@@ -196,15 +187,13 @@ class ResultFile:
 
     def add(self, record: dict) -> None:
         """Append a finished conversation. A killed process loses at most the line that it is writing."""
-        try:
+        with refusing(f"{self.part}: cannot write"):
             if self.file is None:
                 self.file, end = open(self.part, "a+"), self.part.read_bytes().rfind(b"\n") + 1
                 self.file.truncate(end)
                 self.file.write("" if end else json.dumps({"header": self.header}) + "\n")
             self.file.write(to_json(record) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise InputError(f"{self.part}: cannot write ({error.strerror})") from None
 
     def finish(self, records: list[dict]) -> None:
         """Write the complete file, then delete the parts."""

@@ -17,8 +17,7 @@ from tools import allowed_calls, limits, offered, results
 
 
 def open_search(cfg: Config, index: str | Path = ""):
-    """The search that the configuration asks for; index: the offline one's file. Raises InputError if a file or a key
-    is missing or wrong, or nobody answers."""
+    """The search that the configuration asks for; index: the offline one's file. Raises InputError."""
     if cfg.search_url:
         search = RemoteSearch(cfg)
         search.check()

@@ -15,12 +15,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
-from config import Config, InputError, replacing
-from data import Call, Hit, Question, Result, Usage, decode_image, first_line
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from config import Config, need, replacing
+from data import Call, Hit, Question, Result, Usage, decode_image, refusing
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile, sha256
@@ -47,11 +50,6 @@ CREATE TABLE images(hash TEXT PRIMARY KEY, data BLOB NOT NULL);
 """
 
 
-def request_key(request: str) -> str:
-    """The key of a request, which is canonical JSON (see `canonical`)."""
-    return sha256([request])
-
-
 def canonical(request: dict) -> str:
     """A request as JSON that is always written the same."""
     return json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -75,7 +73,7 @@ class SearchCache(SQLiteFile):
 
     def get(self, request: dict, count: bool = False) -> Result | None:
         """The result kept for a request, if any; count: note that it was found again (needs `write`)."""
-        key = request_key(canonical(request))
+        key = sha256([canonical(request)])
         with self._connection() as db:
             row = db.execute("SELECT status, result, sha256 FROM results WHERE key = ?", (key,)).fetchone()
             kept = row and _load_result(db, canonical(request), *row)
@@ -93,17 +91,11 @@ class SearchCache(SQLiteFile):
     def put_all(self, rows: Iterable[tuple[str, float, Result]]) -> int:
         """Keep many (request, time, result), all or none; returns their number."""
         count = 0
-        with self._connection() as db, self._writing:
+        with self._connection() as db, self._writing, db:  # the last commits, or rolls back
             db.execute("BEGIN IMMEDIATE")
-            try:
-                for row in rows:
-                    _insert_result(db, *row)
-                    count += 1
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # a full disk has ended it already
-                    db.execute("ROLLBACK")
-                raise
+            for row in rows:
+                _insert_result(db, *row)
+                count += 1
         return count
 
     def rows(self) -> Iterator[tuple[str, float, Result]]:
@@ -131,7 +123,7 @@ class SearchCache(SQLiteFile):
             if sha256([data]) != hash:
                 yield f"image {hash}: its bytes have another hash"
         for key, request, *row in db.execute("SELECT key, request, status, result, sha256 FROM results"):
-            if request_key(request) != key:
+            if sha256([request]) != key:
                 yield f"result {key}: its request has another hash"
             try:
                 _load_result(db, request, *row)
@@ -143,13 +135,10 @@ def _make_cache(path):
     """An empty cache; of several processes that make it at once, one does."""
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
-        with closing(sqlite3.connect(temporary)) as db:
-            db.executescript(CACHE_SCHEMA)
-        os.link(temporary, path)  # unlike a rename, it never replaces what another process has made and begun to fill
-    except FileExistsError:
-        pass
-    except (OSError, sqlite3.OperationalError) as error:
-        raise InputError(f"{path}: cannot make this search cache ({error})") from None
+        with refusing(f"{path}: cannot make this search cache", sqlite3.OperationalError), suppress(FileExistsError):
+            with closing(sqlite3.connect(temporary)) as db:
+                db.executescript(CACHE_SCHEMA)
+            os.link(temporary, path)  # unlike a rename, it never replaces what another process has begun to fill
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -169,7 +158,7 @@ def _insert_result(db, request, created, result):
         "ON CONFLICT(key) DO UPDATE SET status = excluded.status, result = excluded.result, sha256 = excluded.sha256, "
         "created = excluded.created WHERE results.status = 'error' "
         "OR (results.status = 'no_results' AND excluded.status = 'ok')",
-        (request_key(request), request, result.status, content, sha256((request, result.status, content)), created),
+        (sha256([request]), request, result.status, content, sha256((request, result.status, content)), created),
     )
 
 
@@ -194,9 +183,6 @@ def _load_result(db, request, status, content, hash):
 def export(cache: SearchCache, path: str | Path) -> int:
     """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
     full_size}], with the checksums of its pages. Returns the number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     text, count = pa.string(), 0
     hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary(), "full_size": pa.bool_()})
     names = ("request", "status", "error", "error_kind")
@@ -212,25 +198,17 @@ def export(cache: SearchCache, path: str | Path) -> int:
 
 def snapshot_rows(path: str | Path) -> Iterator[tuple[str, float, Result]]:
     """The rows of an exported file, as `SearchCache.put_all` takes them. Raises InputError if one is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
+    with refusing(f"{path}: not a readable parquet file of recorded results", pa.ArrowException):
         with pq.ParquetFile(path, page_checksum_verification=True) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                with refusing(f"row {number}: not an exported cache", KeyError, TypeError, AttributeError):
                     yield _row(row)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}, row {number}: not an exported cache ({type(error).__name__}: {error})") from None
 
 
 def _row(row):
-    if canonical(json.loads(row["request"])) != row["request"] or row["status"] not in ("ok", "no_results", "error"):
-        raise ValueError("request or status")
+    sound = canonical(json.loads(row["request"])) == row["request"] and row["status"] in ("ok", "no_results", "error")
+    need(sound, "request or status")
     hits = []
     for hit in row["hits"]:
         if hit["image"] is not None:
@@ -257,25 +235,24 @@ class CachedSearch:
 
     def __init__(self, cache: SearchCache, inner: WebSearch | None, cfg: Config):
         self.cache, self.inner, self.cfg, self.results = cache, inner, cfg, results(cfg)
-        self.methods = {"image_search": self._image_request, "text_search": self._text_request, "visit": self._visit}
         self._prompt = sha256([summarizer_prompt()])[:16]
         self._pending: dict[str, Future] = {}
         self._empty: set[str] = set()  # requests for which this process has found nothing
 
     def request(self, call: Call, question: Question) -> dict:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
-        asked = method_for(call, question, self.methods)(call, question)
+        asked = method_for(call, question, self)(call, question)
         engines = {**engine_of(self.cfg).names, "visit": "reader"}
         asked |= {"kind": TOOLS[call.tool].key, "engine": engines[call.tool]}
         return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
-    def _image_request(self, call, question):
+    def for_image_search(self, call, question):
         return {"image": sha256([picture_of(call, question)]), "thumbnail_side": THUMBNAIL_SIDE}
 
-    def _text_request(self, call, question):
+    def for_text_search(self, call, question):
         return self._page_request(query_of(call))
 
-    def _visit(self, call, question):
+    def for_visit(self, call, question):
         goal = clean(call.query, MAX_QUERY)
         return {"url": page_url(call.url), "sentences": PAGE_SENTENCES, **self._page_request(goal)}
 
@@ -311,7 +288,10 @@ class CachedSearch:
         return mine.result()
 
     def _answer(self, request, call, question):
-        kept = self._kept(request, call, question)
+        kept = self.cache.get(request, count=self.inner is not None)
+        if kept is None and "image" in request and call.image is None and question.data_id:
+            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
+            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
         if kept and (self.inner is None or kept.status == "ok" or canonical(request) in self._empty):
             return dataclasses.replace(kept, usage=Usage(cached=1))
         if self.inner is None:
@@ -320,10 +300,3 @@ class CachedSearch:
         if found.status == "no_results":
             self._empty.add(canonical(request))
         return dataclasses.replace(self.cache.put(request, found), usage=found.usage)
-
-    def _kept(self, request, call, question):
-        kept = self.cache.get(request, count=self.inner is not None)
-        if kept is None and "image" in request and call.image is None and question.data_id:
-            kept = self.cache.get({"data_id": question.data_id})  # from FVQA's own cache: of the question's picture
-            kept = kept and dataclasses.replace(kept, hits=kept.hits[: self.results[call.tool]])
-        return kept

@@ -1,11 +1,13 @@
 """What every search does with a call before it answers: refuse what nobody can answer, and say so in a typed result.
 
-A search looks the method that answers a call up by the tool's name. A call of a tool that it does not answer, or one
-that lacks what its tool needs (a picture, words), gives a result with status "error" and error_kind "bad_call".
+The method of a search that answers calls of a tool is called `for_TOOL`. A call of a tool for which there is none, or
+that lacks what its tool needs (a picture, words), gives a result with status "error", error_kind "bad_call".
 """
 
 import sqlite3
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from config import InputError
 from data import Call, Question, Result
@@ -26,14 +28,14 @@ class Failure(Exception):
         self.kind, self.reason, self.retry_after = kind, reason, retry_after
 
 
-def method_for(call: Call, question: Question, methods: dict[str, Callable]) -> Callable:
-    """The one of `methods` (by the tool's name) that answers a call. Raises Failure (bad_call)."""
+def method_for(call: Call, question: Question, search) -> Callable:
+    """The method of a search that answers a call. Raises Failure (bad_call)."""
     problem = problem_with(call, question)
-    if not problem and call.tool not in methods:
+    if not problem and not hasattr(search, f"for_{call.tool}"):
         problem = f"this search has no answer to {title(call.tool)}"
     if problem:
         raise Failure("bad_call", problem)
-    return methods[call.tool]
+    return getattr(search, f"for_{call.tool}")
 
 
 def query_of(call: Call) -> str:
@@ -44,9 +46,13 @@ def query_of(call: Call) -> str:
     return query
 
 
-def failed(error: Failure | InputError | sqlite3.DatabaseError) -> Result:
-    """The result of a call that failed; an InputError is about its picture, one of SQLite about the file searched."""
-    if isinstance(error, Failure):
-        return Result("error", error=str(error), error_kind=error.kind)
-    kind = "bad_call" if isinstance(error, InputError) else "index"
-    return Result("error", error=f"{type(error).__name__}: {error}", error_kind=kind)
+def failed(error: Exception) -> Result:
+    """The result of a call that failed; an InputError is about its picture, one of SQLite about the file searched, any
+    other a mistake in this code."""
+    said, kind = str(error), error.kind if isinstance(error, Failure) else "bad_call"
+    if isinstance(error, sqlite3.DatabaseError):
+        said, kind = f"{type(error).__name__}: {error}", "index"
+    elif not isinstance(error, Failure | InputError):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said, kind = f"{type(error).__name__}: {Path(place.filename).name}, line {place.lineno}", "internal"
+    return Result("error", error=said, error_kind=kind)

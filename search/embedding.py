@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import InputError, need
-from data import decode_image, first_line
+from config import need
+from data import decode_image, refusing
 
 THUMBNAIL_SIDE = 336  # pixels, at most
 LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
@@ -85,10 +85,8 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
     import torch
     from transformers import AutoImageProcessor
 
-    try:
+    with refusing(f"image_embedding {name!r}: cannot load it", Exception):  # transformers raises about anything
         processor, model, device = _pretrained(AutoImageProcessor, name, building)
-    except Exception as error:  # on what it cannot load, transformers raises about anything
-        raise InputError(f"image_embedding {name!r}: cannot load it ({first_line(error)})") from None
     lock, see = threading.Lock(), getattr(model, "get_image_features", model)  # the first of models that also read text
 
     def encode(image):
@@ -122,14 +120,12 @@ def load_text_encoder(name: str, building: bool = False) -> tuple[Callable[[list
         vectors = states[:, 0] if first else (states * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
 
-    try:
+    with refusing(f"text_embedding {name!r}: cannot load it", Exception):
         tokenizer, model, device = _pretrained(AutoTokenizer, name, building)
         first = _pooling(name) == "cls_token"
         limit = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
         limit = min(limit, tokenizer.model_max_length, MAX_TOKENS)
         return encode, encode([PROBE])[0]
-    except Exception as error:
-        raise InputError(f"text_embedding {name!r}: cannot load it ({first_line(error)})") from None
 
 
 def _pretrained(kind, name, building):

@@ -1,6 +1,8 @@
-"""What the search engines of live search share: limits, counting, and matches that are harmless text."""
+"""The search engines of live search, and what they share: limits, counting, and matches that are harmless text."""
 
+from collections.abc import Callable
 from typing import ClassVar
+from urllib.parse import urlencode
 
 from config import Config
 from search.calls import Failure
@@ -9,6 +11,7 @@ from search.web import Client, Job, Limit, is_web_url, key_of
 
 IN_FLIGHT, PER_SECOND = 16, 10.0  # requests at once; begun a second, over all ranks
 MAX_TITLE = 300  # characters
+CREDIT, LENS_CREDITS = 0.001, 3  # of Serper's smallest package; of a search by picture (by words: one)
 
 
 class SearchEngine:
@@ -63,3 +66,77 @@ class SearchEngine:
         urls = {"link": ("link",)} | ({"thumbnail": self.thumbnails} if tool == "image_search" else {})
         found = {name: next(filter(is_web_url, map(row.get, entries)), None) for name, entries in urls.items()}
         return {"title": clean(inline_text(row["title"]), MAX_TITLE), **found} if all(found.values()) else None
+
+
+class SerpApi(SearchEngine):
+    """Google Lens for a picture, Google for words. Formats as documented: serpapi.com/google-lens-api, /search-api,
+    /search-errors, /account-api."""
+
+    site, address = "serpapi.com", "https://serpapi.com"
+    key, key_digits, key_as = "SERPAPI_API_KEY", 64, ()
+    quota = "run out of searches"
+    names = {"image_search": "google_lens", "text_search": "google"}
+    prices = {"image_search": 0.01, "text_search": 0.01}
+    fields = {"image_search": "visual_matches", "text_search": "organic_results"}
+    thumbnails = ("thumbnail",)
+
+    def check(self, job: Job) -> int | None:
+        left = self.client.fetch_json(self._url("account.json", {}), job).get("total_searches_left")
+        return left if isinstance(left, int) else None
+
+    def look_for_picture(self, url: str, job: Job) -> list[dict]:
+        return self._search("image_search", {"type": "visual_matches", "url": url}, job)
+
+    def look_for_words(self, query: str, job: Job) -> list[dict]:
+        return self._search("text_search", {"q": query}, job)
+
+    def _url(self, path, asked):
+        return f"{self.url}/{path}?{urlencode({**asked, 'api_key': self.client.key})}"
+
+    def _search(self, tool, asked, job):
+        url = self._url("search.json", {"engine": self.names[tool], **asked, "hl": self.language})
+        return self.ask(tool, url, job, again="&no_cache=true")  # past SerpApi's own cache
+
+    def listed(self, answer: dict, field: str, bill: Callable):
+        meta, error = answer.get("search_metadata"), answer.get("error")
+        status = meta.get("status") if isinstance(meta, dict) else None
+        if status == "Success":
+            bill()  # each attempt
+            if isinstance(error, str) and "returned any results" in error:
+                return []  # documented as the way to say so
+        if error is not None or status in ("Error", "Processing", "Queued"):
+            raise Failure("server", "the search failed", note=clean(error, 200))
+        if status != "Success":
+            raise Failure("bad_response", "not in the documented form")
+        return answer.get(field)
+
+
+class Serper(SearchEngine):
+    """Serper.dev: Google Lens for a picture, Google for words. It publishes no reference; formats, statuses and prices
+    as others describe them: github.com/api-evangelist/serper (openapi/, errors/, rate-limits/), read from Serper's own
+    playground and pricing page."""
+
+    site, address = "serper.dev", "https://google.serper.dev"
+    key, key_digits, key_as = "SERPER_API_KEY", 40, ("X-API-KEY", "{}")
+    quota = "not enough credits"
+    names = {"image_search": "serper_lens", "text_search": "serper"}
+    prices = {"image_search": LENS_CREDITS * CREDIT, "text_search": CREDIT}
+    fields = {"image_search": "organic", "text_search": "organic"}
+    thumbnails = ("thumbnailUrl", "imageUrl")
+
+    def check(self, job: Job) -> int | None:
+        left = self.client.fetch_json(f"{self.url}/account", job).get("balance")
+        return left // LENS_CREDITS if isinstance(left, int) else None
+
+    def look_for_picture(self, url: str, job: Job) -> list[dict]:
+        return self.ask("image_search", f"{self.url}/lens", job, {"url": url, "hl": self.language})
+
+    def look_for_words(self, query: str, job: Job) -> list[dict]:
+        return self.ask("text_search", f"{self.url}/search", job, {"q": query, "hl": self.language})
+
+    def listed(self, answer: dict, field: str, bill: Callable):
+        bill()
+        return answer.get(field)
+
+
+ENGINES = {"serpapi": SerpApi, "serper": Serper}  # those of config.SEARCH_ENGINES

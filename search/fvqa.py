@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Hit, Result, first_line
+from data import Hit, Result, refusing
 from search.cache import SearchCache, batches, canonical
 from search.calls import Failure
 from search.embedding import WEB_IMAGE_BYTES, WEB_PIXELS, thumbnail, web_thumbnail
@@ -48,13 +48,12 @@ def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = No
 
     def rows(pool):
         for id, entry in tqdm(entries.items(), desc="import", unit=" entries", leave=False, disable=None):
-            try:
+            # of what a file may hold, numpy and Pillow raise about anything
+            with refusing(f"{path}, entry {clean(str(id), 40)}: unreadable", Exception):
                 need(isinstance(entry, dict) and isinstance(id, str | int), "expected a dictionary under a data_id")
                 titles, pictures = _fvqa_entry(entry)
                 request = canonical({"data_id": str(id)})
                 request.encode()  # JSON can spell half a character
-            except Exception as error:  # of what a file may hold, numpy and Pillow raise about anything
-                raise InputError(f"{path}, entry {clean(str(id), 40)}: unreadable ({first_line(error)})") from None
             hits = []
             for title, picture, image in zip(titles, pictures, pool.map(found, pictures), strict=False):
                 hits.append(Hit(clean(title, 300), image=image))
@@ -70,13 +69,10 @@ def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = No
 
 def read_plain(path: str | Path):
     """What a pickle of plain data holds, or a JSON file. Nothing in it is run. Raises InputError."""
-    with open(path, "rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            is_json = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
-            return json.loads(data[:]) if is_json else _Reader(data, encoding="latin1").load()
-        except Exception as error:  # on broken files these readers raise about anything
-            raise InputError(f"{path}: not a pickle of plain data, nor JSON ({first_line(error)})") from None
+    with open(path, "rb") as file, refusing(f"{path}: not a pickle of plain data, nor JSON", Exception):
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        is_json = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+        return json.loads(data[:]) if is_json else _Reader(data, encoding="latin1").load()
 
 
 def _fvqa_entry(entry):
@@ -131,8 +127,6 @@ def _found_picture(client, folder, picture):
 
 
 # ------------------------------------------------------------------------------------------------------- pickles
-
-
 class _Made:
     """What a pickle names, or would call and give a state: a picture, a numpy array or data type, or what pictures
     carry along (fractions and notes of their metadata), which nobody looks at."""

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Call, Hit, Question, Result, decode_image, first_line
+from data import Call, Hit, Question, Result, decode_image, refusing
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
 from search.text import PAGE_SENTENCES, passages, terms
@@ -113,26 +113,21 @@ class SearchDB(SQLiteFile):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        try:
-            with self._connection() as db:
-                self._settings = dict(db.execute("SELECT name, value FROM settings"))
-                self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
+        kinds = sqlite3.DatabaseError, TypeError  # the second: of a number where bytes should be
+        with refusing(f"{path}: damaged search index, build it again", *kinds), self._connection() as db:
+            self._settings = dict(db.execute("SELECT name, value FROM settings"))
+            self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
             sum = _head_sum(self._settings, self._images, self._vectors)
             need(self._settings.get("sha256") == sum, "a wrong hash")
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:  # TypeError: a number where bytes should be
-            self.close()
-            raise InputError(f"{path}: damaged search index ({first_line(error)}); build it again") from None
         self.embedding, self.text_embedding = self._settings["image_embedding"], self._settings["text_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
         self._embed = load_encoder(self.embedding) if self.embedding and len(self._images[0]) else embed_image
-        self._embed_texts = self._text_encoder() if len(self._vectors[0]) else None
-
-    def _text_encoder(self):
-        encode, probe = load_text_encoder(self.text_embedding)
-        built = np.frombuffer(self._settings["text_probe"], np.float32)
-        same = len(probe) == len(built) and probe @ built > 0.999  # a GPU and a CPU differ by less
-        need(same, f"text_embedding {self.text_embedding!r}: not the model that {self.path} was built with")
-        return encode
+        self._embed_texts = None
+        if len(self._vectors[0]):
+            self._embed_texts, probe = load_text_encoder(self.text_embedding)
+            built = np.frombuffer(self._settings["text_probe"], np.float32)
+            same = len(probe) == len(built) and probe @ built > 0.999  # a GPU and a CPU differ by less
+            need(same, f"text_embedding {self.text_embedding!r}: not the model that {self.path} was built with")
 
     def text(self, query: str, k: int) -> list[Hit]:
         """The k best documents that hold any of the query's terms, best first (equals: in the order they were indexed).
@@ -156,8 +151,7 @@ class SearchDB(SQLiteFile):
         return [Hit(title, url, text) for title, url, _, text in rows]
 
     def page(self, url: str) -> list[Hit]:
-        """The documents with this url, in the order they were indexed: the parts of a page. Raises
-        sqlite3.DatabaseError as `text` does."""
+        """The documents with this url, as indexed: the parts of a page. Raises sqlite3.DatabaseError as `text` does."""
         if re.search("[\ud800-\udfff]", url):
             return []  # SQLite takes no halves of characters, and no document has one
         with self._connection() as db:
@@ -332,7 +326,10 @@ def _insert(source, name, add, skip_bad_rows):
     bad = 0
     for where, row in tqdm(_rows(source, name), f"index {name}", unit=" rows", leave=False, disable=None):
         try:
-            add(_as_dict(row))
+            with refusing("not JSON"):
+                row = json.loads(row) if isinstance(row, bytes) else row
+            need(isinstance(row, dict), "expected a JSON object")
+            add(row)
         except InputError as error:
             if not skip_bad_rows:
                 raise InputError(f"{where}: {error}") from None
@@ -388,15 +385,6 @@ def _embed_documents(db, encode):
                 progress.update(len(rowids))
 
 
-def _as_dict(row):
-    try:
-        row = json.loads(row) if isinstance(row, bytes) else row
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
-    need(isinstance(row, dict), "expected a JSON object")
-    return row
-
-
 def _strings(row, *required):
     """The row's required fields, url and id."""
     optional = ("" if row.get(field) is None else row[field] for field in ("url", "id"))
@@ -415,25 +403,24 @@ class OfflineSearch:
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
         try:
-            hits = method_for(call, question, self.methods)(call, question)
+            hits = method_for(call, question, self)(call, question)
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except (Failure, InputError, sqlite3.DatabaseError) as error:
             return failed(error)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
-    def _image_search(self, call, question):
+    def for_image_search(self, call, question):
         return self.db.image(picture_of(call, question), self.results[call.tool])
 
-    def _text_search(self, call, question):
+    def for_text_search(self, call, question):
         return self.db.text(call.query, self.results[call.tool])
 
-    def _visit(self, call, question):
+    def for_visit(self, call, question):
         parts = self.db.page(call.url.strip())
         text = passages("\n".join(part.text for part in parts), call.query, PAGE_SENTENCES)
         return [replace(part, text=text) for part in parts[:1]]

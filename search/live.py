@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -29,14 +28,11 @@ from config import Config, InputError, need
 from data import Call, Hit, Question, Result, Usage, decode_image, prompt_path, read_prompt
 from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
-from search.engine import MAX_TITLE, SearchEngine
-from search.serpapi import SerpApi
-from search.serper import Serper
+from search.engine import ENGINES, MAX_TITLE, SearchEngine
 from search.text import PAGE_SENTENCES, clean, inline_text, passages, plain_text, sentences
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, page_url, tokens_in
 from tools import picture_of, results
 
-ENGINES = {"serpapi": SerpApi, "serper": Serper}  # those of config.SEARCH_ENGINES
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
 READER_IN_FLIGHT, READER_PER_SECOND = 32, 8.0  # requests at once; begun a second, over all ranks
 SUMMARIZER_IN_FLIGHT, PICTURES_IN_FLIGHT = 64, 64
@@ -57,7 +53,6 @@ class WebSearch:
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), key=key_of(SUMMARIZER_KEY))
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
         self.pictures = Client("thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, **wanted)
-        self.methods = {"image_search": self._image_search, "text_search": self._text_search, "visit": self._visit}
         self.budget = -(-cfg.search_budget // ranks)
         self.spent = 0  # searches that count against it; a resumed run sets what it had spent before
         self._uploaded: dict[str, str] = {}
@@ -89,10 +84,10 @@ class WebSearch:
         """The answer to a call, whatever happens: never an exception."""
         started, job = time.monotonic(), Job(self.cfg.search_deadline)
         try:
-            hits = method_for(call, question, self.methods)(call, question, job)
+            hits = method_for(call, question, self)(call, question, job)
             result = Result("ok", tuple(hits)) if hits else Result("no_results")
-        except Exception as error:
-            result = failed(_as_failure(error))
+        except Exception as error:  # hostile answers find mistakes in code: these are counted, and end no rollout
+            result = failed(error)
         used, seconds = job.used, time.monotonic() - started
         with self._lock:
             self.spent += max(0, used["searches"] - 1)  # the first is counted; the engine was asked again
@@ -109,7 +104,7 @@ class WebSearch:
 
     # -- with a picture
 
-    def _image_search(self, call, question, job):
+    def for_image_search(self, call, question, job):
         url = self.public_url(call, question, job)
         self._spend()
 
@@ -155,28 +150,21 @@ class WebSearch:
 
     # -- with words
 
-    def _text_search(self, call, question, job):
+    def for_text_search(self, call, question, job):
         query = query_of(call)
         self._spend()
 
         def hit(match):
             _, page = self._read(match["link"], job)
-            if self.cfg.summarizer_url:
-                text = self._summarize(query, match["title"], page, job)
-            else:
-                text = passages(page, query, MAX_SENTENCES)
+            text = self._told(query, match["title"], page, MAX_SENTENCES, job)
             return Hit(match["title"], match["link"], clean(text, MAX_TEXT))
 
         return _first(self.engine.look_for_words(query, job), self.results[call.tool], hit)
 
-    def _visit(self, call, question, job):
+    def for_visit(self, call, question, job):
         url, goal = page_url(call.url), clean(call.query, MAX_QUERY)
         title, page = self._read(url, job)
-        if self.cfg.summarizer_url and goal:
-            text = self._summarize(goal, title, page, job)
-        else:
-            text = passages(page, goal, PAGE_SENTENCES)
-        return [Hit(title, url, text)]
+        return [Hit(title, url, self._told(goal, title, page, PAGE_SENTENCES, job))]
 
     def _read(self, url, job):
         """The title of a page, "" if the reader says none, and its text, its first PAGE_CHARACTERS."""
@@ -193,7 +181,10 @@ class WebSearch:
         job.add(pages=1)
         return clean(inline_text(data.get("title")), MAX_TITLE), page
 
-    def _summarize(self, query, title, page, job):
+    def _told(self, query, title, page, count, job):
+        """What a page says about a query: `count` sentences of it, or what a summariser makes of it."""
+        if not (self.cfg.summarizer_url and query):
+            return passages(page, query, count)
         values = {"query": query, "title": title, "page": page}
         content = re.sub(r"\{(query|title|page)\}", lambda hole: values[hole[1]], self.prompt)
         url, model = self.cfg.summarizer_url, self.cfg.summarizer_model
@@ -236,23 +227,13 @@ def _first(matches, count, hit):
                 try:
                     hits[n] = future.result()
                 except Exception as error:
-                    failures.append(_as_failure(error))
+                    failures.append(failed(error))
                     running |= {pool.submit(hit, match): n for n, match in islice(rest, 1)}
     if failures and not hits:
-        common = max(failures, key=lambda failure: [other.kind for other in failures].count(failure.kind))
-        raise Failure(common.kind, f"none of {len(failures)} results could be had", note=str(common))
+        kinds = [failure.error_kind for failure in failures]
+        common = max(failures, key=lambda failure: kinds.count(failure.error_kind))
+        raise Failure(common.error_kind, f"none of {len(failures)} results could be had", note=common.error)
     return [hits[n] for n in sorted(hits)]
-
-
-def _as_failure(error):
-    """What a call or one of its results ends with. Hostile answers find mistakes in code: these are counted, and end
-    neither the other results nor a rollout."""
-    if isinstance(error, Failure):
-        return error
-    if isinstance(error, InputError):
-        return Failure("bad_call", str(error))
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return Failure("internal", type(error).__name__, note=f"{Path(place.filename).name}, line {place.lineno}")
 
 
 def summarizer_prompt() -> str:

@@ -17,7 +17,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from config import Config, InputError
-from data import Call, Hit, Question, Result, Usage
+from data import Call, Hit, Question, Result, Usage, refusing
 from search.calls import MAX_QUERY, Failure, failed
 from search.text import clean
 from search.web import MAX_JSON_BYTES, MAX_URL, Client, Job, Limit, cut, is_web_url
@@ -101,10 +101,8 @@ class SearchServer(ThreadingHTTPServer):
         host, _, port = address.rpartition(":")
         self.search, self.calls = search, Counter()
         self.slots, self.held, self.lock = threading.Semaphore(MAX_CONNECTIONS), 0, threading.Lock()
-        try:
+        with refusing(f"address={address}: cannot listen there", OverflowError):  # of what is no port
             super().__init__((host, int(port)), _Handler)
-        except (OSError, ValueError, OverflowError) as error:  # the last two: of what is no port
-            raise InputError(f"address={address}: cannot listen there ({error})") from None
 
     def process_request(self, request, client_address):
         self.slots.acquire()

@@ -304,10 +304,8 @@ def cut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """The machine's certificates (or those that SSL_CERT_FILE names), loaded once."""
-    return ssl.create_default_context()
+# the machine's certificates (or those that SSL_CERT_FILE names), loaded once
+tls_context = functools.cache(ssl.create_default_context)
 
 
 def _prepared(base: str, url: str, types=(), secret=(), payload=None) -> PreparedRequest:
@@ -369,8 +367,7 @@ def _in_time(job, function):
 
 
 def is_public(address: str) -> bool:
-    """True for what the public internet routes; not for loopback, private, link-local, multicast, reserved addresses,
-    nor for IPv6 ones that stand for such."""
+    """True for what the public internet routes; not for local, multicast or reserved addresses."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)

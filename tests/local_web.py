@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_matches(answer, field, "null field" if fault == "processing" else fault)
 
     def serper(self, path, payload, fault):
-        """As search/serper.py cites it."""
+        """As search/engine.py cites it."""
         if self.headers.get("X-API-KEY") != SERPER:
             return self.send({"message": f"Unauthorized. {self.headers.get('X-API-KEY')}", "statusCode": 403}, 403)
         if path == "/serper/account":

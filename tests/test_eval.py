@@ -483,8 +483,8 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
     [
         (["--files", "nowhere.parquet"], "nowhere.parquet: no such file"),
         (["--model", "no/such/model", "--files", "x"], "no/such/model"),
-        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: No such file"),
-        (["--image", "README.md", "--question", "what?"], "README.md: not a whole picture"),
+        (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: cannot read it (No such file"),
+        (["--image", "README.md", "--question", "what?"], "README.md: cannot read it (not a whole picture"),
     ],
 )
 def test_bad_input(here, world, arguments, said, capfd, monkeypatch):

@@ -36,10 +36,9 @@ from search import live as search_live
 from search import open_search
 from search import service as search_service
 from search.calls import Failure
+from search.engine import SerpApi, Serper
 from search.index import build
 from search.live import WebSearch
-from search.serpapi import SerpApi
-from search.serper import Serper
 from search.service import RemoteSearch, SearchServer, result_from_json, result_to_json
 from search.text import PAGE_SENTENCES
 from search.web import Client, Job

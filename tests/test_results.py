@@ -135,7 +135,7 @@ def test_the_code_version_changes_with_any_file_that_evaluates(tmp_path, monkeyp
 
 def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     (tmp_path / "notes.jsonl").write_text("my notes\n")
-    with pytest.raises(InputError, match="line 1: not a conversation"):
+    with pytest.raises(InputError, match="cannot read it .line 1 is not JSON"):
         ResultFile(tmp_path / "notes.jsonl", HEADER).done()
     data.write_jsonl(tmp_path / "old.jsonl", some(0, 2))
     with pytest.raises(InputError, match="without the header"):
@@ -145,6 +145,8 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
         results.read_results(tmp_path / "twice.jsonl")
     (tmp_path / "foreign.jsonl").write_text(json.dumps(conversation("\u2028\x85", True), ensure_ascii=False) + "\n\n")
     assert len(results.read_results(tmp_path / "foreign.jsonl")[1]) == 1
+    (tmp_path / "open.jsonl").write_text(json.dumps(conversation(0, True)))  # its last line has no end
+    assert len(results.read_results(tmp_path / "open.jsonl")[1]) == 1
     with pytest.raises(InputError, match="cannot read"):
         results.read_results(tmp_path / "nowhere.jsonl")
     data.write_jsonl(tmp_path / "kinds.jsonl", [conversation(0, True) | {"calls": [{"kind": "image"}]}])
@@ -237,7 +239,7 @@ def test_a_header_of_another_form_is_a_line(tmp_path, first):
     path = tmp_path / "r.jsonl"
     path.write_text(f"{first}\n{json.dumps(SOUND)}\n")
     for read in (results.read_results, lambda path: ResultFile(path, HEADER).done()):
-        with pytest.raises(InputError, match="r.jsonl, line 1: .*not"):
+        with pytest.raises(InputError, match="r.jsonl.*line 1:? .*not"):
             read(path)
 
 

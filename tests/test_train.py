@@ -1427,7 +1427,9 @@ def test_a_missing_package_is_one_line_at_start_up(arguments, log, module, tmp_p
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"--log={log}", f"--run_dir={tmp_path / 'run'}"])
     with pytest.raises(SystemExit):
         config.run_main(train.main)
-    assert capfd.readouterr().err == f"error: log={log}: its package is not installed: pip install {log}\n"
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: log={log}: its package is not installed: pip install {log} (")
+    assert error.count("\n") == 1 and error.endswith("\n")
     assert not (tmp_path / "run").exists()
 
 
