@@ -19,12 +19,14 @@ import heapq
 import itertools
 import math
 import random
-import statistics
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 DECODE, RUNNING, PROMPT = 7e-3, 7e-5, 4e-5  # seconds: a step of an engine, each turn that runs, each new token
 TRAIN, ACROSS_NODES = 1.7e-4, 1.25  # seconds a token and GPU; times more on several nodes
@@ -39,8 +41,7 @@ LIMITS = (300, 50, 6000 / 3600)  # calls a second
 STEPS, WARM, AT_ONCE = 8, 3, 10  # simulated, and of these not counted; uneventful steps of an engine taken as one
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     fresh: int  # tokens of the prompt that the engine's cache does not hold
     said: int  # tokens that are sampled
     wait: float  # seconds of the call that follows, if any turn does
@@ -141,7 +142,7 @@ def gpu_cost(number: int, running: int, fresh: int) -> float:
 
 
 def log_normal(draw: random.Random, median: float, p99: float) -> float:
-    return median * math.exp(draw.gauss(0, 1) * math.log(p99 / median) / statistics.NormalDist().inv_cdf(0.99))
+    return median * math.exp(draw.gauss(0, 1) * math.log(p99 / median) / 2.326)
 
 
 def draw_group(group: int, slow: bool) -> list[Conversation]:
@@ -159,8 +160,7 @@ def draw_group(group: int, slow: bool) -> list[Conversation]:
     return conversations
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     seconds: float
     busy: float  # seconds of all GPUs
     groups: list[int]  # that were trained
@@ -181,9 +181,10 @@ class Training:
         self.tokens, self.finished = Counter(), []
 
     def run(self, steps: int) -> list[Step]:
-        return [self._one() for self.step in range(steps)]
+        return [self._one(step) for step in range(steps)]
 
-    def _one(self):
+    def _one(self, step):
+        self.step = step
         before, calls, busy = self.clock, len(self.machines.calls), self.machines.busy
         spare = 0 if self.way == "together" else int(self.groups * SPARE)
         while len(self.left) + len(self.finished) < self.groups + spare:
@@ -227,16 +228,15 @@ class Training:
                     self.finished.append(conversation.group)
 
 
-def rollout_seconds(lengths: list[list[int]], waits: list[list[float]], cost) -> float:
-    """Of one engine whose cost counts new turns. lengths: tokens of each conversation's turns; waits: of its calls."""
+def rollout(lengths: list[list[int]], waits: list[list[float]], cost) -> tuple[float, float]:
+    """(seconds, in steps) of an engine whose cost counts new turns. lengths: tokens of turns; waits: seconds of calls."""
     machines, clock = Machines(1, cost), 0.0
     for said, calls in zip(lengths, waits, strict=True):
-        turns = [Turn(1, tokens, wait) for tokens, wait in zip(said, [*calls, 0.0], strict=True)]
-        machines.submit(Conversation(turns), 0.0, 0)
+        machines.submit(Conversation([Turn(1, *turn) for turn in zip(said, [*calls, 0.0], strict=True)]), 0.0, 0)
     machines.wake(0.0)
     while machines.events:
         clock, _ = machines.step()
-    return clock
+    return clock, machines.busy
 
 
 def figures(gpus: int, groups: int, way: str, limit=math.inf, slow=True) -> dict[str, float]:
@@ -263,7 +263,7 @@ def tables() -> None:
             name = f"{way}, {got['share'] * gpus:.0f} roll out" if way == "separate" else way
             cells = f"{got['idle']:.0%}", got["calls"] / got["step"], float(got["most"])
             show(gpus, float(groups * SAMPLES), name, got["step"], instant, *cells)
-    show("\nGPUs", "conversations", "calls a step", "limit", "together", "carry", "binds", "$ of GPUs", "$ of searches")
+    show("GPUs", "conversations", "calls a step", "limit", "together", "carry", "binds", "$ of GPUs", "$ of searches")
     for gpus, groups in CASES:
         free, instant = (figures(gpus, groups, "together", slow=slow)["step"] for slow in (True, False))
         for limit in LIMITS:
@@ -278,19 +278,22 @@ def check() -> None:
     """What a step costs is fitted to a run with instant tools; it has to give the seconds of others."""
     import slow_tools
 
-    show("conversations", "tools", "measured s", "simulated s", "simulated / measured")
+    # steps in CPU seconds of their thread, so that other processes of this machine do not count
+    slow_tools.time = SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time, sleep=time.sleep)
+    show("conversations", "tools", "CPU s in steps", "simulated / measured", "s", "simulated / measured")
     with tempfile.TemporaryDirectory() as folder:
         work = slow_tools.Work(Path(folder), "torch", 64)
         slow_tools.measure("free", work, slow_tools.draw_waits(8, 0, slow=False))  # warm
         for count in (8, 16, 64):
             fitted = slow_tools.measure("free", work, slow_tools.draw_waits(count, 0, slow=False))
             cost, _ = slow_tools.fit_steps([fitted])
-            for seed, slow in ((1, False), (1, True), (2, True)):
-                waits = slow_tools.draw_waits(count, seed, slow)
-                measured = slow_tools.measure("free", work, waits).seconds
-                simulated = rollout_seconds(fitted.lengths, waits, cost)
-                ratio = f"{simulated / measured:.2f}"
-                show(count, "slow" if slow else "0 s", f"{measured:.2f}", f"{simulated:.2f}", ratio)
+            for seed, slow in ((1, False), (1, True), (2, True), (3, True)):
+                waits, started = slow_tools.draw_waits(count, seed, slow), time.perf_counter()
+                in_steps = sum(seconds for *_, seconds in slow_tools.measure("free", work, waits).steps)
+                measured = time.perf_counter() - started
+                seconds, busy = rollout(fitted.lengths, waits, cost)
+                numbers = in_steps, busy / in_steps, measured, seconds / measured
+                show(count, "slow" if slow else "0 s", *map("{:.2f}".format, numbers))
 
 
 if __name__ == "__main__":
