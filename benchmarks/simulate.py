@@ -1,6 +1,7 @@
 """Training steps of a 7B model on 8, 32 and 128 GPUs, on paper: an event simulation of engines, searches and trainer.
 
-    python benchmarks/simulate.py [--check]    # tables of benchmarks/RESULTS.md; beside rollouts measured here
+    python benchmarks/simulate.py                   # the tables of benchmarks/RESULTS.md
+    python benchmarks/simulate.py --check torch     # beside rollouts measured here, with an engine of slow_tools.py
 
 One engine a GPU. An engine's step samples a token for each turn that runs and runs the prompts of those that are new.
 A turn ends in a call, which the provider begins when its limit of calls a second allows, or ends the conversation.
@@ -20,12 +21,10 @@ import itertools
 import math
 import random
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 DECODE, RUNNING, PROMPT = 7e-3, 7e-5, 4e-5  # seconds: a step of an engine, each turn that runs, each new token
@@ -228,15 +227,15 @@ class Training:
                     self.finished.append(conversation.group)
 
 
-def rollout(lengths: list[list[int]], waits: list[list[float]], cost) -> tuple[float, float]:
-    """(seconds, in steps) of an engine whose cost counts new turns. lengths: tokens of turns; waits: seconds of calls."""
+def rollout_seconds(lengths: list[list[int]], waits: list[list[float]], cost) -> float:
+    """Of one engine whose cost counts new turns. lengths: tokens of each turn; waits: seconds of each call."""
     machines, clock = Machines(1, cost), 0.0
     for said, calls in zip(lengths, waits, strict=True):
         machines.submit(Conversation([Turn(1, *turn) for turn in zip(said, [*calls, 0.0], strict=True)]), 0.0, 0)
     machines.wake(0.0)
     while machines.events:
         clock, _ = machines.step()
-    return clock, machines.busy
+    return clock
 
 
 def figures(gpus: int, groups: int, way: str, limit=math.inf, slow=True) -> dict[str, float]:
@@ -274,29 +273,27 @@ def tables() -> None:
             show(gpus, float(groups * SAMPLES), carry["calls"], *cells)
 
 
-def check() -> None:
+def check(engine: str) -> None:
     """What a step costs is fitted to a run with instant tools; it has to give the seconds of others."""
     import slow_tools
 
-    # steps in CPU seconds of their thread, so that other processes of this machine do not count
-    slow_tools.time = SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time, sleep=time.sleep)
-    show("conversations", "tools", "CPU s in steps", "simulated / measured", "s", "simulated / measured")
+    show("conversations", "tools", "measured s", "simulated s", "simulated / measured")
     with tempfile.TemporaryDirectory() as folder:
-        work = slow_tools.Work(Path(folder), "torch", 64)
+        work = slow_tools.Work(Path(folder), engine, 64)
         slow_tools.measure("free", work, slow_tools.draw_waits(8, 0, slow=False))  # warm
         for count in (8, 16, 64):
             fitted = slow_tools.measure("free", work, slow_tools.draw_waits(count, 0, slow=False))
             cost, _ = slow_tools.fit_steps([fitted])
-            for seed, slow in ((1, False), (1, True), (2, True), (3, True)):
-                waits, started = slow_tools.draw_waits(count, seed, slow), time.perf_counter()
-                in_steps = sum(seconds for *_, seconds in slow_tools.measure("free", work, waits).steps)
-                measured = time.perf_counter() - started
-                seconds, busy = rollout(fitted.lengths, waits, cost)
-                numbers = in_steps, busy / in_steps, measured, seconds / measured
-                show(count, "slow" if slow else "0 s", *map("{:.2f}".format, numbers))
+            for seed in range(4):
+                waits = slow_tools.draw_waits(count, seed, slow=seed > 0)
+                measured = slow_tools.measure("free", work, waits).seconds
+                simulated = rollout_seconds(fitted.lengths, waits, cost)
+                ratio = f"{simulated / measured:.2f}"
+                show(count, "slow" if seed else "0 s", f"{measured:.2f}", f"{simulated:.2f}", ratio)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with rollouts that are measured here")
-    check() if parser.parse_args().check else tables()
+    parser.add_argument("--check", choices=("torch", "asleep"), help="compare with rollouts that are measured here")
+    args = parser.parse_args()
+    check(args.check) if args.check else tables()
