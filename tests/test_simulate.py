@@ -12,7 +12,8 @@ from simulate import DECODE, PROMPT, RUNNING, WAYS, Conversation, Machines, Trai
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_group_is_trained_once(way):
+def test_each_group_is_trained_once(way, monkeypatch):
+    monkeypatch.setattr(simulate, "WAIT_P99", 300.0)  # some searches outlast several steps
     training = Training(4, 6, way, limit=20, share=0.5 if way == "separate" else 1.0)
     steps = training.run(8)
     trained = sum((step.groups for step in steps), [])

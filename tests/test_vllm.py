@@ -377,7 +377,7 @@ def test_an_aborted_request_hands_over_what_it_has(seen):
     ((name, tokens, reason),) = seen["aborted"]
     assert name == "a" and 1 <= tokens <= 4 and reason == "abort"
     assert seen["left"] == ["b"]
-    assert seen["aborted at once"] == ("c", [], "abort", "d")
+    assert seen["aborted at once"] == ["c", [], "abort", "d"]
 
 
 @needs_vllm
