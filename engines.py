@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,8 +37,7 @@ from tools import most_pictures
 # bounds on TorchEngine's memory
 PREFILL_TOKENS = 16384  # of prompts that run together, padding included
 FEATURE_TOKENS = 65536  # vision tokens kept for other conversations and later turns, beyond what a batch needs
-
-PATIENCE = 8  # steps for which TorchEngine lets new turns wait for others; a pass of their own costs as much as a step
+PATIENCE = 8  # steps for which TorchEngine lets few new turns wait for others: a pass of their own costs a step
 
 MOST_BANNED = 1024  # ids whose logits vLLM's runner for GPUs can change (MAX_NUM_LOGIT_BIAS_TOKENS there)
 
@@ -132,8 +130,7 @@ class TorchEngine(Engine):
         prepare(self.model, chat, cfg)
         self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
-        # not in a run that is repeated to the bit: there results come in together, and other batches are other bits
-        self.patience, self.waited = 0 if is_deterministic(cfg, device) else PATIENCE, 0
+        self.patience, self.waited = 0 if is_deterministic(cfg, device) else PATIENCE, 0  # other batches, other bits
         self.queue: list[_TorchRequest] = []
         self.running: list[_TorchRequest] = []
         self.cache: _KVCache | None = None
@@ -406,7 +403,7 @@ class VLLMEngine(Engine):
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Request] = {}
-        self.waiting: deque[tuple[_Request, object, Future]] = deque()  # for their prompt to be rendered
+        self.waiting: list[tuple[_Request, object, Future]] = []  # for their prompt to be rendered
         self.renderer = ThreadPoolExecutor(1)  # one: vLLM's caches of pictures want the order in which they are added
         self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
@@ -436,7 +433,7 @@ class VLLMEngine(Engine):
     def _add_rendered(self, all_of_them):
         """Hand vLLM the requests whose prompts are ready, in order; wait for one if nothing runs."""
         while self.waiting and (all_of_them or not self.running or self.waiting[0][2].done()):
-            request, params, rendered = self.waiting.popleft()
+            request, params, rendered = self.waiting.pop(0)
             self.llm.add_request(request.id, rendered.result(), params)
             self.running[request.id] = request
 
