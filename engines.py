@@ -433,9 +433,9 @@ class VLLMEngine(Engine):
     def _add_rendered(self, all_of_them):
         """Hand vLLM the requests whose prompts are ready, in order; wait for one if nothing runs."""
         while self.waiting and (all_of_them or not self.running or self.waiting[0][2].done()):
-            request, params, rendered = self.waiting.pop(0)
+            request, params, rendered = self.waiting[0]
             self.llm.add_request(request.id, rendered.result(), params)
-            self.running[request.id] = request
+            self.running[request.id] = self.waiting.pop(0)[0]
 
     def step(self) -> list[Reply]:
         """One step of vLLM: a token for what runs, and part of the prompts that wait."""
