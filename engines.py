@@ -404,7 +404,7 @@ class VLLMEngine(Engine):
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Request] = {}
         self.waiting: list[tuple[_Request, object, Future]] = []  # for their prompt to be rendered
-        self.renderer = ThreadPoolExecutor(1)  # one: vLLM's caches of pictures want the order in which they are added
+        self.renderer = ThreadPoolExecutor(1)  # one thread: its caches of pictures are not made for more
         self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
@@ -457,7 +457,7 @@ class VLLMEngine(Engine):
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         with _names_its_cause():
-            self._add_rendered(True)  # vLLM's two caches of pictures have to see the same ones
+            self._add_rendered(True)
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
         return [self.running.pop(id).reply("abort", self.version) for id in ids]
