@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +31,13 @@ from backbone import check_chat, empty_model, head_size, parameter_names, read, 
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
 from data import Question, first_line
-from policy import NonFinite, compute_dtype, head_logits, prepare
+from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare
 from tools import most_pictures
 
 # bounds on TorchEngine's memory
 PREFILL_TOKENS = 16384  # of prompts that run together, padding included
 FEATURE_TOKENS = 65536  # vision tokens kept for other conversations and later turns, beyond what a batch needs
+PATIENCE = 8  # steps for which TorchEngine lets few new turns wait for others: a pass of their own costs a step
 
 MOST_BANNED = 1024  # ids whose logits vLLM's runner for GPUs can change (MAX_NUM_LOGIT_BIAS_TOKENS there)
 
@@ -126,6 +128,7 @@ class TorchEngine(Engine):
         prepare(self.model, chat, cfg)
         self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
+        self.patience, self.waited = 0 if is_deterministic(cfg, device) else PATIENCE, 0  # other batches, other bits
         self.queue: list[_TorchRequest] = []
         self.running: list[_TorchRequest] = []
         self.cache: _KVCache | None = None
@@ -172,7 +175,11 @@ class TorchEngine(Engine):
 
     def _admit(self):
         """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
-        return them in batches whose padded size is bounded."""
+        return them in batches whose padded size is bounded. Fewer than half of what runs wait for others, briefly."""
+        if self.queue and 2 * len(self.queue) < len(self.running) and self.waited < self.patience:
+            self.waited += 1
+            return []
+        self.waited = 0
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
         free = [slot for slot, last in self.slots.items() if last.finished]
@@ -392,6 +399,8 @@ class VLLMEngine(Engine):
         if cfg.tensor_parallel > 1:
             self.group = dist.new_subgroups(cfg.tensor_parallel, backend="gloo")[0]
         self.running: dict[str, _Request] = {}
+        self.waiting: list[tuple[_Request, object, Future]] = []  # for their prompt to be rendered
+        self.renderer = ThreadPoolExecutor(1)  # one thread: its caches of pictures are not made for more
         self.pictures = Cache(2**28, size=lambda image: 3 * image.width * image.height)  # at their final size
 
     def _model(self):
@@ -401,28 +410,35 @@ class VLLMEngine(Engine):
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         request = _Request(request_id, prompt, images, sampling, self.cfg)
-        inputs = {"prompt_token_ids": self.chat.collapse(prompt)}
-        if images:
-            final = [self.pictures.get(p.key, partial(self.chat.final_image, p)) for p in images]
-            inputs["multi_modal_data"] = {"image": final}
-            inputs["multi_modal_uuids"] = {"image": [p.key for p in images]}
         params = SamplingParams(
             temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=sampling.seed, logprobs=0,
             stop_token_ids=list(self.chat.stop_ids), ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA, logit_bias=dict.fromkeys(self.banned, float("-inf")),
         )  # fmt: skip
-        with _names_its_cause():
-            (rendered,) = self.llm.renderer.render_cmpl([inputs])
-            self.llm.add_request(request_id, rendered, params)
-        self.running[request_id] = request
+        self.waiting.append((request, params, self.renderer.submit(self._render, prompt, images)))
+
+    def _render(self, prompt, images):
+        """The prompt as vLLM takes it: on a thread of its own, beside the engine's steps."""
+        inputs = {"prompt_token_ids": self.chat.collapse(prompt)}
+        if images:
+            final = [self.pictures.get(p.key, partial(self.chat.final_image, p)) for p in images]
+            inputs["multi_modal_data"] = {"image": final}
+            inputs["multi_modal_uuids"] = {"image": [p.key for p in images]}
+        return self.llm.renderer.render_cmpl([inputs])[0]
+
+    def _add_rendered(self, all_of_them):
+        """Hand vLLM the requests whose prompts are ready, in order; wait for one if nothing runs."""
+        while self.waiting and (all_of_them or not self.running or self.waiting[0][2].done()):
+            request, params, rendered = self.waiting[0]
+            self.llm.add_request(request.id, rendered.result(), params)
+            self.running[request.id] = self.waiting.pop(0)[0]
 
     def step(self) -> list[Reply]:
         """One step of vLLM: a token for what runs, and part of the prompts that wait."""
-        if not self.running:
-            return []
         done = []
         with _names_its_cause():
-            for output in self.llm.step():
+            self._add_rendered(self.group is not None)  # ranks that share an engine have to take the same steps
+            for output in self.llm.step() if self.running else ():
                 request, said = self.running[output.request_id], output.outputs[0]
                 if not request.ids and list(output.prompt_token_ids) != request.prompt:
                     what = f"a prompt of {len(request.prompt)} ids became {len(output.prompt_token_ids)} others"
@@ -436,12 +452,14 @@ class VLLMEngine(Engine):
         return done
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
+        with _names_its_cause():
+            self._add_rendered(True)
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
         return [self.running.pop(id).reply("abort", self.version) for id in ids]
 
     def load_weights(self, named_tensors, version: int) -> None:
-        if self.running:
+        if self.running or self.waiting:
             raise RuntimeError("load_weights while requests are running")
         if self.asleep:
             self.llm.wake_up(["weights"])
@@ -471,6 +489,7 @@ class VLLMEngine(Engine):
             self.asleep = False
 
     def close(self) -> None:
+        self.renderer.shutdown(cancel_futures=True)
         self.llm.engine_core.shutdown()  # and with it the process group
 
 

@@ -26,7 +26,7 @@ bound    an event simulation of `free` in which nothing takes time but calls and
 
 The engine `asleep` stands for vLLM on a GPU: it only sleeps through its steps, 20 ms, 0.1 ms more for a running turn
 and 1 ms for a new one. (The in-process engine runs new turns in a pass of their own before the running ones, so results
-that come in one by one cost it more than those that come together: without latencies, `barrier` can beat `free`.)
+that come in one by one cost it more than those that come together; few of them wait for others, `engines.PATIENCE`.)
 
 `serial` is measured with 8 conversations and simulated for more (marked ~), where it would take minutes: `simulated` in
 the output has what the simulation says of every measured run, for comparison. Repeats draw other latencies; ratios are

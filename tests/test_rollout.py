@@ -700,6 +700,34 @@ def engine(sharp, wide, device):
     return make_engine(sharp, wide, device, stops=60)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_new_turns_wait_for_others_briefly(sharp, wide, device, deterministic):
+    """Until they are half as many as those that run, or PATIENCE steps; not at all where runs are repeated to the bit.
+    They say what they say without waiting."""
+    engine = make_engine(sharp, replace(wide, deterministic=deterministic, concurrency=9), device)
+    prompt = engine.chat.prompt(Question("q", "what is it called?"))[0]
+
+    def submit(*names):
+        for name in names:
+            engine.submit(name, prompt, [], Sampling(1.0, 40, int(name)))
+
+    def runs_after(steps):
+        for _ in range(steps):
+            engine.step()
+        return {request.id for request in engine.running}
+
+    submit("1", "2", "3", "4", "5")
+    assert runs_after(1) == set("12345")  # nothing ran
+    submit("6")
+    assert runs_after(1) == set("12345" if not deterministic else "123456")
+    submit("7", "8")
+    assert runs_after(1) == set("12345678")  # three wait, of five that run
+    submit("9")
+    assert runs_after(engines.PATIENCE) == set("12345678" if not deterministic else "123456789")
+    assert runs_after(1) == set("123456789")
+    assert ask(make_engine(sharp, engine.cfg, device), prompt, seed=9, max_tokens=40).ids == drain(engine)["9"].ids
+
+
 def always_search(monkeypatch):
     """Every finished turn asks for an image search, whatever it says."""
     monkeypatch.setattr(rollout, "parse_calls", lambda *_: [Call("image_search")])

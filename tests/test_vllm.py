@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,12 @@ class Alone:
                     cached.setdefault(output.request_id, (output.num_cached_tokens, len(output.prompt_token_ids)))
             return outputs
 
+        def render_and_note(inputs, render=self.engine.llm.renderer.render_cmpl):
+            seen.setdefault("renderers", []).append(threading.current_thread() is not threading.main_thread())
+            return render(inputs)
+
         self.engine.llm.step = step_and_note
+        self.engine.llm.renderer.render_cmpl = render_and_note
         episodes = self.play()
         self.engine.llm.step = step
         seen["turns"] = [len(e.turns) for e in episodes]
@@ -185,6 +191,13 @@ class Alone:
         self.seen["aborted"] = [(r.request_id, len(r.ids), r.finish_reason) for r in gone]
         self.seen["left"] = list(self.engine.running)
         self.engine.abort(["b"])
+        ids, images = self.chat.prompt(pictured([2])[0])  # a picture that vLLM has not seen since the last load
+        self.engine.submit("c", ids, images, Sampling(1.0, 40, 0))
+        (gone,), replies = self.engine.abort(["c"]), []
+        self.engine.submit("d", ids, images, Sampling(1.0, 40, 0))
+        while not replies:
+            replies = self.engine.step()
+        self.seen["aborted at once"] = gone.request_id, gone.ids, gone.finish_reason, replies[0].request_id
 
     def other_pixels(self):
         final_image = self.chat.final_image
@@ -364,6 +377,12 @@ def test_an_aborted_request_hands_over_what_it_has(seen):
     ((name, tokens, reason),) = seen["aborted"]
     assert name == "a" and 1 <= tokens <= 4 and reason == "abort"
     assert seen["left"] == ["b"]
+    assert seen["aborted at once"] == ["c", [], "abort", "d"]
+
+
+@needs_vllm
+def test_prompts_are_rendered_beside_the_engine_s_steps(seen):
+    assert seen["renderers"] and all(seen["renderers"])  # on another thread than the engine's
 
 
 @needs_vllm
