@@ -89,6 +89,7 @@ PRESETS = {
     | dict(advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01)  # docs/toy.md says why
     | dict(toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),
     "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320),
+    "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl"),
     "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
@@ -131,7 +132,7 @@ class Config(Options):
     min_pixels: int = option(56 * 56, "pixels of a question's image, at least", "above 0", marks="model")
     max_pixels: int = option(84 * 84, "pixels of a question's image, at most", "above 0", marks="model")
     thumb_min_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at least", "above 0", marks="model")
-    thumb_max_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at most", "above 0", marks="model")
+    thumb_max_pixels: int = option(32 * 32, "pixels of a thumbnail in a result, at most", "above 0", marks="model")
     max_prompt_tokens: int = option(120, "questions with longer prompts are dropped", "above 0", marks="model")
 
     # -- rollout

@@ -329,7 +329,7 @@ def test_options_stand_beside_those_of_a_run():
 def test_every_option_but_the_folder_makes_another_world():
     changed = dict(
         toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False,
-        toy_crop=True, toy_json=True,
+        toy_crop=True, toy_json=True, toy_backbone="qwen3_vl",
     )  # fmt: skip
     assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
     names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
