@@ -43,7 +43,7 @@ from analysis import plan  # noqa: E402
 from chat import Chat  # noqa: E402
 from config import Config  # noqa: E402
 
-GIB = plan.GIB
+GIB, aten = plan.GIB, torch.ops.aten
 PARTS = {"weights": "Sharded Param", "gradients": "Sharded Grad", "optimiser": "OptState"}  # the tracker's names
 VISION = {  # from the models' config.json
     "qwen2_5_vl": dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
@@ -59,8 +59,8 @@ SIZES = {  # family; hidden, intermediate, layers, heads, key heads; vocabulary;
     "qwen3-vl-2b": ("qwen3_vl", (2048, 6144, 28, 16, 8), 151_936, True, {}),
     "qwen3-vl-4b": ("qwen3_vl", (2560, 9728, 36, 32, 8), 151_936, True, {}),
     "qwen3-vl-8b": ("qwen3_vl", (4096, 12288, 36, 32, 8), 151_936, False, LARGE),
-    "small": ("qwen2_5_vl", (256, 1024, 4, 4, 2), 8192, True, SMALL | dict(fullatt_block_indexes=[1])),
-    "small-qwen3": ("qwen3_vl", (256, 1024, 4, 4, 2), 8192, False, SMALL | dict(deepstack_visual_indexes=[0, 1])),
+    "small": ("qwen2_5_vl", (256, 1024, 4, 4, 2), 2048, True, SMALL | dict(fullatt_block_indexes=[1])),
+    "small-qwen3": ("qwen3_vl", (256, 1024, 4, 4, 2), 2048, False, SMALL | dict(deepstack_visual_indexes=[0, 1])),
 }
 
 
@@ -83,16 +83,28 @@ def configuration(name: str):
 
 
 class Answers(TorchDispatchMode):
-    """Answers what would have to be read from a tensor: numbers are 1 (finite, true), and no id is banned."""
+    """Answers what would have to be read from a tensor: numbers are 1 (finite, true), no id is banned, and a mask marks
+    `marked` places (deepstack's are the vision tokens)."""
+
+    def __init__(self, marked: int):
+        super().__init__()
+        self.marked = marked
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
-        if func is torch.ops.aten._fused_adamw_.default:  # in place; here it would be made of copies
+        if func is aten._fused_adamw_.default:  # in place; here it would be made of copies
             return None
-        if func is torch.ops.aten.nonzero.default:
+        if func is aten.nonzero.default:
             return args[0].new_empty(0, args[0].ndim, dtype=torch.long)
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            places = []
+            for index in args[1]:
+                masks = index is not None and index.dtype == torch.bool
+                found = [index.new_empty(self.marked, dtype=torch.long) for _ in index.shape] if masks else [index]
+                places += found
+            args = (args[0], places, *args[2:])
         return func(*args, **(kwargs or {}))
 
 
@@ -179,7 +191,7 @@ def track(config, cfg: Config, ranks: int, case) -> dict[str, int]:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.zero_grad = lambda **_: None  # they stand for the gradients of earlier batches
         tracker = FSDPMemTracker(model, optimizer)
-        with tracker, Answers():
+        with tracker, Answers(len(batch.vision_positions)):
             optimizer.step()
             policy.update(model, optimizer, [replace(batch, **fake(vars(batch), mode))], loss, cfg, device)
     dist.destroy_process_group()
