@@ -95,7 +95,7 @@ class Sizes:
         parts = ("gathered weights", "activations", "logits", "gradients in work")
         figures = (
             (root, kept, self.head, head),
-            (root + 2 * unit, kept + at_once, 0, head + 2 * trains * unit),
+            (root + (1 + (shards > 1)) * unit, kept + at_once, 0, head + 2 * trains * unit),  # the next one is fetched
             (0, 0, 0, reduced),
         )
         return [dict(zip(parts, moment, strict=True)) for moment in figures]

@@ -1,5 +1,6 @@
 """The memory plan: its counts against a real model, and that it adds up."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -126,7 +127,8 @@ def test_an_update_takes_what_the_plan_says():
         found, planned = json.loads(line)
         for part in ("weights", "gradients", "optimiser"):
             assert planned[part] == pytest.approx(found[part], rel=0.02), (case, part)
-        assert planned["peak"] == pytest.approx(found["peak"], rel=0.1), (case, found)
+        most = 1.2 if case[2].get("lora_rank") else 1.1  # frozen norms keep less, which shows in so small a model
+        assert 0.95 < planned["peak"] / found["peak"] < most, (case, found)
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision": True}, {"lora_rank": 16}], ids=str)
@@ -183,3 +185,20 @@ def test_the_plan_command(tmp_path, capsys):
     with pytest.raises(InputError, match="cannot load the model"):
         main(["plan", "--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}", f"--run_dir={run_dir}"])
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "all_weights"),
+    [("qwen2.5-vl-3b-24gb", ["8", "2", "1", "1"]), ("qwen3-vl-4b-24gb", ["-", "-", "2", "1"])],
+)
+def test_a_card_of_24_gb_is_enough_for_its_presets(preset, all_weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    name, folder = preset.removesuffix("-24gb"), tmp_path / config.PRESETS[preset]["model"].split("/")[1]
+    importlib.import_module("tracked").configuration(name).save_pretrained(folder)
+    main(["plan", f"--preset={preset}", f"--model={folder}", "--gpus=1", "--gpu_memory=23.9"])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S.*?)  +((?:[0-9-]+ +){3}[0-9-]+)$", printed, re.M))
+    assert {"these settings", preset, name} == rows.keys() and rows[name].split() == all_weights
+    assert rows["these settings"].split() == rows[preset].split() == ["1"] * 4
+    in_all = [float(size) for size in re.search(r"in all +([\d.]+) +([\d.]+)", printed).groups()]
+    assert max(in_all) < 0.85 * 23.9 and "CUDA context" in printed and "while the model is read" in printed
