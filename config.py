@@ -81,19 +81,24 @@ _QWEN = (
 )
 # A vision token of Qwen3-VL is 32 x 32 pixels, and its image processor makes 64 of a picture, or more.
 _QWEN3 = _QWEN | dict(thumb_min_pixels=256 * 256, thumb_max_pixels=288 * 288)
+_3B = _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b")
+_4B = _QWEN3 | dict(model="Qwen/Qwen3-VL-4B-Instruct", run_dir="runs/qwen3-vl-4b")
+_LORA = dict(lora_rank=16, lr=2e-5, max_tokens_per_batch=8192)  # the rate: see LORA_ALPHA in policy.py
 # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
 _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
 PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
-    | dict(tool_limits=("text_search=0", "crop=1"), steps=160, eval_every=40)
-    | dict(advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01)  # docs/toy.md says why
-    | dict(toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),
+    | dict(tool_limits=("text_search=0", "crop=1"), advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01)
+    | dict(steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),  # docs/toy.md
     "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320),
-    "qwen2.5-vl-3b": _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl-3b"),
+    "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl"),
+    "qwen2.5-vl-3b": _3B,
+    "qwen2.5-vl-3b-24gb": _3B | _LORA | dict(run_dir="runs/qwen2.5-vl-3b-24gb", concurrency=16),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
-    "qwen3-vl-4b": _QWEN3 | dict(model="Qwen/Qwen3-VL-4B-Instruct", run_dir="runs/qwen3-vl-4b"),
+    "qwen3-vl-4b": _4B,
+    "qwen3-vl-4b-24gb": _4B | _LORA | dict(run_dir="runs/qwen3-vl-4b-24gb", concurrency=8, offload="all"),
     "qwen3-vl-8b": _QWEN3 | dict(model="Qwen/Qwen3-VL-8B-Instruct", run_dir="runs/qwen3-vl-8b"),
 }
 
@@ -132,7 +137,7 @@ class Config(Options):
     min_pixels: int = option(56 * 56, "pixels of a question's image, at least", "above 0", marks="model")
     max_pixels: int = option(84 * 84, "pixels of a question's image, at most", "above 0", marks="model")
     thumb_min_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at least", "above 0", marks="model")
-    thumb_max_pixels: int = option(28 * 28, "pixels of a thumbnail in a result, at most", "above 0", marks="model")
+    thumb_max_pixels: int = option(32 * 32, "pixels of a thumbnail in a result, at most", "above 0", marks="model")
     max_prompt_tokens: int = option(120, "questions with longer prompts are dropped", "above 0", marks="model")
 
     # -- rollout

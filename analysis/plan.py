@@ -1,25 +1,33 @@
 """How much memory and disk a run will need, before anything is loaded: `python -m analysis plan --gpus 8`.
 
 Counted, not measured: the parameters of a model on the meta device, and the bytes that autograd keeps of one decoder
-layer and one vision block when the trainer's own code runs through them there. The CUDA context, NCCL's buffers and
-fragmentation are not counted; SPARE is left free for them.
+layer and one vision block when the trainer's own code runs through them there. An update is as large as the largest of
+three moments: the backward pass of the head, of a layer, and the reduction of the root's gradients at its end.
+`benchmarks/tracked.py` compares that with torch's memory tracker. UNCOUNTED is what SPARE is kept free for.
 """
 
-import math
 import tempfile
+from bisect import bisect
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from backbone import empty_model, has_flash_attn, linear_layers, read_config, repeat_heads, varlen_groups_heads
-from config import Config, Options, option
+from config import PRESETS, Config, Options, from_dict, option
 from engines import engine_limits
 from policy import HEAD_LOGITS, compute_dtype
 from toy.model import save_random_model
 
 SPARE = 0.08  # of a GPU's memory
+UNCOUNTED = (
+    "for what is not counted: the CUDA context (half a GiB a process), NCCL's buffers, vLLM's CUDA graphs and the "
+    "activations of its profile run, workspaces of kernels, fragmentation"
+)
+CARDS = {"24 GB": 23.9, "48 GB": 44.9, "80 GB": 79.6, "141 GB": 140.4}  # GiB that an RTX 4090, L40S, H100, H200 has
+BACKWARD = 0.6  # of what is kept of a layer: the gradients of these tensors that are there at one time in its backward
 IMAGE_SHARE = 0.5  # of a packed batch's tokens that are vision tokens of images not yet seen in it; four patches each
 FUSED = "planned_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
 GIB = 2**30
@@ -44,6 +52,7 @@ class Sizes:
     layers: int
     layer_input: int  # bytes a token
     layer_kept: int  # bytes a token: everything that backward needs of one decoder layer
+    adapted: tuple[int, int]  # linear layers of a decoder layer and of a vision block
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
@@ -63,6 +72,33 @@ class Sizes:
         weights = width * self.total + 4 * trained if adapters else 4 * self.total
         reference = 0 if adapters or not cfg.kl_coef else 4 * self.total
         return {"weights": weights, "gradients": 4 * trained, "optimiser": 8 * trained, "reference": reference}
+
+    def kept(self, cfg: Config, width: int) -> tuple[float, float]:
+        """Bytes a token of a packed batch, of which IMAGE_SHARE are vision tokens of new images, that autograd keeps
+        from the forward pass; and that are there besides while a layer is run backward."""
+        patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
+        layer = self.layer_kept + width * cfg.lora_rank * self.adapted[0]
+        block = patches * (self.block_kept + width * cfg.lora_rank * self.adapted[1])
+        if cfg.gradient_checkpointing:  # the inputs of all layers, and everything of the one that is recomputed
+            inputs = self.layers * self.layer_input + patches * self.blocks * self.block_input
+            return inputs, (1 + BACKWARD) * max(layer, block)
+        return self.layers * layer + self.blocks * block, BACKWARD * max(layer, block)
+
+    def moments(self, cfg: Config, width: int, shards: int) -> list[dict[str, float]]:
+        """Bytes at the three moments of an update that may be its largest, beside what is there all the time;
+        "activations" are bytes a token of the packed batch. Gradients are reduced in fp32, unit by unit."""
+        kept, at_once = self.kept(cfg, width)
+        sharded, trains = shards > 1 or width < 4, not cfg.lora_rank
+        root, unit = (width * sharded * size for size in (self.root, self.largest))
+        head = trains * self.head_gradient
+        reduced = trains * sharded * max(width + 4, 4 + 4 / shards) * self.root  # its weights are given back before
+        parts = ("gathered weights", "activations", "logits", "gradients in work")
+        figures = (
+            (root, kept, self.head, head),
+            (root + (1 + (shards > 1)) * unit, kept + at_once, 0, head + 2 * trains * unit),  # the next one is fetched
+            (0, 0, 0, reduced),
+        )
+        return [dict(zip(parts, moment, strict=True)) for moment in figures]
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
@@ -87,6 +123,9 @@ def measure(config, dtype: torch.dtype) -> Sizes:
         layers=len(text.layers),
         layer_input=hidden * dtype.itemsize,
         layer_kept=layer_kept,
+        adapted=tuple(
+            sum(isinstance(m, torch.nn.Linear) for m in part[0].modules()) for part in (text.layers, vision.blocks)
+        ),
         blocks=len(vision.blocks),
         block_input=vision.config.hidden_size * dtype.itemsize,
         block_kept=block_kept,
@@ -149,37 +188,36 @@ def kept_by(forward, model) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def activations(sizes: Sizes, cfg: Config) -> float:
-    """Bytes a token of a packed batch of which IMAGE_SHARE are vision tokens of new images."""
-    patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
-    if cfg.gradient_checkpointing:  # the inputs of all layers, and everything of the one that is recomputed
-        vision = sizes.blocks * sizes.block_input + sizes.block_kept
-        return sizes.layers * sizes.layer_input + sizes.layer_kept + patches * vision
-    return sizes.layers * sizes.layer_kept + patches * sizes.blocks * sizes.block_kept
-
-
-def needs(sizes: Sizes, cfg: Config, gpus: int, cache: int) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+def needs(
+    sizes: Sizes, cfg: Config, gpus: int, cache: int, tokens: int = 0
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """({part: bytes on each GPU (during the update, during the rollout)}, {part: bytes of each process on the CPU}).
-    cache: bytes of the engine's keys and values."""
+    cache: bytes of the engine's keys and values. tokens: of a packed batch (0: max_tokens_per_batch)."""
     width, shards = compute_dtype(cfg, torch.device("cuda")).itemsize, cfg.shard_size or gpus
     owned = {name: size / shards for name, size in sizes.owned(cfg, width).items()}
     reference = owned.pop("reference")
-    gathered = width * (sizes.root + 2 * sizes.largest) * (1 + bool(reference)) if shards > 1 or width < 4 else 0
     engine = width * sizes.total / cfg.tensor_parallel
     on_gpu, reference_on_gpu = cfg.offload != "all", cfg.offload == "none"
+    moments = sizes.moments(cfg, width, shards)
+    for moment in moments:
+        moment["activations"] *= tokens or cfg.max_tokens_per_batch
+    peak = max(moments, key=lambda moment: sum(moment.values()))
     gpu = {
         "weights": (on_gpu * owned["weights"],) * 2,
         "gradients": (on_gpu * owned["gradients"], 0.0),
         "optimiser": (on_gpu * owned["optimiser"],) * 2,
         "reference": (reference_on_gpu * reference,) * 2,
-        "gathered weights": (gathered, 0.0),
-        "activations": (activations(sizes, cfg) * cfg.max_tokens_per_batch, 0.0),
-        "logits": (float(sizes.head + (0 if cfg.lora_rank else sizes.head_gradient)), 0.0),
+        **{part: (float(size), 0.0) for part, size in peak.items()},
         "engine's weights": (engine if cfg.engine == "torch" else 0.0, engine),  # vLLM sleeps during the update
         "keys and values": (0.0, float(cache)),
     }
     cpu = {name: (1 - on_gpu) * value for name, value in owned.items()}
     return gpu, {**cpu, "reference": (1 - reference_on_gpu) * reference}
+
+
+def in_all(gpu: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Bytes on a GPU during the update and during the rollout."""
+    return sum(update for update, _ in gpu.values()), sum(rollout for _, rollout in gpu.values())
 
 
 def on_disk(sizes: Sizes, cfg: Config) -> tuple[int, int]:
@@ -199,13 +237,13 @@ def plan(cfg: Config, options: PlanOptions) -> str:
             name = folder
             save_random_model(folder, cfg.seed)
         sizes = measure(read_config(name), compute_dtype(cfg, device))
-        cache = engine_limits(name, cfg, device, []).cache_bytes
-    gpu, cpu = needs(sizes, cfg, gpus, cache)
-    update, rollout = (sum(part[i] for part in gpu.values()) for i in (0, 1))
+        caches = {c: engine_limits(name, c, device, []).cache_bytes for c in (cfg, *same_model(cfg).values())}
+    gpu, cpu = needs(sizes, cfg, gpus, caches[cfg])
     title = f"{cfg.model}: {sizes.total / 1e9:.2f} billion parameters; {gpus} GPUs, of {options.gpu_memory:g} GiB each"
-    lines = [title, "", f"{'GiB on each GPU':20} {'update':>8} {'rollout':>8}"]
-    for part, (during_update, during_rollout) in {**gpu, "in all": (update, rollout)}.items():
-        lines.append(f"{part:20} {during_update / GIB:8.2f} {during_rollout / GIB:8.2f}")
+    lines = [title, "", f"{'GiB on each GPU':22} {'update':>8} {'rollout':>8}"]
+    for part, (during_update, during_rollout) in {**gpu, "in all": in_all(gpu)}.items():
+        lines.append(f"{part:22} {during_update / GIB:8.2f} {during_rollout / GIB:8.2f}")
+    lines.append(f"in the machine's memory: {4 * sizes.total / GIB:.2f} GiB while the model is read")
     if offloaded := sum(cpu.values()):
         pinned = 2 * offloaded - cpu["optimiser"]  # pinning takes up to twice the memory, see `policy.room_to_pin`
         amount = f"{offloaded / GIB:.2f} GiB, up to {pinned / GIB:.2f} if it has room to pin it"
@@ -214,17 +252,46 @@ def plan(cfg: Config, options: PlanOptions) -> str:
     kept = cfg.keep_last + 2  # the best, and the one that is being written
     disk = kept * checkpoint + 2 * export
     lines.append(f"on the disk: {disk:.2f} GiB, {kept} checkpoints of {checkpoint:.2f} and 2 exports of {export:.2f}")
-    usable = options.gpu_memory * GIB * (1 - SPARE)
-    tokens = (usable - update) / activations(sizes, cfg) + cfg.max_tokens_per_batch
-    conversations = (usable - rollout + cache) / (cache / cfg.concurrency)
-    batch = _largest("max_tokens_per_batch", tokens, cfg.max_tokens_per_batch, cfg.max_tokens)
+    lines += ["", largest(sizes, cfg, gpus, caches[cfg], options.gpu_memory * GIB), UNCOUNTED, ""]
+    return "\n".join(lines + which_cards(sizes, cfg, caches))
+
+
+def largest(sizes: Sizes, cfg: Config, gpus: int, cache: int, memory: float) -> str:
+    """The longest packed batch and the most conversations at once that fit a GPU of so many bytes."""
+    usable, rollout = memory * (1 - SPARE), in_all(needs(sizes, cfg, gpus, cache)[0])[1]
+    most = bisect(range(1, 2**24), usable, key=lambda tokens: in_all(needs(sizes, cfg, gpus, cache, tokens)[0])[0])
+    conversations = int((usable - rollout + cache) // (cache / cfg.concurrency))
+    batch = _largest("max_tokens_per_batch", most, cfg.max_tokens_per_batch, cfg.max_tokens)
     concurrency = _largest("concurrency", conversations, cfg.concurrency, 1)
-    lines += ["", f"at most, with {SPARE:.0%} kept free: {batch}, {concurrency}"]
-    return "\n".join(lines)
+    return f"at most, with {SPARE:.0%} kept free: {batch}, {concurrency}"
 
 
 def _largest(name, value, wanted, least):
     if value < least:
         return f"{name}: none fits"
     short = f" (too little for the {wanted:,} of these settings)" if value < wanted else ""
-    return f"{name} {math.floor(value):,}{short}"
+    return f"{name} {value:,}{short}"
+
+
+def same_model(cfg: Config) -> dict[str, Config]:
+    """The presets of this model, which may also lie in a folder of its name."""
+    made = {name: from_dict(Config, {**options, "preset": name}) for name, options in PRESETS.items()}
+    return {name: preset for name, preset in made.items() if Path(preset.model).name == Path(cfg.model).name}
+
+
+def which_cards(sizes: Sizes, cfg: Config, caches: dict[Config, int]) -> list[str]:
+    """A table: how many of 1, 2, 4, 8 GPUs of each size are enough for these settings and for the model's presets."""
+
+    def fits(settings, gpus, memory):
+        whole = gpus % (settings.shard_size or 1) == gpus % settings.tensor_parallel == 0
+        gpu, _ = needs(sizes, settings, gpus, caches[settings])
+        return whole and max(in_all(gpu)) <= memory * GIB * (1 - SPARE)
+
+    lines = [f"{'enough GPUs, of':28}" + "".join(f"{card:>8}" for card in CARDS)]
+    for name, settings in {"these settings": cfg, **same_model(cfg)}.items():
+        line = f"{name:28}"
+        for memory in CARDS.values():
+            enough = [gpus for gpus in (1, 2, 4, 8) if fits(settings, gpus, memory)]
+            line += f"{enough[0] if enough else '-':>8}"
+        lines.append(line)
+    return lines

@@ -26,9 +26,12 @@ import statistics
 import sys
 import tempfile
 import time
+from bisect import bisect
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,7 +41,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from trainer import conversations, save_chat  # noqa: E402
 
-from analysis.plan import GIB, IMAGE_SHARE, SPARE, activations, measure, needs  # noqa: E402
+from analysis import plan  # noqa: E402
+from analysis.plan import GIB, SPARE, measure, needs  # noqa: E402
 from backbone import empty_model  # noqa: E402
 from chat import Chat  # noqa: E402
 from config import Config  # noqa: E402
@@ -207,16 +211,16 @@ def figures(name: str, args, batch_tokens: int) -> dict:
 def planned_bytes(config, batches, cfg, device) -> float:
     """What the plan says of the largest of these packed batches, with as many vision tokens as it has."""
     sizes = measure(config, compute_dtype(cfg, device))
-    text = activations(sizes, replace(cfg, freeze_vision=True))  # bytes a token
-    vision = (activations(sizes, cfg) - text) / IMAGE_SHARE  # bytes a vision token
-    kept = max(text * len(batch.ids) + vision * len(batch.pixels) / 4 for batch in batches)
-    return but_activations(sizes, cfg) + kept
+    peaks = []
+    for batch in batches:
+        with patch.object(plan, "IMAGE_SHARE", len(batch.pixels) / 4 / len(batch.ids)):
+            peaks.append(in_update(sizes, cfg, len(batch.ids)))
+    return max(peaks)
 
 
-def but_activations(sizes, cfg) -> float:
-    """Bytes on the GPU during an update, without those of the batch; there is no engine here."""
-    gpu, _ = needs(sizes, cfg, 1, cache=0)
-    return sum(update for part, (update, _) in gpu.items() if part not in ("activations", "engine's weights"))
+def in_update(sizes, cfg, tokens: int) -> float:
+    """Bytes on the GPU during an update; there is no engine here."""
+    return plan.in_all(needs(sizes, replace(cfg, engine="vllm"), 1, 0, tokens)[0])[0]
 
 
 def alone(name: str, args, batch_tokens: int = 0) -> dict:
@@ -252,8 +256,8 @@ def largest_batch(args) -> dict:
     one does)."""
     cfg = settings(LARGEST, "cuda")
     sizes = measure(configuration(CASES[LARGEST][0]), torch.bfloat16)
-    usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory - but_activations(sizes, cfg)
-    promised = int(usable / activations(sizes, cfg))
+    usable = (1 - SPARE) * torch.cuda.get_device_properties(0).total_memory
+    promised = bisect(range(1, 2**24), usable, key=partial(in_update, sizes, cfg))
     size, tried = max(STEP, promised // STEP * STEP), {}
     while size and size not in tried and len(tried) < 5:
         result = tried[size] = alone(LARGEST, args, size)

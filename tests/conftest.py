@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -38,32 +37,6 @@ def device():
     return policy.init_distributed(config.Config(threads=1))
 
 
-def save_random_qwen3(path: Path) -> None:
-    """A Qwen3-VL in all but size. Heads are wider than hidden size / heads, fewer layers of the vision tower than of
-    the decoder speak to it (deepstack), and positions in a picture are interpolated."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    toy_model.save_random_model(path, seed=0)
-    toy = json.loads((path / "config.json").read_text())
-    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[12, 10, 10], mrope_interleaved=True)
-    text = {name: toy["text_config"][name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
-    text |= {name: toy["text_config"][name] for name in ("num_hidden_layers", "num_attention_heads", "eos_token_id")}
-    text |= dict(num_key_value_heads=4, head_dim=64, initializer_range=0.05, rope_parameters=rope, bos_token_id=None)
-    vision = dict(
-        depth=3, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, initializer_range=0.05,
-        deepstack_visual_indexes=[0, 1], num_position_embeddings=16,
-    )  # fmt: skip
-    ids = {name: id for name, id in toy.items() if name.startswith(("image_t", "video_t", "vision_s", "vision_e"))}
-    torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    ).save_pretrained(path)
-    pixels = dict(min_pixels=28 * 28, max_pixels=32 * 32 * 1280)
-    half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    Qwen2VLImageProcessorPil(patch_size=16, **pixels, **half).save_pretrained(path)
-
-
 both_families = pytest.mark.parametrize("folder", ["qwen2.5-vl", "qwen3-vl"], indirect=True)
 
 
@@ -73,7 +46,7 @@ def folder(request, tmp_path_factory):
     Qwen3-VL."""
     path = tmp_path_factory.mktemp("model")
     if getattr(request, "param", "") == "qwen3-vl":
-        save_random_qwen3(path)
+        toy_model.save_random_model(path, seed=0, backbone="qwen3_vl")
     else:
         toy_model.save_random_model(path, seed=0)
     return path
@@ -81,9 +54,8 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def cfg():
-    """The toy configuration without its entropy bonus, thumbnails of one vision token of either family;
-    `dataclasses.replace(cfg, ...)` changes it."""
-    return config.Config(threads=1, entropy_coef=0.0, thumb_max_pixels=32 * 32)
+    """The toy configuration without its entropy bonus; `dataclasses.replace(cfg, ...)` changes it."""
+    return config.Config(threads=1, entropy_coef=0.0)
 
 
 @pytest.fixture

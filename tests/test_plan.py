@@ -1,10 +1,14 @@
 """The memory plan: its counts against a real model, and that it adds up."""
 
+import importlib
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import both_families, question, replace
+from conftest import ROOT, both_families, question, replace
 
 import backbone
 import checkpoint
@@ -40,8 +44,8 @@ def block_sizes(model):
 
 
 @both_families
-@pytest.mark.parametrize("rank", [0, 8])
-def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, chat, cfg, device, rank):
+@pytest.mark.parametrize("rank", [0, 40])
+def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, chat, cfg, device, rank, monkeypatch):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     model = policy.load_policy(folder, chat, replace(cfg, lora_rank=rank), device)
     episodes = []
@@ -51,9 +55,9 @@ def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, cha
         episodes.append(episode)
     (batch,) = policy.pack(episodes, chat, model, 1000)
     kept = plan.kept_by(lambda: backbone.packed_hidden(model, batch), model)
-    patches = len(batch.pixels)
-    expected = sizes.layers * sizes.layer_kept * len(batch.ids) + sizes.blocks * sizes.block_kept * patches
-    assert kept == pytest.approx(expected, rel=0.15)
+    monkeypatch.setattr(plan, "IMAGE_SHARE", len(batch.pixels) / 4 / len(batch.ids))
+    expected, _ = sizes.kept(replace(cfg, lora_rank=rank), 4)
+    assert kept == pytest.approx(expected * len(batch.ids), rel=0.15)
 
 
 def test_the_parts_follow_the_settings(sizes):
@@ -90,10 +94,41 @@ def test_adapters_are_planned_as_they_are(sizes, folder, chat, cfg, device, dtyp
     assert 0 < trained < sizes.total and parts["gradients"][0] == 4 * trained / 2
     assert parts["weights"][0] == sum(p.numel() * p.itemsize for p in model.parameters()) / 2
     assert parts["optimiser"][0] == 8 * trained / 2 and parts["reference"] == (0, 0)
+    assert parts["gradients in work"] == (0, 0)
     whole, _ = plan.needs(sizes, replace(cfg, lora_rank=0), 2, cache=1000)
-    assert parts["logits"][0] == whole["logits"][0] - sizes.head_gradient
+    assert whole["gradients in work"][0] >= sizes.head_gradient
     _, cpu = plan.needs(sizes, replace(cfg, offload="all"), 2, cache=1000)
     assert cpu["weights"] == parts["weights"][0] and cpu["reference"] == 0
+
+
+TRACK = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import tracked
+small = dict(min_pixels=224**2, max_pixels=224**2, max_tokens=512, max_tokens_per_batch=2048)
+for name, ranks, changes in json.loads(sys.argv[1]):
+    cfg = tracked.settings(**small | changes)
+    found = tracked.track(tracked.configuration(name), cfg, ranks, tracked.conversations_of(2048, 512, 224))
+    print(json.dumps([found, tracked.planned(tracked.configuration(name), cfg, ranks, found)]))
+"""
+TRACKED = [
+    ("small", 1, {}), ("small", 8, {}), ("small-qwen3", 8, {}), ("small-qwen3", 1, {"lora_rank": 16}),
+    ("small", 1, {"gradient_checkpointing": False}),
+]  # fmt: skip
+
+
+def test_an_update_takes_what_the_plan_says():
+    """The trainer's code on tensors that hold nothing, under torch's own tracker (benchmarks/tracked.py, which also
+    has 3B and 7B)."""
+    command = [sys.executable, "-c", TRACK, json.dumps(TRACKED)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, line in zip(TRACKED, done.stdout.splitlines(), strict=True):
+        found, planned = json.loads(line)
+        for part in ("weights", "gradients", "optimiser"):
+            assert planned[part] == pytest.approx(found[part], rel=0.02), (case, part)
+        most = 1.2 if case[2].get("lora_rank") else 1.1  # frozen norms keep less, which shows in so small a model
+        assert 0.95 < planned["peak"] / found["peak"] < most, (case, found)
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_vision": True}, {"lora_rank": 16}], ids=str)
@@ -150,3 +185,20 @@ def test_the_plan_command(tmp_path, capsys):
     with pytest.raises(InputError, match="cannot load the model"):
         main(["plan", "--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}", f"--run_dir={run_dir}"])
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "all_weights"),
+    [("qwen2.5-vl-3b-24gb", ["8", "2", "1", "1"]), ("qwen3-vl-4b-24gb", ["-", "-", "2", "1"])],
+)
+def test_a_card_of_24_gb_is_enough_for_its_presets(preset, all_weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    name, folder = preset.removesuffix("-24gb"), tmp_path / config.PRESETS[preset]["model"].split("/")[1]
+    importlib.import_module("tracked").configuration(name).save_pretrained(folder)
+    main(["plan", f"--preset={preset}", f"--model={folder}", "--gpus=1", "--gpu_memory=23.9"])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S.*?)  +((?:[0-9-]+ +){3}[0-9-]+)$", printed, re.M))
+    assert {"these settings", preset, name} == rows.keys() and rows[name].split() == all_weights
+    assert rows["these settings"].split() == rows[preset].split() == ["1"] * 4
+    in_all = [float(size) for size in re.search(r"in all +([\d.]+) +([\d.]+)", printed).groups()]
+    assert max(in_all) < 0.85 * 23.9 and "CUDA context" in printed and "while the model is read" in printed

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import both_families, picture, question, replace, save_random_qwen3
+from conftest import both_families, picture, question, replace
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -38,6 +38,7 @@ from config import InputError
 from data import Call, Hit, Question, Result, decode_image
 from engines import Reply
 from grpo import token_weights
+from toy import model as toy_model
 
 # ------------------------------------------------------------------------------------------ what to compare with
 
@@ -1068,7 +1069,7 @@ def worker(folder, out):
 def two_ranks(folder, tmp_path_factory):
     """What two processes made of it; see `worker`."""
     out = tmp_path_factory.mktemp("ranks")
-    save_random_qwen3(out / "qwen3-vl")
+    toy_model.save_random_model(out / "qwen3-vl", 0, backbone="qwen3_vl")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

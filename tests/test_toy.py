@@ -23,6 +23,7 @@ import tools
 import toy
 import train
 from analysis.judge import JudgeOptions
+from backbone import read_config
 from chat import Chat
 from config import Config, InputError, marked, parse
 from data import Call, Stop, load_questions
@@ -330,12 +331,25 @@ def test_options_stand_beside_those_of_a_run():
 def test_every_option_but_the_folder_makes_another_world():
     changed = dict(
         toy_seed=1, toy_pretrain_steps=1, toy_teach_steps=1, toy_warmup_steps=1, toy_named=1, toy_beliefs=False,
-        toy_crop=True, toy_json=True,
+        toy_crop=True, toy_json=True, toy_backbone="qwen3_vl",
     )  # fmt: skip
     assert {"toy_dir", *changed} == {f.name for f in dataclasses.fields(Recipe)}
     names = {toy.locate(Recipe(**{name: value})).folder.name for name, value in changed.items()}
     assert len(names - {toy.locate(Recipe()).folder.name}) == len(changed)
     assert toy.locate(Recipe(toy_dir="elsewhere")).folder.name == toy.locate(Recipe()).folder.name
+    assert toy.locate(Recipe()).folder.name == "ccbf41bfa3"  # worlds are there under this name
+
+
+def test_a_toy_qwen3_vl_is_a_preset(tmp_path):
+    cfg, recipe = parse(["--preset=toy-qwen3", "--toy_seed=3"], Config, Recipe)
+    assert recipe == Recipe(toy_seed=3, toy_backbone="qwen3_vl") and recipe.preset == cfg.preset == "toy-qwen3"
+    assert toy.answers_searches(cfg) and toy.locate(recipe) != toy.locate(Recipe(toy_seed=3))
+    toy_lessons.save_random_model(tmp_path, 0, backbone=recipe.toy_backbone)
+    chat = Chat(tmp_path, cfg)
+    (episode,) = toy_lessons.Lessons(toy_world.make_things(random.Random(0)), chat, 0).seeing(1)
+    assert [p.tokens for p in episode.images] == [4]  # 64 x 64 pixels, as many vision tokens as a Qwen2.5-VL has
+    assert chat.picture(episode.question.images[0], thumbnail=True).tokens == 1
+    assert read_config(tmp_path).vision_config.deepstack_visual_indexes == [0, 1]
 
 
 def test_editing_a_comment_does_not_rebuild_the_world(tmp_path):

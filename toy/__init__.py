@@ -37,7 +37,7 @@ PROMPTS = {  # it is warmed up with these
     "toy": ("after_image_search", "after_text_search", "question", "search_failed"),
     "toy-crop": ("after_crop", "after_image_search", "question", "search_failed"),
 }
-PROMPTS["toy-json"] = PROMPTS["toy"]
+PROMPTS["toy-json"] = PROMPTS["toy-qwen3"] = PROMPTS["toy"]
 VERSION = 3  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -54,6 +54,7 @@ class Recipe(Options):
     toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
     toy_crop: bool = option(False, "the world of the preset toy-crop: several things in a picture")
     toy_json: bool = option(False, "the world of the preset toy-json: the model calls tools in JSON")
+    toy_backbone: str = option("qwen2_5_vl", "the family of the toy model", ("qwen2_5_vl", "qwen3_vl"))
     toy_beliefs: bool = option(True, "the scripted policy says what it believes before it acts")
 
     def __post_init__(self):
@@ -65,7 +66,9 @@ class Recipe(Options):
     @property
     def preset(self) -> str:
         """The preset of the runs in it."""
-        return "toy-crop" if self.toy_crop else "toy-json" if self.toy_json else "toy"
+        if self.toy_crop or self.toy_json:
+            return "toy-crop" if self.toy_crop else "toy-json"
+        return "toy-qwen3" if self.toy_backbone == "qwen3_vl" else "toy"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def locate(recipe: Recipe) -> Toy:
     """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
     options = as_dict(recipe)
     folder = Path(options.pop("toy_dir"))
+    if recipe.toy_backbone == Recipe.toy_backbone:  # worlds were named before there was a choice
+        del options["toy_backbone"]
     prompts = ROOT / PRESETS[recipe.preset].get("prompts", Config.prompts)
     prompts = [(prompts / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS[recipe.preset]]
     content = json.dumps([VERSION, options, prompts])

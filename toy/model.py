@@ -1,4 +1,4 @@
-"""The toy world's tokenizer and its random model: a Qwen2.5-VL in all but size."""
+"""The toy world's tokenizer and its random model: a Qwen2.5-VL or a Qwen3-VL in all but size."""
 
 import json
 from itertools import chain
@@ -67,13 +67,17 @@ def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> 
     tokenizer.save_pretrained(path)
 
 
-def save_random_model(path: Path, seed: int, crop: bool = False, json_calls: bool = False) -> None:
-    """Tokenizer, image processor and a random Qwen2.5-VL of about 1.2 million parameters."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+def save_random_model(
+    path: Path, seed: int, crop: bool = False, json_calls: bool = False, backbone: str = "qwen2_5_vl"
+) -> None:
+    """Tokenizer, image processor and a random model of a family: a Qwen2.5-VL of about 1.2 million parameters, or a
+    Qwen3-VL of 1.7 million. Like the real ones of its family, the latter has heads wider than hidden size / heads,
+    two layers of its vision tower that speak to the decoder's first (deepstack), and interpolated positions."""
+    import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     save_tokenizer(path, crop, json_calls)
-    tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(path)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
     text = dict(
@@ -81,13 +85,19 @@ def save_random_model(path: Path, seed: int, crop: bool = False, json_calls: boo
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
         rope_parameters=rope, bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
     )  # fmt: skip
-    vision = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, window_size=112,
-        fullatt_block_indexes=[1], initializer_range=0.05,
-    )  # fmt: skip
+    vision = dict(hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, initializer_range=0.05)
+    if backbone == "qwen2_5_vl":
+        kind, pixels = "Qwen2_5_VL", dict(min_pixels=28 * 28, max_pixels=28 * 28 * 1280)
+        vision |= dict(depth=2, window_size=112, fullatt_block_indexes=[1])
+    else:
+        kind, pixels = "Qwen3VL", dict(min_pixels=28 * 28, max_pixels=32 * 32 * 1280, patch_size=16)
+        pixels |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        vision |= dict(depth=3, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
+        text |= dict(head_dim=64, rope_parameters=rope | dict(mrope_section=[12, 10, 10], mrope_interleaved=True))
     special = {f"{name}_token_id": ids[f"{name}_pad"] for name in ("image", "video")}
     special |= {f"{name}_token_id": ids[name] for name in ("vision_start", "vision_end")}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+    parts = dict(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+    config = getattr(transformers, f"{kind}Config")(**parts)
     torch.manual_seed(seed)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
-    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280).save_pretrained(path)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil(**pixels).save_pretrained(path)
