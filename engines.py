@@ -179,12 +179,12 @@ class TorchEngine(Engine):
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
         free = [slot for slot, last in self.slots.items() if last.finished]
+        held = {slot: len(self.slots[slot].held) for slot in free}
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.pop(0)
             positions = rope_positions(request.prompt, request.images, self.chat, self.model)
-            held = {slot: len(self.slots[slot].held) for slot in free}
-            fits = [slot for slot in free if request.begins_with(self.slots[slot])]
+            fits = [slot for slot in free if held[slot] and request.begins_with(self.slots[slot])]
             slot = max(fits, key=held.get) if fits else next((slot for slot in free if not held[slot]), free[0])
             free.remove(slot)
             last = self.slots.pop(slot)
@@ -274,7 +274,7 @@ class _TorchRequest(_Request):
 
     def begins_with(self, last):
         """Is what is left of the slot's last request, ids and pictures, the beginning of this one?"""
-        same = last.held and self.prompt[: len(last.held)] == last.held
+        same = self.prompt[: len(last.held)] == last.held
         return same and [p.key for p in self.images[: len(last.images)]] == [p.key for p in last.images]
 
     def pending(self):
