@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -183,12 +184,12 @@ class TorchEngine(Engine):
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
         free = [slot for slot, last in self.slots.items() if last.finished]
+        held = {slot: len(self.slots[slot].held) for slot in free}
         batches, width = [[]], 0
         while self.queue and free:
             request = self.queue.pop(0)
             positions = rope_positions(request.prompt, request.images, self.chat, self.model)
-            held = {slot: len(self.slots[slot].held) for slot in free}
-            fits = [slot for slot in free if request.begins_with(self.slots[slot])]
+            fits = [slot for slot in free if held[slot] and request.begins_with(self.slots[slot])]
             slot = max(fits, key=held.get) if fits else next((slot for slot in free if not held[slot]), free[0])
             free.remove(slot)
             last = self.slots.pop(slot)
@@ -206,21 +207,31 @@ class TorchEngine(Engine):
         return [sorted(batch, key=lambda r: r.slot) for batch in batches]
 
     def _forward(self, batch):
-        """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one."""
-        new = [r.pending() for r in batch]  # (ids, pictures among them)
-        width, device = max(len(ids) for ids, _ in new), self.device
+        """Run the tokens of each request that are not in the cache yet, right-padded, and sample the next one. A prompt
+        that several requests begin with, as the samples of a question do, is run once."""
+        alike = defaultdict(list)
+        for r in batch:
+            alike[r.slot if r.length else (*r.prompt, *(p.key for p in r.images))].append(r)
+        groups, device = list(alike.values()), self.device
+        new = [group[0].pending() for group in groups]  # (ids, pictures among them)
+        width = max(len(ids) for ids, _ in new)
         padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
         ids = padded.to(device)
         seen = self._see(ids, [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
-        starts = torch.tensor([r.length for r in batch])
-        mask, positions = self.cache.begin([r.slot for r in batch], starts, lengths, width, device)
+        starts = torch.tensor([group[0].length for group in groups])
+        mask, positions = self.cache.begin([group[0].slot for group in groups], starts, lengths, width, device)
         options = dict(attention_mask=mask, past_key_values=self.cache, use_cache=True)
         last = read(self.model, ids, positions, *seen, **options)
-        last = last[torch.arange(len(batch), device=device), lengths.to(device) - 1]  # [B, H]
+        last = last[torch.arange(len(groups), device=device), lengths.to(device) - 1]  # [B, H]
+        for group, length in zip(groups, lengths.tolist(), strict=True):
+            self.cache.copy([r.slot for r in group], length)
+            for request in group:
+                request.length += length
+        batch = [r for group in groups for r in group]
+        last = last.repeat_interleave(torch.tensor([len(group) for group in groups], device=device), 0)
         tokens, logps = self._sample(head_logits(last, self.model.lm_head.weight), batch)
-        for request, length, token, logp in zip(batch, lengths.tolist(), tokens, logps, strict=True):
-            request.length += length
+        for request, token, logp in zip(batch, tokens, logps, strict=True):
             request.take(token, logp, self.chat.stop_ids)
 
     def _see(self, ids, pictures):
@@ -268,7 +279,7 @@ class _TorchRequest(_Request):
 
     def begins_with(self, last):
         """Is what is left of the slot's last request, ids and pictures, the beginning of this one?"""
-        same = last.held and self.prompt[: len(last.held)] == last.held
+        same = self.prompt[: len(last.held)] == last.held
         return same and [p.key for p in self.images[: len(last.images)]] == [p.key for p in last.images]
 
     def pending(self):
@@ -325,16 +336,24 @@ class _KVCache:
         rows = torch.tensor(slots)
         positions = self.positions[:, rows[:, None], place]
         self.place, self.rows = place.to(device), rows.to(device)
-        self.read = slice(slots[0], slots[-1] + 1)  # neighbours: a view, no copy
-        if slots != list(range(slots[0], slots[-1] + 1)):
-            self.read = self.rows
+        self.neighbours = None
+        if slots == list(range(slots[0], slots[-1] + 1)):
+            self.neighbours = slice(slots[0], slots[-1] + 1)  # a view, no copy
         return mask[:, None].to(device), positions.to(device)
+
+    def copy(self, slots, tokens):
+        """The first of the slots holds so many tokens; the others shall hold the same."""
+        for slot in slots[1:]:
+            self.store[:, :, slot, :, :tokens] = self.store[:, :, slots[0], :, :tokens]
 
     def update(self, key, value, layer, *_, **__):
         keys, values = self.store[layer]
         keys[self.rows[:, None], :, self.place] = key.transpose(1, 2)
         values[self.rows[:, None], :, self.place] = value.transpose(1, 2)
-        return keys[self.read, :, : self.total], values[self.read, :, : self.total]
+        so_far = self.store[layer, :, :, :, : self.total]  # [2, slots, heads, L, D]
+        if self.neighbours:
+            return tuple(so_far[:, self.neighbours])
+        return tuple(x.index_select(0, self.rows) for x in so_far)  # so_far[:, self.rows] takes four times as long
 
     def get_seq_length(self, *_):
         return 0

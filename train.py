@@ -123,9 +123,9 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
         chosen = [s for s in samples if s.number * cfg.updates_per_step // count == part]
         mini_batches.append(make_mini_batch(chosen, model, chat, cfg, device))
     started = time.monotonic()
-    for batches in mini_batches:
-        # With one update the old log-probs are the new ones, detached; with several they are computed before the first.
-        if cfg.updates_per_step * cfg.epochs_per_step > 1:
+    for number, batches in enumerate(mini_batches):
+        # In a step's first update the old log-probs are the new ones, detached; those of others are computed before it.
+        if number or cfg.epochs_per_step > 1:
             for batch, logp in zip(batches, policy.logprobs(model, batches, cfg.temperature, device), strict=True):
                 batch.old_logp = logp
         if reference:

@@ -930,6 +930,28 @@ def test_the_longest_prefix_is_taken(engine):
     assert sizes == [2, 4]  # the slot of the long one has gone on: from the short one's prompt
 
 
+@both_families
+def test_equal_prompts_that_begin_together_are_run_once(engine, sharp, wide, device, monkeypatch):
+    """Three samples about a picture, two with the same words about another one of its size, and one of the first again
+    when they are under way: as if each had been alone."""
+    engine.chat.stop_ids = ()
+    begin, batches = engines._KVCache.begin, []
+    monkeypatch.setattr(engines._KVCache, "begin", lambda *args: batches.append(args[1]) or begin(*args))
+    texts = [engine.chat.prompt(Question("q", "what?", (picture(seed, 112, 56),))) for seed in (0, 1)]
+    for number, which in enumerate([0, 1, 0, 0, 1]):
+        engine.submit(f"{number}", *texts[which], Sampling(1.0, 5, number))
+    engine.step()
+    engine.submit("5", *texts[0], Sampling(1.0, 5, 5))
+    replies = drain(engine)
+    assert [len(slots) for slots in batches][:3] == [2, 1, 5]
+    for number, which in enumerate([0, 1, 0, 0, 1, 0]):
+        fresh = make_engine(sharp, wide, device, 60)
+        fresh.chat.stop_ids = ()
+        alone = ask(fresh, *texts[which], seed=number, max_tokens=5)
+        assert replies[f"{number}"].ids == alone.ids
+        assert_close(replies[f"{number}"].logprobs, alone.logprobs)
+
+
 @pytest.mark.parametrize("other", ["another", "turned"])
 def test_a_prefix_with_other_pictures_is_not_reused(engine, sharp, wide, device, other):
     """The same tokens, but the picture is another one, or the same number of vision tokens in another grid."""
