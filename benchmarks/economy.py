@@ -16,9 +16,9 @@ from ablations import ROOT, cell, figures, validations
 
 KINDS = {
     "coupled": "--advantage grpo",  # the paper's
-    "coupled, no std": "--advantage dr_grpo",
-    "decoupled 0.15": "--advantage decoupled --economy_weight 0.15",  # HDPO's
-    "decoupled 0.3": "--advantage decoupled --economy_weight 0.3",
+    "coupled_no_std": "--advantage dr_grpo",
+    "decoupled_0.15": "--advantage decoupled --economy_weight 0.15",  # HDPO's
+    "decoupled_0.3": "--advantage decoupled --economy_weight 0.3",
     "mastered": "--advantage mastered --economy_weight 1",
     "gdpo": "--advantage gdpo --economy_weight 0.3",
 }
@@ -31,7 +31,9 @@ def run(folder: Path, seeds: list[str]) -> None:
         path = folder / f"{kind}-{cost}-{entropy}-{seed}"
         if (path / "final" / "config.json").exists():
             continue
-        how = f"{options} --search_penalty {cost} --entropy_coef {entropy} --steps {STEPS} --eval_every 0"
+        how = (
+            f"{options} --search_penalty {cost} --entropy_coef {entropy} --steps {STEPS} --eval_every 0 --val_limit 120"
+        )
         command = [sys.executable, "train.py", "--seed", seed, "--toy_seed", seed, "--resume", "auto", *how.split()]
         subprocess.run([*command, "--run_dir", str(path)], cwd=ROOT, check=True)
 
@@ -84,12 +86,13 @@ def draw(runs: dict, target: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(COSTS), sharey=True)
     for panel, cost in zip(panels, COSTS, strict=True):
-        for number, (kind, (entropy, mark)) in enumerate(product(KINDS, zip(ENTROPIES, "o^", strict=True))):
-            seeds = runs.get((kind, cost, entropy), [])
-            known = [seed["known: any search"] for seed in seeds]
-            unknown = [(seed["names: image"] + seed["facts: text"]) / 2 for seed in seeds]
-            label = f"{kind}, entropy bonus {entropy}"
-            panel.plot(known, unknown, mark, color=f"C{number // 2}", alpha=0.6, label=label)
+        for number, kind in enumerate(KINDS):
+            for entropy, mark in zip(ENTROPIES, "o^", strict=True):
+                seeds = runs.get((kind, cost, entropy), [])
+                known = [seed["known: any search"] for seed in seeds]
+                unknown = [(seed["names: image"] + seed["facts: text"]) / 2 for seed in seeds]
+                label = f"{kind}, entropy bonus {entropy}"
+                panel.plot(known, unknown, mark, color=f"C{number}", alpha=0.6, label=label)
         panel.set_title(f"a search costs {cost}")
         panel.set_xlabel("known things: searched")
         panel.set_xlim(-0.05, 1.05)
