@@ -23,7 +23,7 @@ KINDS = {
     "gdpo": "--advantage gdpo --economy_weight 0.3",
 }
 COSTS, ENTROPIES = ("0.02", "0.1", "0.3"), ("0", "0.03")
-STEPS, WINDOW = 60, 5
+LENGTH, WINDOW = "--steps 60 --eval_every 0 --val_limit 120", 5
 
 
 def run(folder: Path, seeds: list[str]) -> None:
@@ -31,9 +31,7 @@ def run(folder: Path, seeds: list[str]) -> None:
         path = folder / f"{kind}-{cost}-{entropy}-{seed}"
         if (path / "final" / "config.json").exists():
             continue
-        how = (
-            f"{options} --search_penalty {cost} --entropy_coef {entropy} --steps {STEPS} --eval_every 0 --val_limit 120"
-        )
+        how = f"{options} --search_penalty {cost} --entropy_coef {entropy} {LENGTH}"
         command = [sys.executable, "train.py", "--seed", seed, "--toy_seed", seed, "--resume", "auto", *how.split()]
         subprocess.run([*command, "--run_dir", str(path)], cwd=ROOT, check=True)
 
