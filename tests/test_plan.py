@@ -44,7 +44,7 @@ def block_sizes(model):
 
 
 @both_families
-@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize("rank", [0, 256])
 def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, chat, cfg, device, rank, monkeypatch):
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     model = policy.load_policy(folder, chat, replace(cfg, lora_rank=rank), device)
