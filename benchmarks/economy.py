@@ -1,6 +1,6 @@
 """How the cost of searching is compared: what each kind of advantage learns at several costs, on the toy world.
 
-    python benchmarks/economy.py run FOLDER [SEED ...]     # 72 runs of 60 steps for three seeds; finished ones are kept
+    python benchmarks/economy.py run FOLDER [SEED ...]     # 126 runs of 60 steps for three seeds; finished ones are kept
     python benchmarks/economy.py table FOLDER              # what there is, on stdout and in economy.md; economy.png
 
 A run is named KIND-COST-ENTROPY-SEED. It is the README's toy run but for its length and for what its name says.
@@ -21,6 +21,7 @@ KINDS = {
     "decoupled_0.3": "--advantage decoupled --economy_weight 0.3",
     "mastered": "--advantage mastered --economy_weight 1",
     "gdpo": "--advantage gdpo --economy_weight 0.3",
+    "bn_grpo": "--advantage bn_grpo",
 }
 COSTS, ENTROPIES = ("0.02", "0.1", "0.3"), ("0", "0.03")
 LENGTH, WINDOW = "--steps 60 --eval_every 0 --val_limit 120", 5
