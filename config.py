@@ -96,6 +96,7 @@ PRESETS = {
     "qwen2.5-vl-3b": _3B,
     "qwen2.5-vl-3b-24gb": _3B | _LORA | dict(run_dir="runs/qwen2.5-vl-3b-24gb", concurrency=16),
     "qwen2.5-vl-7b": _QWEN,
+    "qwen2.5-vl-7b-decoupled": _QWEN | dict(advantage="mastered", run_dir="runs/qwen2.5-vl-7b-decoupled"),
     "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
     "qwen3-vl-4b": _4B,
     "qwen3-vl-4b-24gb": _4B | _LORA | dict(run_dir="runs/qwen3-vl-4b-24gb", concurrency=8, offload="all"),
