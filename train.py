@@ -424,7 +424,7 @@ class Run:
             self.dir.searches_spent(int(spent))
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
-        """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has the log-prob gaps."""
+        """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
         gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []
