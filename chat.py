@@ -358,7 +358,7 @@ class Episode:
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
-    trained_end: int | None = None  # what is sampled from this token on is not trained on
+    trained_end: int | None = None  # nothing from this token on is trained on (None: no such limit)
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
     @classmethod
@@ -380,18 +380,18 @@ class Episode:
 
     @property
     def trained(self) -> list[bool]:
-        """`sampled`, without what is not trained on all the same."""
+        """`sampled`, but False from `trained_end` on."""
         end = len(self.tokens) if self.trained_end is None else self.trained_end
         return self.sampled[:end] + [False] * (len(self.tokens) - end)
 
     def cut_at_failures(self, failures: int) -> bool:
-        """Do not train on the turn that begins so many failed calls in a row, nor on what follows: OpenSearch-VL's
-        fatal-aware masking (arXiv 2605.05185, section 4.2; 3 failures there). Returns whether there is such a turn."""
+        """Fatal-aware masking (OpenSearch-VL, arXiv 2605.05185, section 4.2, with 3 failures): do not train on the turn
+        with the first of so many failed calls in a row, nor on what follows. Returns whether there is such a turn."""
         failed = 0
-        for number, (_, result) in enumerate(self.calls):
+        for number, (_, result) in enumerate(self.calls, 1):
             failed = failed + 1 if result.status == "error" else 0
             if failed == failures:
-                first = self.call_turns[number + 1 - failures]  # counted from 1
+                first = self.call_turns[number - failures]  # counted from 1
                 self.trained_end = self.turns[first - 1].start
                 return True
         return False

@@ -146,7 +146,7 @@ class Config(Options):
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", "above 0")
     prompts_per_step: int = option(14, "questions a step, over all ranks", "above 0")
     samples_per_prompt: int = option(8, "conversations about each question: the group of GRPO", "above 0")
-    refill_groups: int = option(0, "replace groups of equal rewards, up to n times a step (0: off)", "at least 0")
+    refill_groups: int = option(0, "replace a question of equal rewards, up to n times (0: off)", "at least 0")
     dialect: str = option("tags", "calls in the paper's tags, or in Qwen's JSON", ("tags", "json"), marks="model")
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
     tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
@@ -180,7 +180,7 @@ class Config(Options):
     penalty_ramp_steps: int = option(0, "raise the penalty from -p to +p over this many steps (0: off)", "at least 0")
     format_weight: float = option(0.1, "alpha: weight of the format in the reward", "from 0 to 1")
     match: str = option("em", "equal to an answer, equal as Unicode, or containing it", ("em", "em_unicode", "sub_em"))
-    reward: str = option("match", "or judge: a model decides what does not match", ("match", "judge"), marks="neutral")
+    reward: str = option("match", "by --match, or where it fails by a judge model", ("match", "judge"), marks="neutral")
     any_order: bool = option(False, "accept well-formed tool calls in any number and order as good format")
 
     # -- loss
@@ -193,7 +193,7 @@ class Config(Options):
     clip_high: float = option(0.2, "upper clip of the ratio: 1 + clip_high", "at least 0")
     ratio: str = option("token", "importance ratio of a token, or of the sequence (GSPO)", ("token", "sequence"))
     leave_out: tuple[str, ...] = option((), "conversations that the update leaves out, of these kinds", LEFT_OUT)
-    fatal_failures: int = option(0, "n failed calls in a row, and what follows, do not train (0: off)", "at least 0")
+    fatal_failures: int = option(0, "do not train from n failed calls in a row on (0: off)", "at least 0")
     loss_norm: str = option("tokens", "mean over tokens; of sequences' means; of sums / constant", LOSS_NORMS)
     kl_coef: float = option(0.0, "weight of the KL to the starting model (0: no reference model)", "at least 0")
     kl_kind: str = option("k3", "estimator of the KL", ("k1", "k2", "k3"))
@@ -283,8 +283,7 @@ def _check_combinations(c):
     need(c.loss == "grpo" or c.reward == "match", "loss=sft chooses conversations by --match: reward=judge is for grpo")
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
-    judged = c.refill_groups and c.reward == "judge"
-    need(not judged, "refill_groups needs --reward match: verdicts may come after the rollout")
+    need(c.reward == "match" or not c.refill_groups, "refill_groups needs --reward match: verdicts may come too late")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
     fast = c.attention in ("flash", "varlen")
     need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")

@@ -129,7 +129,8 @@ class TorchEngine(Engine):
         prepare(self.model, chat, cfg)
         self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
-        self.patience, self.waited = 0 if is_deterministic(cfg, device) else PATIENCE, 0  # other batches, other bits
+        self.steps_waited = 0
+        self.patience = 0 if is_deterministic(cfg, device) else PATIENCE  # other batches have other bits
         self.queue: list[_TorchRequest] = []
         self.running: list[_TorchRequest] = []
         self.cache: _KVCache | None = None
@@ -176,11 +177,11 @@ class TorchEngine(Engine):
 
     def _admit(self):
         """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
-        return them in batches whose padded size is bounded. Fewer than half of what runs wait for others, briefly."""
-        if self.queue and 2 * len(self.queue) < len(self.running) and self.waited < self.patience:
-            self.waited += 1
+        return them in batches whose padded size is bounded. Few of them wait for others, `patience` steps at most."""
+        if self.queue and 2 * len(self.queue) < len(self.running) and self.steps_waited < self.patience:
+            self.steps_waited += 1
             return []
-        self.waited = 0
+        self.steps_waited = 0
         if self.cache is None:
             self.cache = _KVCache(self.model, len(self.slots), self.cfg.max_tokens)
         free = [slot for slot, last in self.slots.items() if last.finished]
@@ -342,7 +343,7 @@ class _KVCache:
         return mask[:, None].to(device), positions.to(device)
 
     def copy(self, slots, tokens):
-        """The first of the slots holds so many tokens; the others shall hold the same."""
+        """Copy so many tokens from the first of the slots to the others."""
         for slot in slots[1:]:
             self.store[:, :, slot, :, :tokens] = self.store[:, :, slots[0], :, :tokens]
 
@@ -437,7 +438,7 @@ class VLLMEngine(Engine):
         self.waiting.append((request, params, self.renderer.submit(self._render, prompt, images)))
 
     def _render(self, prompt, images):
-        """The prompt as vLLM takes it: on a thread of its own, beside the engine's steps."""
+        """The prompt as vLLM takes it. Runs on a thread of its own, beside the engine's steps."""
         inputs = {"prompt_token_ids": self.chat.collapse(prompt)}
         if images:
             final = [self.pictures.get(p.key, partial(self.chat.final_image, p)) for p in images]
@@ -445,18 +446,19 @@ class VLLMEngine(Engine):
             inputs["multi_modal_uuids"] = {"image": [p.key for p in images]}
         return self.llm.renderer.render_cmpl([inputs])[0]
 
-    def _add_rendered(self, all_of_them):
+    def _add_rendered(self, wait_for_all):
         """Hand vLLM the requests whose prompts are ready, in order; wait for one if nothing runs."""
-        while self.waiting and (all_of_them or not self.running or self.waiting[0][2].done()):
+        while self.waiting and (wait_for_all or not self.running or self.waiting[0][2].done()):
             request, params, rendered = self.waiting[0]
             self.llm.add_request(request.id, rendered.result(), params)
-            self.running[request.id] = self.waiting.pop(0)[0]
+            self.running[request.id] = request
+            del self.waiting[0]
 
     def step(self) -> list[Reply]:
         """One step of vLLM: a token for what runs, and part of the prompts that wait."""
         done = []
         with _names_its_cause():
-            self._add_rendered(self.group is not None)  # ranks that share an engine have to take the same steps
+            self._add_rendered(wait_for_all=self.group is not None)  # ranks that share an engine take the same steps
             for output in self.llm.step() if self.running else ():
                 request, said = self.running[output.request_id], output.outputs[0]
                 if not request.ids and list(output.prompt_token_ids) != request.prompt:
@@ -472,7 +474,7 @@ class VLLMEngine(Engine):
 
     def abort(self, request_ids: Iterable[str]) -> list[Reply]:
         with _names_its_cause():
-            self._add_rendered(True)
+            self._add_rendered(wait_for_all=True)
         ids = [id for id in request_ids if id in self.running]
         self.llm.abort_request(ids)
         return [self.running.pop(id).reply("abort", self.version) for id in ids]

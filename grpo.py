@@ -63,12 +63,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalize: bool = True, le
 
 def decoupled_advantages(accuracy: Tensor, economy: Tensor, right: Tensor, groups: Tensor, weight: float) -> Tensor:
     """Accuracy compared within the whole group, economy among its right answers alone (HDPO, arXiv 2604.08545):
-    A = A_accuracy + weight · A_economy. A wrong answer has no A_economy, nor has the only right one of a group: giving
-    up early earns nothing, and a search that was needed is never compared with a guess that was wrong. Each of the two
-    is divided by its own standard deviation, so that a small cost does not drown in the spread of right and wrong.
+    A = A_accuracy + weight · A_economy, each divided by its own standard deviation. A wrong answer has no A_economy,
+    nor has the only right one of a group: a search that was needed is never compared with a wrong guess.
 
-    accuracy[N], economy[N]: float; right[N]: bool, or the part of the right ones that `mastered` leaves; groups[N] as
-    in `group_advantages`. Returns float32 [N].
+    accuracy[N], economy[N]: float; right[N]: bool, the answers whose economy is compared (all right ones, or only those
+    in `mastered` groups); groups[N] as in `group_advantages`. Returns float32 [N].
 
         one group   accuracy 1 1 1 0   economy 1.0 0.9 0.9 1.0    A_accuracy  0.5    0.5    0.5  -1.5
                     right    1 1 1 0   weight 0.5                 A_economy   1.155 -0.577 -0.577 0
@@ -81,10 +80,7 @@ def decoupled_advantages(accuracy: Tensor, economy: Tensor, right: Tensor, group
 
 
 def mastered(right: Tensor, groups: Tensor) -> Tensor:
-    """bool [N]: whether all of the group are right. right[N]: bool; groups[N] as in `group_advantages`.
-
-    right 1 1 0 1 1   groups 7 7 7 3 3   ->   0 0 0 1 1
-    """
+    """bool [N]: whether every answer of the episode's group is right. right[N]: bool or 0 and 1; groups[N] as above."""
     index, size = _segments(torch.as_tensor(groups))
     return (_segment_sum(torch.as_tensor(right).long(), index, size) == size).index_select(0, index)
 

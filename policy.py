@@ -5,15 +5,15 @@ extra root method (`packed_logprobs`) is registered with FSDP. A single fp32 pro
 same methods on the plain model.
 
 Episodes are packed whole, one behind the other, into batches without padding. Two episodes of 4 and 3 tokens, `x`
-sampled, `i` an image placeholder:
+trained on, `i` an image placeholder:
 
     token          u  i  x  x | u  i  x
     cu_seqlens     0          4           7      attention stays inside a segment
-    predict           1  2         5             hidden states whose next token was sampled
+    predict           1  2         5             hidden states whose next token is trained on
     target            x  x         x
     sequence          0  0         1
 
-Axes: T tokens of a packed batch, S sampled tokens of it, N episodes, H hidden size, V vocabulary, P image patches,
+Axes: T tokens of a packed batch, S of it trained on, N episodes, H hidden size, V vocabulary, P image patches,
 C vision tokens (merged patches), D head dimension.
 """
 
@@ -349,9 +349,9 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
     positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
     lengths = [len(e.tokens) for e in episodes] or [1]
     ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
-    sampled = torch.tensor([trained for e in episodes for trained in e.trained]).nonzero()[:, 0]
+    trained = torch.tensor([t for e in episodes for t in e.trained]).nonzero()[:, 0]
     logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
-    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[sampled]
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[trained]
     return PackedBatch(
         episodes=episodes,
         ids=ids,
@@ -362,10 +362,10 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
         grids=torch.tensor(grids),
         vision_rows=torch.tensor(vision_rows, dtype=torch.long),
         vision_positions=(ids == chat.image_pad).nonzero()[:, 0],
-        predict=sampled - 1,
-        target=ids[sampled],
+        predict=trained - 1,
+        target=ids[trained],
         sequence=sequence,
-        sampler_logp=logprobs[sampled],
+        sampler_logp=logprobs[trained],
         advantage=torch.tensor(advantages, dtype=torch.float32)[sequence],
     )
 

@@ -186,7 +186,7 @@ class Rollout:
         self.conversations, self.waiting, self.samples, self.refill = [], deque(), samples, refill
         self.ended: dict[str, list[Episode]] = defaultdict(list)  # by question
         for question in questions:
-            self._ask(question)
+            self._queue(question)
         self.generating: dict[str, int] = {}
         self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
@@ -204,8 +204,7 @@ class Rollout:
             self.judge.wait()
         return [self.episodes[index] for index in range(len(self.conversations))]
 
-    def _ask(self, question):
-        """Queue the conversations about a question."""
+    def _queue(self, question):
         for sample in range(self.samples):
             self.waiting.append(len(self.conversations))
             self.conversations.append((question, self.talk(question, sample=sample)))
@@ -223,24 +222,15 @@ class Rollout:
             if self.calling:
                 self._collect(deadline)
 
-    def _advance(self, index, answer, ask=True):
-        """Send a conversation what it waited for, and start what it asks for next, if we are to ask for it."""
+    def _advance(self, index, answer, start=True):
+        """Send a conversation what it waited for, and start what it asks for next, unless told not to."""
         question, conversation = self.conversations[index]
         try:
             request = conversation.send(answer)
         except StopIteration as end:
-            self.episodes[index] = end.value
-            if self.judge:
-                self.judge.ask(end.value)
-            group = self.ended[question.id]
-            group.append(end.value)
-            if self.progress:
-                self.progress(end.value)
-            further = self.refill(group) if self.refill and len(group) == self.samples else None
-            if further:
-                self._ask(further)
+            self._end(index, question, end.value)
             return
-        if not ask:
+        if not start:
             return
         if isinstance(request, Call):
             self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
@@ -248,6 +238,19 @@ class Rollout:
             name = next(self.names)
             self.generating[name] = index
             self._command("submit", name, request.prompt, request.images, request.sampling)
+
+    def _end(self, index, question, episode):
+        """Keep a finished conversation, and replace its question if the last about it shows no signal."""
+        self.episodes[index] = episode
+        if self.judge:
+            self.judge.ask(episode)
+        if self.progress:
+            self.progress(episode)
+        group = self.ended[question.id]
+        group.append(episode)
+        further = self.refill(group) if self.refill and len(group) == self.samples else None
+        if further:
+            self._queue(further)
 
     def _collect(self, deadline):
         """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
@@ -270,7 +273,7 @@ class Rollout:
         for reply in self._command("abort", list(self.generating)):
             self._advance(self.generating.pop(reply.request_id), reply)
         for index in waiting:
-            self._advance(index, None, ask=False)  # up to its first request, or to its end
+            self._advance(index, None, start=False)  # up to its first request, or to its end
         for index in [*self.calling.values(), *(i for i in waiting if i not in self.episodes)]:
             self._advance(index, None)
 
@@ -322,12 +325,12 @@ def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Confi
     for sample, value in zip(compared, values.tolist(), strict=True):
         sample.advantage = value
         if cfg.fatal_failures and sample.episode.cut_at_failures(cfg.fatal_failures):
-            sample.advantage = max(value, 0.0)  # what led there is not to blame
+            sample.advantage = max(value, 0.0)  # the turns before are not blamed for the failures
     return samples
 
 
 def scored(episodes: list[Episode], step: int, cfg: Config, judge=None) -> list[tuple[Episode, Score]]:
-    """What each has earned, the penalty being the step's."""
+    """Each episode with its score under the step's search penalty."""
     score = judge.score if judge else score_episode
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
     return [(episode, score(episode, cfg, penalty)) for episode in episodes]
@@ -342,7 +345,7 @@ def is_compared(episode: Episode, score: Score, cfg: Config) -> bool:
 
 
 def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -> Tensor:
-    """float32 [N], of the kind that --advantage names. Each group's sum is 0, and so is the batch's mean."""
+    """float32 [N], of the kind that --advantage names (docs/training.md). They sum to 0 in each group."""
     kind, weight = cfg.advantage, cfg.format_weight
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
     right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
@@ -353,9 +356,8 @@ def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -
         saving = grpo.mastered(right, groups) if kind == "mastered" else right > 0
         return grpo.decoupled_advantages(accuracy, saved, saving, groups, cfg.economy_weight)
     if kind == "gdpo":
-        values = (1 - weight) * grpo.group_advantages(right, groups)
-        values += weight * grpo.group_advantages(well_formed, groups)
-        values += cfg.economy_weight * grpo.group_advantages(saved, groups)
+        parts = ((1 - weight, right), (weight, well_formed), (cfg.economy_weight, saved))
+        values = sum(part_weight * grpo.group_advantages(part, groups) for part_weight, part in parts)
     else:
         rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
         normalize = kind in ("grpo", "bn_grpo")
@@ -368,33 +370,30 @@ def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -
 
 # ------------------------------------------------------------------------------------- questions without a signal
 class Refill:
-    """The questions of a step, and the `refill` of its rollout: where all conversations about one earned the same, it
-    is replaced, up to refill_groups times (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
+    """The questions of a step, and the `refill` of its rollout: a question whose conversations all earned the same is
+    replaced, up to refill_groups times (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
 
-    Further questions are drawn for each step anew, and each has its place and round: neither the schedule nor the
-    number of ranks decides what replaces what. With refill_groups, of the questions that had only right and equal
-    conversations when they were asked last, half are passed over, if there are others.
+    Each further question belongs to a place and a round, so that neither schedule nor ranks decide what replaces what.
+    With refill_groups, a question whose answers were all right, at equal rewards, is then asked half as often.
     """
 
-    def __init__(
-        self, own: list[Question], questions: list[Question], outcomes: dict[str, list[float]], step: int, cfg: Config
-    ):
+    def __init__(self, own: list[Question], questions: list[Question], outcomes: dict, step: int, cfg: Config):
         """own: those of all `questions` whose turn it is. outcomes: question id -> [share of right answers, spread of
-        rewards] when it was asked last; `count` adds this step's."""
+        rewards] when it was last asked; `count` adds this step's."""
         self.outcomes, self.step, self.cfg = outcomes, step, cfg
-        draws, taken = random.Random(f"{cfg.seed} refill {step}"), {q.id for q in own}
-        others = [q for q in draws.sample(questions, len(questions)) if q.id not in taken]
+        draws, own_ids = random.Random(f"{cfg.seed} refill {step}"), {q.id for q in own}
+        others = [q for q in draws.sample(questions, len(questions)) if q.id not in own_ids]
         easy = {id for id, outcome in outcomes.items() if outcome == [1.0, 0.0] and cfg.refill_groups}
-        last = {q.id for q in questions if draws.random() < 0.5 and q.id in easy}
-        order = sorted([*own, *others], key=lambda q: q.id in last)
+        postponed = {q.id for q in questions if draws.random() < 0.5 and q.id in easy}
+        order = sorted([*own, *others], key=lambda q: q.id in postponed)
         self.questions, self.further = order[: len(own)], order[len(own) :]
-        self.numbers = {q.id: number for number, q in enumerate(self.questions)}  # without those replaced
+        self.numbers = {q.id: number for number, q in enumerate(self.questions)}  # question id -> place; kept ones only
         self.replaced = Counter()  # number -> how often
 
     def __call__(self, episodes: list[Episode]) -> Question | None:
         id = episodes[0].question.id
         number = self.numbers[id]
-        index = self.replaced[number] * len(self.questions) + number
+        index = self.replaced[number] * len(self.questions) + number  # in `further`
         left = self.replaced[number] < self.cfg.refill_groups and index < len(self.further)
         if not left or not self.earned_the_same(episodes):
             return None
@@ -403,7 +402,7 @@ class Refill:
         return self.further[index]
 
     def earned_the_same(self, episodes):
-        """Fewer than two that may be compared are the fault of the infrastructure, and no reason to ask more."""
+        """False where fewer than two can be compared: failures are no reason to ask more."""
         pairs = scored(episodes, self.step, self.cfg)
         rewards = [score.reward for episode, score in pairs if is_compared(episode, score, self.cfg)]
         return len(rewards) > 1 and min(rewards) == max(rewards)
@@ -465,8 +464,7 @@ def evaluate(
 # --------------------------------------------------------------------------------------------- figures of a step
 def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, device) -> dict[str, float]:
     """Global means over the step's conversations, aborted and unjudged ones counted and left out of the means."""
-    pairs = zip(episodes, scores, strict=True)
-    done = [(e, s) for e, s in pairs if e.stop != Stop.ABORTED and s.reward is not None]
+    done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED and s.reward is not None]
     called = [Counter(call.tool for call, _ in e.calls) for e, _ in done]
     results = [result for e in episodes for _, result in e.calls]
     means = {
@@ -506,8 +504,8 @@ class SearchDown(Exception):
     """Most searches of a step failed, or a judge's verdicts: its conversations say nothing about the policy."""
 
 
-MAX_FAILED_CALLS = 0.5  # of a step's searches, of its verdicts
-FEW_FAILURES = 5  # by themselves no reason to stop
+MAX_FAILED_CALLS = 0.5  # share of a step's searches, and of its verdicts
+FEW_FAILURES = 5  # fewer never stop a run
 
 
 def check_calls(episodes: list[Episode], device) -> None:
@@ -521,8 +519,7 @@ def check_calls(episodes: list[Episode], device) -> None:
 
 
 def stop_if_most_failed(what: str, total: float, failures: dict[str, float]) -> None:
-    """Raise SearchDown if more than MAX_FAILED_CALLS of the total failed, and more than a few. failures: why -> how
-    many, over all ranks."""
+    """See `check_calls`. failures: reason -> how many, over all ranks."""
     failed = sum(failures.values())
     if failed >= FEW_FAILURES and failed > MAX_FAILED_CALLS * total:
         said = ", ".join(f"{why} {n:.0f}" for why, n in failures.items())

@@ -348,20 +348,20 @@ class Run:
         cfg, started = self.cfg, time.monotonic()
         own = questions_of_step(self.train, step, cfg)
         refill = Refill(own, self.train, self.state["outcomes"], step, cfg)
-        episodes, numbers = self.roll_out(refill.questions, step, refill), refill.numbers  # of those that were kept
+        episodes = self.roll_out(refill.questions, step, refill)
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
-        samples = rate(episodes, numbers, step, cfg, self.judge)
+        samples = rate(episodes, refill.numbers, step, cfg, self.judge)
         judged = self.judge.figures() if self.judge else {}
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
         if step == self.first:
             self.first_look(episodes)
-        mine = rebalance(trained(samples, cfg), len(numbers), self.questions, self.chat, cfg)
+        mine = rebalance(trained(samples, cfg), len(own), self.questions, self.chat, cfg)
         models = self.policy, self.reference, self.optimizer
         try:
-            learned = update_policy(*models, mine, len(numbers), self.chat, cfg, self.device)
+            learned = update_policy(*models, mine, len(own), self.chat, cfg, self.device)
         except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
             raise
@@ -371,12 +371,11 @@ class Run:
         self.engine.load_weights(self.weights(), version=step + 1)
         self.engine.wake()
         rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
-        advantages = advantage_metrics(samples, self.device)
         finished = time.monotonic()
         tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
         return {
             **rolled,
-            **advantages,
+            **advantage_metrics(samples, self.device),
             **judged,
             **refill.metrics(self.device),
             **learned,
@@ -425,8 +424,7 @@ class Run:
             self.dir.searches_spent(int(spent))
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
-        """rollouts/step-N.jsonl: the conversations of all ranks, which it returns. Training may have been on another
-        rank."""
+        """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
         gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []

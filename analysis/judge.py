@@ -155,10 +155,10 @@ class LLMJudge:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
         self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()
         self.asked: dict[tuple, AsyncResult] = {}
-        self.pool = ThreadPool(options.judge_threads)  # of daemons: a judge that hangs keeps no program from ending
+        self.pool = ThreadPool(options.judge_threads)  # daemon threads: a judge that hangs does not keep us running
 
     def ask(self, question: Question, response: str) -> AsyncResult:
-        """`verdict`, on a thread. What is in `asked` is not asked again."""
+        """`verdict`, on a thread. Equal responses to a question are asked about once, until `asked` is emptied."""
         what = question.text, question.answers, question.images, response[-MAX_TEXT:]
         if what not in self.asked:
             self.asked[what] = self.pool.apply_async(self.verdict, (question, response[-MAX_TEXT:]))
@@ -217,14 +217,14 @@ class JudgedReward:
         return self.llm.ask(episode.question, matched.answer)
 
     def wait(self) -> None:
-        """Until all that was asked is judged, or cannot be, but no longer than PATIENCE."""
+        """Wait until every request has its verdict or has failed, but no longer than PATIENCE."""
         started = time.monotonic()
         for asked in self.llm.asked.values():
             asked.wait(started + PATIENCE - time.monotonic())
         self.waited += time.monotonic() - started
 
     def score(self, episode: Episode, cfg: Config, penalty: float | None = None) -> reward.Score:
-        """As `score_episode`, by the verdict; without one, neither right nor rewarded."""
+        """As `score_episode`, by the verdict. Without one, `correct` and `reward` are None."""
         asked = self.ask(episode)
         if asked is None:
             return reward.score_episode(episode, cfg, penalty)
@@ -235,9 +235,9 @@ class JudgedReward:
         return earned if right is not None else replace(earned, correct=None, reward=None)
 
     def figures(self) -> dict[str, float]:
-        """What was asked since the last call, over all ranks, and the seconds that this one waited with nothing else to
-        do. All ranks must call it. Raises SearchDown, on all of them, if most verdicts are missing."""
-        from policy import all_gather
+        """Counts since the last call, over all ranks, and the seconds that this rank did nothing but wait. Starts the
+        counts anew. All ranks must call it. Raises SearchDown, on all of them, if most verdicts are missing."""
+        from policy import all_gather  # needs torch, which judging a file does not
         from rollout import stop_if_most_failed
 
         totals, reasons = Counter(), Counter()

@@ -52,13 +52,13 @@ class Sizes:
     layers: int
     layer_input: int  # bytes a token
     layer_kept: int  # bytes a token: everything that backward needs of one decoder layer
-    adapted: tuple[int, int]  # linear layers of a decoder layer and of a vision block
+    adapted: tuple[int, int]  # number of linear layers in a decoder layer and in a vision block
     blocks: int
     block_input: int  # bytes a patch
     block_kept: int  # bytes a patch
     head: int  # bytes in backward: log-probs, probabilities and gradient of a chunk of tokens
     head_gradient: int  # bytes
-    sides: tuple[int, int]  # inputs and outputs of the layers that adapters go on, of the decoder and of both
+    sides: tuple[int, int]  # inputs plus outputs of the layers with adapters: in the decoder, in the whole model
 
     def trained(self, cfg: Config) -> int:
         """Parameters with a gradient."""
@@ -74,8 +74,8 @@ class Sizes:
         return {"weights": weights, "gradients": 4 * trained, "optimiser": 8 * trained, "reference": reference}
 
     def kept(self, cfg: Config, width: int) -> tuple[float, float]:
-        """Bytes a token of a packed batch, of which IMAGE_SHARE are vision tokens of new images, that autograd keeps
-        from the forward pass; and that are there besides while a layer is run backward."""
+        """Bytes a token of a packed batch, of which IMAGE_SHARE are vision tokens of new images: what autograd keeps
+        from the forward pass, and what is added while the backward pass runs through a layer."""
         patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
         layer = self.layer_kept + width * cfg.lora_rank * self.adapted[0]
         block = patches * (self.block_kept + width * cfg.lora_rank * self.adapted[1])
@@ -84,21 +84,22 @@ class Sizes:
             return inputs, (1 + BACKWARD) * max(layer, block)
         return self.layers * layer + self.blocks * block, BACKWARD * max(layer, block)
 
-    def moments(self, cfg: Config, width: int, shards: int) -> list[dict[str, float]]:
-        """Bytes at the three moments of an update that may be its largest, beside what is there all the time;
-        "activations" are bytes a token of the packed batch. Gradients are reduced in fp32, unit by unit."""
+    def peak(self, cfg: Config, width: int, shards: int, tokens: int) -> dict[str, float]:
+        """Bytes at the largest moment of an update, beside what is there all the time. tokens: of the packed batch.
+        Gradients are reduced in fp32, unit by unit."""
         kept, at_once = self.kept(cfg, width)
         sharded, trains = shards > 1 or width < 4, not cfg.lora_rank
         root, unit = (width * sharded * size for size in (self.root, self.largest))
+        units = 2 if shards > 1 else 1  # the next one is fetched
         head = trains * self.head_gradient
         reduced = trains * sharded * max(width + 4, 4 + 4 / shards) * self.root  # its weights are given back before
-        parts = ("gathered weights", "activations", "logits", "gradients in work")
-        figures = (
-            (root, kept, self.head, head),
-            (root + (1 + (shards > 1)) * unit, kept + at_once, 0, head + 2 * trains * unit),  # the next one is fetched
-            (0, 0, 0, reduced),
+        moments = (
+            (root, tokens * kept, self.head, head),  # backward of the head
+            (root + units * unit, tokens * (kept + at_once), 0, head + 2 * trains * unit),  # of a layer
+            (0, 0, 0, reduced),  # reduction of the root's gradients
         )
-        return [dict(zip(parts, moment, strict=True)) for moment in figures]
+        parts = ("gathered weights", "activations", "logits", "gradients in work")
+        return dict(zip(parts, max(moments, key=sum), strict=True))
 
 
 def measure(config, dtype: torch.dtype) -> Sizes:
@@ -198,10 +199,7 @@ def needs(
     reference = owned.pop("reference")
     engine = width * sizes.total / cfg.tensor_parallel
     on_gpu, reference_on_gpu = cfg.offload != "all", cfg.offload == "none"
-    moments = sizes.moments(cfg, width, shards)
-    for moment in moments:
-        moment["activations"] *= tokens or cfg.max_tokens_per_batch
-    peak = max(moments, key=lambda moment: sum(moment.values()))
+    peak = sizes.peak(cfg, width, shards, tokens or cfg.max_tokens_per_batch)
     gpu = {
         "weights": (on_gpu * owned["weights"],) * 2,
         "gradients": (on_gpu * owned["gradients"], 0.0),
@@ -252,21 +250,21 @@ def plan(cfg: Config, options: PlanOptions) -> str:
     kept = cfg.keep_last + 2  # the best, and the one that is being written
     disk = kept * checkpoint + 2 * export
     lines.append(f"on the disk: {disk:.2f} GiB, {kept} checkpoints of {checkpoint:.2f} and 2 exports of {export:.2f}")
-    lines += ["", largest(sizes, cfg, gpus, caches[cfg], options.gpu_memory * GIB), UNCOUNTED, ""]
+    lines += ["", at_most(sizes, cfg, gpus, caches[cfg], options.gpu_memory * GIB), UNCOUNTED, ""]
     return "\n".join(lines + which_cards(sizes, cfg, caches))
 
 
-def largest(sizes: Sizes, cfg: Config, gpus: int, cache: int, memory: float) -> str:
+def at_most(sizes: Sizes, cfg: Config, gpus: int, cache: int, memory: float) -> str:
     """The longest packed batch and the most conversations at once that fit a GPU of so many bytes."""
     usable, rollout = memory * (1 - SPARE), in_all(needs(sizes, cfg, gpus, cache)[0])[1]
-    most = bisect(range(1, 2**24), usable, key=lambda tokens: in_all(needs(sizes, cfg, gpus, cache, tokens)[0])[0])
+    tokens = bisect(range(1, 2**24), usable, key=lambda n: in_all(needs(sizes, cfg, gpus, cache, n)[0])[0])
     conversations = int((usable - rollout + cache) // (cache / cfg.concurrency))
-    batch = _largest("max_tokens_per_batch", most, cfg.max_tokens_per_batch, cfg.max_tokens)
-    concurrency = _largest("concurrency", conversations, cfg.concurrency, 1)
+    batch = _limit("max_tokens_per_batch", tokens, cfg.max_tokens_per_batch, cfg.max_tokens)
+    concurrency = _limit("concurrency", conversations, cfg.concurrency, 1)
     return f"at most, with {SPARE:.0%} kept free: {batch}, {concurrency}"
 
 
-def _largest(name, value, wanted, least):
+def _limit(name, value, wanted, least):
     if value < least:
         return f"{name}: none fits"
     short = f" (too little for the {wanted:,} of these settings)" if value < wanted else ""
