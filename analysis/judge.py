@@ -149,8 +149,9 @@ class LLMJudge:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("BEGIN IMMEDIATE")  # waits for other processes; fails where nothing can be written
             self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
+            self.db.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
         self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()
