@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -152,6 +152,8 @@ class LLMJudge:
             self.db.execute("BEGIN IMMEDIATE")  # waits for other processes; fails where nothing can be written
             self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
             self.db.execute("COMMIT")
+            with suppress(sqlite3.OperationalError):  # does not wait; the last of those that come together can
+                self.db.execute("PRAGMA journal_mode = WAL")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
         self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()
