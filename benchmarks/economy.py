@@ -1,6 +1,6 @@
 """How the cost of searching is compared: what each kind of advantage learns at several costs, on the toy world.
 
-    python benchmarks/economy.py run FOLDER [SEED ...]     # 126 runs of 60 steps for three seeds; finished ones are kept
+    python benchmarks/economy.py run FOLDER [SEED ...]     # 126 runs of 60 steps for three seeds; keeps finished ones
     python benchmarks/economy.py table FOLDER              # what there is, on stdout and in economy.md; economy.png
 
 A run is named KIND-COST-ENTROPY-SEED. It is the README's toy run but for its length and for what its name says.
