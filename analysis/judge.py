@@ -28,7 +28,7 @@ import reward
 from analysis import picture_url
 from analysis.figures import accuracy, aligned, by_question, interval
 from chat import Episode
-from config import Config, InputError, Options, check_url, option
+from config import Config, InputError, Options, check_url, need, option
 from data import Question, Stop
 from search.calls import Failure
 from search.text import clean
@@ -68,6 +68,7 @@ class JudgeOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         check_url("judge_url", self.judge_url, required=True)
+        need(self.judge_threads <= 1000, f"judge_threads={self.judge_threads}: at most 1000")  # all begin at once
 
 
 @dataclass(frozen=True)

@@ -320,7 +320,8 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
     [({"judges": ("em", "gpt")}, "gpt.*choose one of em, em_unicode, sub_em, llm"),
      ({"judge_url": "ftp://x"}, "judge_url"), ({"judge_url": ""}, "judge_url"),
      ({"judge_url": "https://name:secret@x.example/v1"}, "judge_url"),
-     ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url")],
+     ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url"), ({"judge_threads": 0}, "above 0"),
+     ({"judge_threads": 10**6}, "at most 1000")],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values, why):
     with pytest.raises(InputError, match=why) as error:
