@@ -253,7 +253,8 @@ class RunDir:
         for name in (name for name in now if cfg.resume and name in before and name not in may_change):
             was, is_ = before[name], now[name]
             need(was == is_, f"{path} was started with {name}={was!r}, this is {name}={is_!r}")
-        inputs = [now.get(name) for name in ("model", "prompts", "search_index", "search_cache", "toy_dir")]
+        names = ("model", "prompts", "search_index", "search_cache", "judge_cache", "toy_dir")
+        inputs = [now.get(name) for name in names]
         for read in filter(None, (*inputs, *map(path_of, (*cfg.train_files, *cfg.val_files, *cfg.sft_questions)))):
             doomed = cfg.overwrite and path.resolve() in Path(read).resolve().parents
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -28,7 +28,7 @@ import reward
 from analysis import picture_url
 from analysis.figures import accuracy, aligned, by_question, interval
 from chat import Episode
-from config import Config, InputError, Options, check_url, option
+from config import Config, InputError, Options, check_url, need, option
 from data import Question, Stop
 from search.calls import Failure
 from search.text import clean
@@ -68,6 +68,7 @@ class JudgeOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         check_url("judge_url", self.judge_url, required=True)
+        need(self.judge_threads <= 1000, f"judge_threads={self.judge_threads}: at most 1000")  # all begin at once
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,11 @@ class LLMJudge:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("BEGIN IMMEDIATE")  # waits for other processes; fails where nothing can be written
             self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts({columns})")
+            self.db.execute("COMMIT")
+            with suppress(sqlite3.OperationalError):  # does not wait; the last of those that come together can
+                self.db.execute("PRAGMA journal_mode = WAL")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
         self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()

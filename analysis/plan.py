@@ -19,6 +19,7 @@ from backbone import empty_model, has_flash_attn, linear_layers, read_config, re
 from config import PRESETS, Config, Options, from_dict, option
 from engines import engine_limits
 from policy import HEAD_LOGITS, compute_dtype
+from toy import Recipe
 from toy.model import save_random_model
 
 SPARE = 0.08  # of a GPU's memory
@@ -233,7 +234,8 @@ def plan(cfg: Config, options: PlanOptions) -> str:
     with tempfile.TemporaryDirectory() as folder:
         if name == "toy":
             name = folder
-            save_random_model(folder, cfg.seed)
+            recipe = from_dict(Recipe, PRESETS[cfg.preset])
+            save_random_model(folder, cfg.seed, recipe.toy_crop, recipe.toy_json, recipe.toy_backbone)
         sizes = measure(read_config(name), compute_dtype(cfg, device))
         caches = {c: engine_limits(name, c, device, []).cache_bytes for c in (cfg, *same_model(cfg).values())}
     gpu, cpu = needs(sizes, cfg, gpus, caches[cfg])

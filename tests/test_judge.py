@@ -320,7 +320,8 @@ def test_what_is_wrong_with_the_endpoint_is_said_before_the_work(serve, tmp_path
     [({"judges": ("em", "gpt")}, "gpt.*choose one of em, em_unicode, sub_em, llm"),
      ({"judge_url": "ftp://x"}, "judge_url"), ({"judge_url": ""}, "judge_url"),
      ({"judge_url": "https://name:secret@x.example/v1"}, "judge_url"),
-     ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url")],
+     ({"judge_url": "https://x.example/v1?key=secret"}, "judge_url"), ({"judge_threads": 0}, "above 0"),
+     ({"judge_threads": 10**6}, "at most 1000")],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values, why):
     with pytest.raises(InputError, match=why) as error:
@@ -588,6 +589,28 @@ def test_a_cache_that_cannot_be_written_is_a_missing_verdict(serve):
         llm.db.execute("PRAGMA query_only = ON")
         right, why = llm.ask(question(0), "tilo").get(30)
     assert right is None and why.startswith(options.judge_cache) and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE", "DEFERRED"])
+def test_ranks_may_make_the_cache_at_the_same_time(serve, how):
+    _, options = serve(lambda *_: says("yes"))
+    with closing(sqlite3.connect(options.judge_cache, isolation_level=None, check_same_thread=False)) as other:
+        other.execute(f"BEGIN {how}")
+        other.execute("SELECT * FROM sqlite_master").fetchall()
+        threading.Timer(0.3, other.execute, ["COMMIT"]).start()
+        with closing(judge.LLMJudge(options)) as llm:
+            assert llm.ask(question(0), "tilo").get(30) == (True, "")
+            assert other.execute("SELECT verdict FROM verdicts").fetchall() == [(1,)]
+
+
+def test_a_cache_that_can_only_be_read_is_refused_before_the_work(serve):
+    server, options = serve(lambda *_: says("yes"))
+    judge.LLMJudge(options).close()
+    with open(options.judge_cache, "r+b") as file:
+        file.seek(18)  # the version of the file format for writers: one that SQLite does not know yet
+        file.write(b"\3")
+    with pytest.raises(InputError, match=r"judge_cache=.*readonly"):
+        judge.LLMJudge(options)
 
 
 @pytest.mark.parametrize(("where", "code"), [("train", 2), ("eval", 2)])

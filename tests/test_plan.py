@@ -21,6 +21,8 @@ from backbone import read_config
 from chat import Episode
 from config import InputError
 from engines import Reply
+from toy import Recipe
+from toy.model import save_random_model
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,15 @@ def test_the_plan_command(tmp_path, capsys):
     with pytest.raises(InputError, match="cannot load the model"):
         main(["plan", "--preset=qwen2.5-vl-3b", f"--model={tmp_path / 'nothing'}", f"--run_dir={run_dir}"])
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("preset", ["toy", "toy-crop", "toy-json", "toy-qwen3"])
+def test_the_toy_model_that_is_planned_is_the_presets(preset, tmp_path):
+    cfg, recipe = config.parse([f"--preset={preset}"], config.Config, Recipe)
+    save_random_model(tmp_path, 0, recipe.toy_crop, recipe.toy_json, recipe.toy_backbone)
+    planned = [plan.plan(c, PlanOptions(gpus=1, gpu_memory=0.25)) for c in (cfg, replace(cfg, model=str(tmp_path)))]
+    ours, theirs = (text[text.index(":") : text.index("enough GPUs")] for text in planned)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
