@@ -79,25 +79,28 @@ def table(runs: dict) -> str:
 
 
 def draw(runs: dict, target: Path) -> None:
-    """For each cost a panel: known things searched (x) against unknown ones searched (y), a dot for each run."""
+    """For each cost a panel: known things searched (x) against unknown ones searched (y), a dot for each run, those of
+    each kind moved a little, so that none hides another."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(COSTS), sharey=True)
+    drawn = {}
     for panel, cost in zip(panels, COSTS, strict=True):
         for number, kind in enumerate(KINDS):
             for entropy, mark in zip(ENTROPIES, "o^", strict=True):
                 seeds = runs.get((kind, cost, entropy), [])
-                known = [seed["known: any search"] for seed in seeds]
+                known = [seed["known: any search"] + 0.02 * (number - 3) for seed in seeds]
                 unknown = [(seed["names: image"] + seed["facts: text"]) / 2 for seed in seeds]
-                label = f"{kind}, entropy bonus {entropy}"
-                panel.plot(known, unknown, mark, color=f"C{number}", alpha=0.6, label=label)
+                (line,) = panel.plot(known, unknown, mark, color=f"C{number}", alpha=0.6)
+                if seeds:
+                    drawn[f"{kind}, entropy bonus {entropy}"] = line
         panel.set_title(f"a search costs {cost}")
         panel.set_xlabel("known things: searched")
-        panel.set_xlim(-0.05, 1.05)
+        panel.set_xlim(-0.1, 1.1)
         panel.set_ylim(-0.05, 1.05)
     panels[0].set_ylabel("unknown things: searched as needed")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center")
     figure.savefig(target, dpi=110)
 
 
