@@ -231,8 +231,10 @@ class Client:
             while cause.__context__:  # their messages hold URLs: the name of the first one says enough
                 cause = cause.__context__
             late = time.monotonic() >= job.deadline or isinstance(cause, TimeoutError)
+            if late:  # whatever the cut at the deadline looked like
+                raise Failure("timeout", TimeoutError.__name__) from None
             kind = "bad_response" if isinstance(error, ValueError) else "connection"
-            raise Failure("timeout" if late else kind, type(cause).__name__) from None
+            raise Failure(kind, type(cause).__name__) from None
 
     def _connect(self, connection, to_proxy, job, cleanup):
         """A socket to the proxy or to the connection's host, which ends at the deadline whatever is under way."""
