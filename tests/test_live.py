@@ -1069,7 +1069,9 @@ def test_the_command_serves_until_ctrl_c(tmp_path):
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "search", "serve", "--address", address, f"--search_index={tmp_path}/i.sqlite"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
+    with subprocess.Popen(command, cwd=ROOT, **pipes, **heard) as process:
         try:
             assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
             client = open_search(Config(search_url=f"http://{address}"))
