@@ -255,7 +255,8 @@ class RunDir:
             need(was == is_, f"{path} was started with {name}={was!r}, this is {name}={is_!r}")
         names = ("model", "prompts", "search_index", "search_cache", "judge_cache", "toy_dir")
         inputs = [now.get(name) for name in names]
-        for read in filter(None, (*inputs, *map(path_of, (*cfg.train_files, *cfg.val_files, *cfg.sft_questions)))):
+        files = (*cfg.train_files, *cfg.val_files, *now.get("sft_questions", ()))
+        for read in filter(None, (*inputs, *map(path_of, files))):
             doomed = cfg.overwrite and path.resolve() in Path(read).resolve().parents
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 

@@ -77,7 +77,7 @@ _QWEN = (
     | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
     | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
     | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
-    | dict(gradient_checkpointing=True, offload="reference", threads=0, max_mismatch=0.1, importance_cap=2.0)
+    | dict(gradient_checkpointing=True, offload="reference", threads=0, importance_cap=2.0)
 )
 # A vision token of Qwen3-VL is 32 x 32 pixels, and its image processor makes 64 of a picture, or more.
 _QWEN3 = _QWEN | dict(thumb_min_pixels=256 * 256, thumb_max_pixels=288 * 288)
@@ -156,14 +156,12 @@ class Config(Options):
     max_tokens: int = option(250, "tokens of a conversation, results and images included", "above 0", marks="model")
     temperature: float = option(1.0, "sampling temperature in training, also that of the log-probs", "above 0")
     concurrency: int = option(256, "conversations in a rank's engine at once", "above 0", marks="resume neutral")
-    tool_threads: int = option(16, "tool calls of a rank at once", "above 0", marks="resume neutral")
     rollout_deadline: float = option(0.0, "seconds until a rollout is aborted (0: none)", "at least 0", marks="resume")
 
     # -- search
     search_index: str = option("", "offline index, from `python -m search index` (none: the toy world's)")
-    search: str = option("offline", "the index, the web, the web recorded, or the record", SEARCHES, marks="resume")
+    search: str = option("offline", "offline, live (web), record, replay, or a service's URL", marks="resume")
     search_cache: str = option("", "file of recorded results, for record and replay", marks="resume")
-    search_url: str = option("", "a running `python -m search serve` that answers instead", marks="resume neutral")
     search_budget: int = option(0, "live searches of a run (0: no limit)", "at least 0", marks="resume neutral")
     search_deadline: float = option(120.0, "seconds for a search and its retries", "above 0", marks="resume neutral")
     search_language: str = option("en", "language of live search results, two letters")
@@ -185,8 +183,6 @@ class Config(Options):
 
     # -- loss
     loss: str = option("grpo", "learn from rewards, or imitate the conversations in train_files", ("grpo", "sft"))
-    sft_min_reward: float = option(0.5, "sft: leave out conversations that earn less", "from 0 to 1")
-    sft_questions: tuple[str, ...] = option((), "sft: files of the questions (none: those the conversations name)")
     advantage: str = option("grpo", "how rewards are compared within a group: docs/training.md", ADVANTAGES)
     economy_weight: float = option(1.0, "decoupled, mastered, gdpo: weight of saving searches", "at least 0")
     clip_low: float = option(0.2, "lower clip of the ratio: 1 - clip_low", "from 0 to 1")
@@ -202,7 +198,6 @@ class Config(Options):
     epochs_per_step: int = option(1, "passes over a step's conversations", "above 0")
     importance_cap: float = option(0.0, "weigh tokens by trainer / sampler, up to this (0: off)", "0 or at least 1")
     trust_bound: float = option(0.0, "mask conversations of a mean ratio beyond 1/x to x (0: off)", "0 or at least 1")
-    max_mismatch: float = option(0.5, "stop if sampler and trainer differ by more at first, mean nats", "above 0")
 
     # -- optimiser
     lr: float = option(2e-4, "learning rate of AdamW", "above 0")
@@ -225,14 +220,9 @@ class Config(Options):
         _check_combinations(self)
 
     @property
-    def searches_index(self) -> bool:
-        """True if searches are answered by a local index."""
-        return self.search == "offline" and not self.search_url
-
-    @property
     def searches_web(self) -> bool:
         """True if this process itself asks the web."""
-        return self.search in ("live", "record") and not self.search_url
+        return self.search in ("live", "record")
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -277,8 +267,8 @@ def _check_combinations(c):
     vllm, parallel = c.engine == "vllm", c.tensor_parallel
     need(vllm or parallel == 1, f"tensor_parallel={parallel} is for --engine vllm; the in-process engine is not split")
     need(not (c.deterministic and vllm), "deterministic needs --engine torch: the last bits of vLLM depend on timing")
-    by_web = c.deterministic and (c.searches_web or c.search_url)
-    need(not by_web, "deterministic needs --search offline or replay, and no --search_url: the web never repeats")
+    local = c.search in ("offline", "replay")
+    need(local or not c.deterministic, "deterministic needs --search offline or replay: the web never repeats")
     need(not c.deterministic or c.reward == "match", "deterministic needs --reward match: a judge may change its mind")
     need(c.loss == "grpo" or c.reward == "match", "loss=sft chooses conversations by --match: reward=judge is for grpo")
     timed = c.deterministic and c.rollout_deadline
@@ -288,10 +278,13 @@ def _check_combinations(c):
     fast = c.attention in ("flash", "varlen")
     need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")
     need(not fast or c.dtype != "fp32", f"attention={c.attention} computes in bf16, and dtype is fp32")
-    cached = c.search_url or c.search_cache or c.search not in ("record", "replay")
+    cached = c.search_cache or c.search not in ("record", "replay")
     need(cached, f"search={c.search} needs --search_cache, the file of recorded results")
-    for name in ("search_url", "reader_url", "summarizer_url"):
-        check_url(name, getattr(c, name), required=name == "reader_url")
+    if c.search not in SEARCHES:
+        need("://" in c.search, f"search: choose one of {', '.join(SEARCHES)}, or give a service's URL")
+        check_url("search", c.search)
+    check_url("reader_url", c.reader_url, required=True)
+    check_url("summarizer_url", c.summarizer_url)
     engine, elsewhere, address = c.search_engine.partition("=")
     need(engine in SEARCH_ENGINES, f"search_engine: expected one of {', '.join(SEARCH_ENGINES)}, or NAME=ADDRESS")
     check_url("search_engine", address, required=bool(elsewhere))

@@ -76,7 +76,7 @@ def is_deterministic(cfg: Config, device: torch.device) -> bool:
     """Whether a run with these options is repeated to the bit: the clock, the web and vLLM's batches never are."""
     if cfg.deterministic is not None:
         return cfg.deterministic
-    repeatable = cfg.engine == "torch" and not cfg.search_url and cfg.search in ("offline", "replay")
+    repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay")
     return device.type == "cpu" and repeatable and not cfg.rollout_deadline
 
 

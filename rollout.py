@@ -192,7 +192,7 @@ class Rollout:
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
         self.episodes: dict[int, Episode] = {}
         self.progress, self.names, self.waited = progress, map(str, itertools.count()), 0.0
-        self.pool = ThreadPoolExecutor(cfg.tool_threads)
+        self.pool = ThreadPoolExecutor(cfg.concurrency)
         try:
             self._drive()
         finally:

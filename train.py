@@ -42,6 +42,8 @@ from reward import record
 from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
+MAX_MISMATCH = 0.1  # nats a token, on average, at the first step; bf16 alone stays below 0.02
+
 
 # ------------------------------------------------------------------------------------------- samples and their ranks
 def trained(samples: list[Sample], cfg: Config) -> list[Sample]:
@@ -226,14 +228,14 @@ def questions_of_step(questions: list, step: int, cfg: Config) -> list:
 class Run:
     """Everything a run holds, and its phases."""
 
-    def __init__(self, cfg: Config, recipe: toy.Recipe, judge_options: Options):
+    def __init__(self, cfg: Config, recipe: toy.Recipe, judge_options: Options, imitation: Options):
         from analysis.judge import JudgedReward
 
         check_log(cfg)
         conversations = cfg.loss != "sft" or cfg.train_files
         need(conversations, "loss=sft needs --train_files: JSONL files of conversations, as eval.py writes them")
         self.device = policy.init_distributed(cfg)
-        self.dir = RunDir(cfg, recipe, judge_options)
+        self.dir = RunDir(cfg, recipe, judge_options, imitation)
         self.judge = JudgedReward(judge_options, cfg) if cfg.reward == "judge" else None
         world = toy.locate(recipe)
         if cfg.model == "toy" or not cfg.train_files or toy.answers_searches(cfg):
@@ -242,7 +244,7 @@ class Run:
         self.cfg, self.chat = cfg, Chat(folder, cfg)
         index = cfg.search_index or world.index
         self.search = open_search(cfg, index)
-        val = self._load_data(recipe, world)
+        val = self._load_data(recipe, imitation, world)
         limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
         say(f"engine {cfg.engine}: {limits}")
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
@@ -258,7 +260,7 @@ class Run:
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered, self.judge)
         self.checkpoint_seconds = 0.0
         self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None}, outcomes={})
-        searched = index if cfg.searches_index else cfg.search_cache if cfg.search == "replay" else ""
+        searched = index if cfg.search == "offline" else cfg.search_cache if cfg.search == "replay" else ""
         self.inputs |= {"model": folder, "prompts": prompt_path(cfg.prompts), f"search {cfg.search}": searched}
         inputs = input_ids(self.inputs, [*self.questions.values(), *val])
         self.state |= dict(threads=torch.get_num_threads(), inputs=inputs)
@@ -276,17 +278,18 @@ class Run:
         say(estimate(self._conversations_to_come(), cfg))
         say(f"the judge: at most {self._conversations_to_come()} verdicts" if self.judge else "")
 
-    def _load_data(self, recipe, world):
+    def _load_data(self, recipe, imitation, world):
         """train (questions, or episodes to imitate), val, and all that the training is about by id; returns val before
         val_limit."""
         cfg = self.cfg
         train_files, val_files = toy.question_files(cfg, recipe)
-        files = {"train_files": train_files, "val_files": val_files, "sft_questions": cfg.sft_questions}
+        files = {"train_files": train_files, "val_files": val_files, "sft_questions": imitation.sft_questions}
         self.inputs = {f"{role} {n}": path_of(file) for role, group in files.items() for n, file in enumerate(group)}
         if cfg.loss == "sft":
             from analysis.imitation import load_conversations
 
-            self.train = load_conversations(cfg, self.chat, self.search, (str(world.train), str(world.val)))
+            toy_files = str(world.train), str(world.val)
+            self.train = load_conversations(cfg, imitation, self.chat, self.search, toy_files)
             about = [e.question for e in self.train]
         else:
             self.train = about = load_prompts(train_files, "training", self.chat, cfg)
@@ -415,7 +418,7 @@ class Run:
         mean = sums["abs_sum"] / max(sums["tokens"], 1.0)
         what = f"sampler and trainer disagree about the same tokens by {mean:.3f} nats on average"
         check = "check that both have the same weights, dtype, image sizes and chat template"
-        need(mean <= self.cfg.max_mismatch, f"{what} (max_mismatch={self.cfg.max_mismatch}): {check}")
+        need(mean <= MAX_MISMATCH, f"{what} (at most {MAX_MISMATCH}): {check}")
 
     def count_searches(self) -> None:
         """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
@@ -517,9 +520,10 @@ def progress(metrics: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the command
 def main() -> None:
+    from analysis.imitation import ImitationOptions
     from analysis.judge import JudgeOptions
 
-    run = Run(*parse(sys.argv[1:], Config, toy.Recipe, JudgeOptions))
+    run = Run(*parse(sys.argv[1:], Config, toy.Recipe, JudgeOptions, ImitationOptions))
     try:
         run.loop()
     except Stopper.Stopped:

@@ -2,34 +2,44 @@
 
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from analysis.results import questions_about, read_results
 from chat import Chat, Episode
-from config import Config, need
+from config import Config, Options, need, option
 from data import Call, Hit, Question, Result, Stop, picture_key
 from engines import Reply
 from reward import score_episode
 from tools import parse_calls, run_tool
 
 
-def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ...]) -> list[Episode]:
+@dataclass(frozen=True)
+class ImitationOptions(Options):
+    """The conversations that --loss sft imitates."""
+
+    sft_min_reward: float = option(0.5, "leave out those that earn less", "from 0 to 1")
+    sft_questions: tuple[str, ...] = option((), "files of their questions (none: those that they name)")
+
+
+def load_conversations(
+    cfg: Config, options: ImitationOptions, chat: Chat, search, toy_files: tuple[str, ...]
+) -> list[Episode]:
     """The conversations in cfg.train_files that earn sft_min_reward or more, as episodes to imitate.
 
-    A record names its question; the questions, with their pictures, are those in cfg.sft_questions, else in the files
-    that the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
+    A record names its question; the questions, with their pictures, are those in sft_questions, else in the files that
+    the header of the results names, else in toy_files. Pictures that a tool returned come from `search`. Raises
     InputError if a record's question is missing, or is another one, or if nothing is left.
     """
     episodes, left_out = [], Counter()
     for path in cfg.train_files:
         header, records = read_results(path)
-        options = header.get("config", {})
-        mode = options.get("mode", "agent")
+        made_with = header.get("config", {})
+        mode = made_with.get("mode", "agent")
         need(mode == "agent", f"{path}: conversations of mode {mode}: only the agent's can be imitated")
-        files = tuple(cfg.sft_questions or options.get("files") or toy_files)
+        files = tuple(options.sft_questions or made_with.get("files") or toy_files)
         questions = questions_about(records, files)
         for r in tqdm(records, f"reading {path}", leave=False, disable=dist.get_rank() != 0):
             question = questions.get(r["question_id"])
@@ -37,7 +47,8 @@ def load_conversations(cfg: Config, chat: Chat, search, toy_files: tuple[str, ..
             need(question, f"{where}, or has another picture: give the files of the questions as --sft_questions")
             try:
                 episode = imitated(r, question, chat, search)
-                need(score_episode(episode, cfg).reward >= cfg.sft_min_reward, f"earned less than {cfg.sft_min_reward}")
+                least = options.sft_min_reward
+                need(score_episode(episode, cfg).reward >= least, f"earned less than {least}")
                 episodes.append(episode)
             except ValueError as error:
                 left_out[str(error)] += 1

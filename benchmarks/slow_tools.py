@@ -78,7 +78,7 @@ class Work:
     def __init__(self, folder: Path, engine: str, most: int):
         self.cfg = Config(
             threads=1, engine="vllm" if engine == "vllm" else "torch", deterministic=False, concurrency=most,
-            tool_threads=most, max_turns=TURNS, max_tokens_per_turn=48, max_tokens=256,
+            max_turns=TURNS, max_tokens_per_turn=48, max_tokens=256,
             prompts=str(ROOT / "prompts/toy"),
         )  # fmt: skip
         toy_model.save_random_model(folder, seed=0)

@@ -18,7 +18,7 @@ from tools import allowed_calls, limits, offered, results
 
 def open_search(cfg: Config, index: str | Path = ""):
     """The search that the configuration asks for; index: the offline one's file. Raises InputError."""
-    if cfg.search_url:
+    if "://" in cfg.search:
         search = RemoteSearch(cfg)
         search.check()
         return search

@@ -1,7 +1,7 @@
 """One search for several machines: a server around a search, and the client that asks it.
 
     python -m search serve --address 0.0.0.0:8100 --search record --search_cache c.sqlite      # on one machine
-    train.py --search_url http://THAT:8100                                                     # on all of them
+    train.py --search http://THAT:8100                                                         # on all of them
 
 POST /search takes {"call": {tool, query, picture, box, url, image}, "question": {image, image_url, data_id}}, pictures
 in base64, and returns a result; GET /health counts the calls so far. There is no password: private networks only. What
@@ -34,9 +34,9 @@ class RemoteSearch:
     """Asks a running service. While that is restarted, calls try again until their deadline."""
 
     def __init__(self, cfg: Config):
-        self.url = cfg.search_url.rstrip("/")
+        self.url = cfg.search.rstrip("/")
         self.patience = 2 * cfg.search_deadline + 60  # seconds: the service's own deadline, and a restart
-        self.client = Client("search service", Limit(cfg.tool_threads), max_bytes=MAX_RESULT)
+        self.client = Client("search service", Limit(cfg.concurrency), max_bytes=MAX_RESULT)
         self.client.read_timeout, self.client.retries = cfg.search_deadline + 30, 1000
 
     def check(self, patience: float = 60.0) -> None:
@@ -44,7 +44,7 @@ class RemoteSearch:
         try:
             self.client.fetch_json(f"{self.url}/health", Job(patience))
         except Failure as failure:
-            raise InputError(f"search_url={self.url}: {failure}; `python -m search serve` starts one") from None
+            raise InputError(f"search={self.url}: {failure}; `python -m search serve` starts one") from None
 
     def search(self, call: Call, question: Question) -> Result:
         """The service's answer, or why there is none."""

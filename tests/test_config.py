@@ -19,6 +19,7 @@ import tools
 import toy
 from analysis.compare import CompareOptions
 from analysis.curves import CurvesOptions
+from analysis.imitation import ImitationOptions
 from analysis.judge import JudgeOptions, JudgesOptions
 from analysis.labels import LabelOptions
 from analysis.plan import PlanOptions
@@ -30,8 +31,8 @@ from search.service import SearchServer
 
 COMMANDS = search_commands.FVQAOptions, search_commands.IndexOptions, search_commands.AskOptions
 KINDS = (
-    Config, EvalOptions, toy.Recipe, JudgesOptions, LabelOptions, CompareOptions, PlanOptions, ReportOptions,
-    CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
+    Config, EvalOptions, toy.Recipe, JudgesOptions, ImitationOptions, LabelOptions, CompareOptions, PlanOptions,
+    ReportOptions, CurvesOptions, search_commands.ServeOptions, search_commands.ImagesOptions, *COMMANDS,
 )  # fmt: skip
 FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
 NUMBERS = [(kind, field) for kind, field in FIELDS if get_type_hints(kind)[field.name] in (int, float)]
@@ -40,7 +41,6 @@ needed = {  # what an object cannot be made without, or a field not be set witho
     search_commands.FVQAOptions: {"file": "f", "out": "o"},
     search_commands.AskOptions: {"file": "f"},
     (EvalOptions, "image"): {"question": "q"},
-    (Config, "search"): {"search_cache": "c"},
     (Config, "tensor_parallel"): {"engine": "vllm"},
 }
 
@@ -92,7 +92,7 @@ def another(kind, field):
         return "crop=3", ("crop=3",)
     if hint == tuple[str, ...]:
         return "some file.pq", ("some file.pq",)
-    if field.name.endswith("_url"):
+    if field.name.endswith("_url") or field.name == "search":
         return "http://host:8000/v1", "http://host:8000/v1"
     return "some text", "some text"
 
@@ -266,9 +266,9 @@ def test_every_float_must_be_finite(kind, field, text):
 
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_turns max_tokens_per_turn max_tokens max_prompt_tokens concurrency "
-    "tensor_parallel tool_threads updates_per_step epochs_per_step max_tokens_per_batch keep_last "
+    "tensor_parallel updates_per_step epochs_per_step max_tokens_per_batch keep_last "
     "min_pixels max_pixels thumb_min_pixels thumb_max_pixels lr temperature max_grad_norm "
-    "max_mismatch toy_pretrain_steps toy_teach_steps toy_warmup_steps gpu_memory search_deadline samples count "
+    "toy_pretrain_steps toy_teach_steps toy_warmup_steps gpu_memory search_deadline samples count "
     "judge_threads"
 ).split()
 SHARES = "search_penalty format_weight clip_low balance sft_min_reward".split()
@@ -337,7 +337,7 @@ def limits(**values):
     ("deterministic rollout_deadline", Config, dict(deterministic=True, rollout_deadline=5.0)),
     ("deterministic web", Config, dict(deterministic=True, search="live")),
     ("deterministic web", Config, dict(deterministic=True, search="record", search_cache="c")),
-    ("deterministic web", Config, dict(deterministic=True, search_url="http://host:1")),
+    ("deterministic web", Config, dict(deterministic=True, search="http://host:1")),
     ("deterministic match judge", Config, dict(deterministic=True, reward="judge")),
     ("sft match judge", Config, dict(loss="sft", reward="judge")),
     ("search_deadline million", Config, dict(search_deadline=1.1e6)),
@@ -354,7 +354,8 @@ def limits(**values):
     ("record search_cache", Config, dict(search="record")),
     ("replay search_cache", Config, dict(search="replay")),
     ("reader_url", Config, dict(reader_url="")),
-    ("search_url", Config, dict(search_url="localhost:8100")),
+    ("search offline replay URL", Config, dict(search="localhost:8100")),
+    ("search password", Config, dict(search="http://me:secret@host:8100")),
     ("search_engine", Config, dict(search_engine="serpapi=https://name:word@host")),  # no secrets in config.json
     ("search_engine", Config, dict(search_engine="serper=https://host/?api_key=x")),
     ("search_engine", Config, dict(search_engine="serper=")),
@@ -382,7 +383,7 @@ def test_impossible_combinations(words, check, values):
     (EvalOptions, dict(question="what?", image="a.jpg")), (Config, dict(attention="flash", dtype="bf16")),
     (Config, dict(attention="segments", device="cpu", dtype="fp32")), (Config, dict(rollout_deadline=5.0)),
     (Config, dict(rollout_deadline=5.0, deterministic=False)), (Config, dict(tensor_parallel=2, engine="vllm")),
-    (Config, dict(search="record", search_url="http://node0:8100")),
+    (Config, dict(search="http://node0:8100")),
     (Config, dict(search="replay", search_cache="c")), (Config, dict(summarizer_url="http://127.0.0.1:8000/v1")),
     (Config, dict(deterministic=True, search="replay", search_cache="c")),
     (Config, dict(image_host="upload --to host")), (Config, dict(image_host="https://host/pictures")),
@@ -395,7 +396,7 @@ def test_possible_combinations_at_the_edge(check, values):
 @pytest.mark.parametrize("values, toy_index", [
     (dict(), True), (dict(search_index="i"), False), (dict(search="live"), False),
     (dict(preset="qwen2.5-vl-7b", search_index="i"), False), (dict(preset="qwen2.5-vl-7b", search="live"), False),
-    (dict(preset="qwen2.5-vl-7b", search_url="http://node0:8100"), False),
+    (dict(preset="qwen2.5-vl-7b", search="http://node0:8100"), False),
 ])  # fmt: skip
 def test_who_answers_searches(values, toy_index):
     assert toy.answers_searches(Config(**values)) is toy_index
@@ -413,11 +414,11 @@ def test_limits_and_results_of_tools():
 
 @pytest.mark.parametrize("mark, names", [
     ("resume", "resume accept_changes overwrite run_dir steps save_every keep_last eval_every val_limit "
-               "threads deterministic concurrency tool_threads rollout_deadline log search search_cache search_url "
+               "threads deterministic concurrency rollout_deadline log search search_cache "
                "search_budget search_deadline search_engine reader_url summarizer_url image_host allow_hosts toy_dir "
                "judge_url judge_cache judge_threads"),
-    ("neutral", "run_dir resume accept_changes overwrite threads log concurrency tool_threads toy_dir "
-                "search_url search_budget search_deadline image_host allow_hosts out reward"),
+    ("neutral", "run_dir resume accept_changes overwrite threads log concurrency toy_dir "
+                "search_budget search_deadline image_host allow_hosts out reward"),
     ("model", "preset prompts min_pixels max_pixels thumb_min_pixels thumb_max_pixels max_prompt_tokens dialect "
               "max_turns tool_limits tool_results max_tokens_per_turn max_result_tokens max_tokens"),
 ])  # fmt: skip

@@ -26,6 +26,7 @@ import eval as evaluation
 import toy
 import train
 from analysis import figures, judge, report
+from analysis.imitation import ImitationOptions
 from analysis.results import read_results
 from chat import Chat
 from config import InputError
@@ -381,10 +382,11 @@ def trainer(world, serve, tmp_path, monkeypatch):
 
     def start(server, *more, run_dir="run", cache="c.sqlite"):
         here = [*SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / run_dir}"]
-        size = ["--prompts_per_step=3", "--samples_per_prompt=4", "--val_limit=8", "--max_mismatch=1e9"]
+        size = ["--prompts_per_step=3", "--samples_per_prompt=4", "--val_limit=8"]
         size += ["--max_tokens=400", "--max_tokens_per_turn=80", "--steps=2", "--save_every=1", "--entropy_coef=0"]
         judged = ["--reward=judge", f"--judge_url={server.url}", f"--judge_cache={tmp_path / cache}"]
-        whole = train.Run(*config.parse([*here, *size, *judged, *more], config.Config, toy.Recipe, judge.JudgeOptions))
+        kinds = config.Config, toy.Recipe, judge.JudgeOptions, ImitationOptions
+        whole = train.Run(*config.parse([*here, *size, *judged, *more], *kinds))
         about = {whole.chat.picture(q.images[0]).key: q for q in [*whole.train, *whole.val]}
 
         def script(prompt, images, sampling):
@@ -396,6 +398,7 @@ def trainer(world, serve, tmp_path, monkeypatch):
             return f"<reason>x</reason>{said[variant(asked, sample)]}"
 
         whole.engine = whole.rollout.engine = ScriptedEngine(whole.chat, script)
+        whole.first_look = lambda episodes: None  # a script's log-probs are made up
         whole.engine.load_weights = lambda named_tensors, version: [None for _ in named_tensors]  # on every rank
         return whole
 

@@ -725,7 +725,7 @@ def test_a_call_with_a_picture_of_its_own(server, tmp_path):
     host = f"{sys.executable} {tmp_path / 'up.py'}"
     service = Service(record(server, tmp_path / "c.sqlite", image_host=host))
     try:
-        search = open_search(Config(search_url=service.url))
+        search = open_search(Config(search=service.url))
         first, whole = search.search(crop, known), search.search(IMAGE, known)
     finally:
         service.close()
@@ -750,7 +750,7 @@ def test_the_service_hands_every_part_of_a_call_on():
     crop = Call("image_search", picture="img_2", box=(1.0, 2.0, 3.0, 4.5), url="https://x.example/a", image=picture(9))
     known = dataclasses.replace(question(), image_url="https://a.example/b.jpg", data_id="d")
     try:
-        results = [RemoteSearch(Config(search_url=service.url)).search(call, known) for call in (crop, IMAGE, FOUNDER)]
+        results = [RemoteSearch(Config(search=service.url)).search(call, known) for call in (crop, IMAGE, FOUNDER)]
     finally:
         service.close()
     rest = (known.image_url, "d")
@@ -767,7 +767,7 @@ def test_a_tool_that_is_not_known_is_a_typed_result_everywhere(server, tmp_path,
             recording.inner,
             recording,
             replay(tmp_path / "c.sqlite"),
-            RemoteSearch(Config(search_url=service.url)),
+            RemoteSearch(Config(search=service.url)),
         ]
         server.log.clear()
         for search in searches:
@@ -877,7 +877,7 @@ def test_every_link_ends_typed(server, tmp_path, link, asked):
         assert result.status == "no_results" or (not link.strip() and result.error_kind == "bad_call")
     service = Service(record(server, tmp_path / "c.sqlite"))
     try:
-        for search in (live(server), RemoteSearch(Config(search_url=service.url))):
+        for search in (live(server), RemoteSearch(Config(search=service.url))):
             server.log.clear()
             result = search.search(visit(link), question())
             assert [payload["url"] for _, _, payload in server.log] == ([asked] if asked else [])
@@ -906,7 +906,7 @@ class Service:
 
 def test_the_service_gives_the_same_results(server, tmp_path):
     service = Service(record(server, tmp_path / "c.sqlite", search_budget=3))
-    search = open_search(Config(search_url=service.url))
+    search = open_search(Config(search=service.url))
     try:
         assert isinstance(search, RemoteSearch)
         here = [
@@ -928,7 +928,7 @@ def test_a_restart_of_the_service_costs_retries_not_calls(server, tmp_path):
     inner = record(server, tmp_path / "c.sqlite")
     service = Service(inner)
     address = service.url.removeprefix("http://")
-    search = open_search(Config(search_url=service.url))
+    search = open_search(Config(search=service.url))
     results = []
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(search.search, Call("text_search", f"q{n % 5}"), question()) for n in range(20)]
@@ -963,7 +963,7 @@ def test_the_service_refuses_nonsense_and_goes_on(server, tmp_path):
                 raw.sendall(b"POST /search HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
                 assert raw.makefile("rb").readline().split()[1] == b"400"
         assert service.server.held == 0
-        search = RemoteSearch(Config(search_url=service.url))
+        search = RemoteSearch(Config(search=service.url))
         assert search.search(IMAGE, Question("q", "", images=(b"no picture",))).error_kind == "bad_call"
         assert search.search(FOUNDER, question()).status == "ok"
     finally:
@@ -1018,7 +1018,7 @@ def test_what_clients_make_the_service_hold_is_bounded(monkeypatch):
         assert b" 400 " in ask_raw(service, POST % (search_service.MAX_REQUEST + 1))
         assert b" 503 " in ask_raw(service, POST % len(LONG))
         assert service.server.held == 2 * len(LONG) and max(map(len, queries)) <= 4000
-        third = pool.submit(RemoteSearch(Config(search_url=service.url)).search, FOUNDER, question())
+        third = pool.submit(RemoteSearch(Config(search=service.url)).search, FOUNDER, question())
         time.sleep(0.3)
         assert not third.done()
         go_on()
@@ -1046,7 +1046,7 @@ def test_a_request_has_a_time_to_arrive(monkeypatch):
 
 def test_a_picture_too_large_for_the_service_is_not_sent():
     large = dataclasses.replace(question(), images=(bytes(search_service.MAX_PICTURE + 1),))
-    result = RemoteSearch(Config(search_url="http://127.0.0.1:9")).search(IMAGE, large)
+    result = RemoteSearch(Config(search="http://127.0.0.1:9")).search(IMAGE, large)
     assert result.error_kind == "bad_call" and "bytes" in result.error
 
 
@@ -1074,7 +1074,7 @@ def test_the_command_serves_until_ctrl_c(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, **pipes, **heard) as process:
         try:
             assert process.stdout.readline() == f"serving search (offline) on http://{address}; Ctrl-C ends it\n"
-            client = open_search(Config(search_url=f"http://{address}"))
+            client = open_search(Config(search=f"http://{address}"))
             found = client.search(Call("text_search", "founders"), question())
             process.send_signal(signal.SIGINT)
             assert (process.wait(30), process.stderr.read()) == (130, "")
@@ -1087,7 +1087,7 @@ def test_serve_says_what_is_wrong(tmp_path):
     build(tmp_path / "i.sqlite")
     index = f"--search_index={tmp_path}/i.sqlite"
     for args, why in (
-        (["--search_url", "http://127.0.0.1:9"], "cannot ask another"),
+        (["--search", "http://127.0.0.1:9"], "cannot ask another"),
         (["--address", "nowhere", index], "address=nowhere: cannot listen"),
         (["--address", "127.0.0.1:99999", index], "cannot listen"),
         (["--addres", "127.0.0.1:99", index], "did you mean --address"),
@@ -1100,8 +1100,8 @@ def test_serve_says_what_is_wrong(tmp_path):
 def test_no_service_is_one_line_at_start_up(server):
     """Nobody there; somebody else there."""
     with pytest.raises(InputError, match="python -m search serve"):
-        RemoteSearch(Config(search_url="http://127.0.0.1:9")).check(0.3)
+        RemoteSearch(Config(search="http://127.0.0.1:9")).check(0.3)
     with pytest.raises(InputError, match="404"):
-        RemoteSearch(Config(search_url=server.url)).check()
+        RemoteSearch(Config(search=server.url)).check()
     with pytest.raises(InputError, match="cannot listen"):
         SearchServer(server.host, None)

@@ -422,7 +422,7 @@ def test_episodes_come_back_in_order(cfg, folder):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_never_more_conversations_than_the_concurrency(cfg, folder, ordered):
     """Those that wait for a search count too: searches here last a while, or until there are too many."""
-    chat, cfg = Chat(folder, cfg), replace(cfg, concurrency=3, tool_threads=8)
+    chat, cfg = Chat(folder, cfg), replace(cfg, concurrency=3)
     started, ended, most, too_many = set(), [], [], threading.Event()
 
     def script(prompt, images, sampling):
@@ -440,7 +440,7 @@ def test_never_more_conversations_than_the_concurrency(cfg, folder, ordered):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_an_exception_of_a_search_surfaces_and_leaves_the_engine_empty(cfg, folder, monkeypatch, ordered):
     """A bug is no failed search. At that moment the engine holds another request, and another search hangs."""
-    chat, cfg, release = Chat(folder, cfg), replace(cfg, concurrency=4, tool_threads=4), threading.Event()
+    chat, cfg, release = Chat(folder, cfg), replace(cfg, concurrency=4), threading.Event()
     engine = Slow(chat, lambda prompt, *_: ANSWER * 5 if "number 0" in prompt else TEXT, Clock(monkeypatch))
 
     def search(call, about):

@@ -22,6 +22,7 @@ import tools
 import toy
 import train
 from analysis import figures
+from analysis.imitation import ImitationOptions
 from analysis.judge import JudgeOptions
 from chat import Chat, Episode
 from data import Call, Hit, Result, Usage
@@ -75,11 +76,12 @@ def live_run(world, server, tmp_path, monkeypatch, *more):
     hurry(monkeypatch, retries=0, read_timeout=2.0)  # a busy machine is slow, too
     arguments = [
         *SHORT_WORLD, f"--toy_dir={world[2].toy_dir}", "--threads=1", f"--run_dir={tmp_path / 'run'}", "--steps=2",
-        "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900", "--max_mismatch=1e9",
+        "--prompts_per_step=6", "--samples_per_prompt=4", "--val_limit=2", "--max_tokens=900",
         "--tool_results", "image_search=1", "text_search=1", *options_of(settings(server)), *more,
     ]  # fmt: skip
-    whole = train.Run(*config.parse(arguments, config.Config, toy.Recipe, JudgeOptions))
+    whole = train.Run(*config.parse(arguments, config.Config, toy.Recipe, JudgeOptions, ImitationOptions))
     whole.engine = whole.rollout.engine = Talker(whole.chat, [*whole.train, *whole.val])
+    whole.first_look = lambda episodes: None  # a script's log-probs are made up
     return whole
 
 

@@ -22,6 +22,7 @@ import eval as evaluation
 import tools
 import toy
 import train
+from analysis.imitation import ImitationOptions
 from analysis.judge import JudgeOptions
 from backbone import read_config
 from chat import Chat
@@ -291,7 +292,7 @@ def test_the_preset_toy_crop_trains_and_its_export_remembers_the_world(crop, tmp
     here = [*SHORT_WORLD, f"--toy_dir={recipe.toy_dir}", "--threads=1"]
     run_dir = tmp_path / "run"
     argv = ["--preset=toy-crop", *here, *SHORT_RUN, "--max_turns=3", "--steps=2", f"--run_dir={run_dir}"]
-    train.Run(*parse(argv, Config, Recipe, JudgeOptions)).loop()
+    train.Run(*parse(argv, Config, Recipe, JudgeOptions, ImitationOptions)).loop()
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [s["phase"] for s in steps] == ["eval", "train", "train", "eval"] and all("crop" in s for s in steps[1:3])
     exported, again = parse([f"--model={run_dir / 'final'}", *here], Config, Recipe, as_trained=True)
@@ -402,7 +403,7 @@ def test_question_files_are_the_user_s_or_the_world_s():
 def test_the_world_answers_searches_where_nothing_else_does():
     assert toy.answers_searches(Config())
     assert not toy.answers_searches(Config(search_index="a.sqlite"))
-    assert not toy.answers_searches(Config(search_url="http://host:8000"))
+    assert not toy.answers_searches(Config(search="http://host:8000"))
     assert not toy.answers_searches(Config(search="live"))
     with pytest.raises(InputError, match="search_index"):  # another preset's questions are not about toy things
         toy.answers_searches(parse(["--preset", "qwen2.5-vl-7b"]))

@@ -37,6 +37,7 @@ import toy
 import train
 from analysis import imitation, results
 from analysis.__main__ import main as analysis_main
+from analysis.imitation import ImitationOptions
 from analysis.judge import JudgeOptions
 from chat import Chat
 from config import InputError
@@ -57,7 +58,7 @@ def arguments(world):
 
 def parsed(arguments):
     """The options of train.py."""
-    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe, JudgeOptions)
+    return config.parse([str(a) for a in arguments], config.Config, toy.Recipe, JudgeOptions, ImitationOptions)
 
 
 def started(monkeypatch, *arguments):
@@ -287,7 +288,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(arguments, tmp_path):
     """A learning rate that blows the weights up: the run says at which step and in which conversations, and the
     checkpoint from before is whole."""
     run_dir = tmp_path / "blown"
-    code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", "--lr=1e30", "--max_mismatch=1e9")
+    code, _ = run_train(arguments, f"--run_dir={run_dir}", "--steps=4", "--lr=1e30")
     log = run_dir.with_suffix(".log").read_text()
     assert code == 1 and "Traceback" not in log
     assert "error: step 1: " in log and "not finite" in log or "nan" in log
@@ -955,10 +956,11 @@ def test_a_step_without_a_signal_is_no_division_by_nothing(arguments, device, ad
 
 def test_in_a_decoupled_run_the_cost_of_searching_reaches_right_answers_alone(arguments, tmp_path, monkeypatch):
     """Two steps with an engine that is right or wrong, searches or not, by chance."""
-    more = "--steps=2", "--max_mismatch=100", "--max_turns=3", "--max_tokens_per_turn=32", "--samples_per_prompt=8"
+    more = "--steps=2", "--max_turns=3", "--max_tokens_per_turn=32", "--samples_per_prompt=8"
     run_dir = tmp_path / "run"
     whole = started(monkeypatch, *arguments, *more, "--advantage=decoupled", f"--run_dir={run_dir}")
     whole.rollout.engine = guesser(whole.chat, [*whole.questions.values(), *whole.val])
+    whole.first_look = lambda episodes: None  # a script's log-probs are made up
     whole.loop()
     rest, unequal = Counter(), 0
     for file in sorted((run_dir / "rollouts").glob("step-*.jsonl")):
@@ -1059,7 +1061,7 @@ def dozen(arguments, world, tmp_path_factory):
     write_questions(path, load_questions([world[0].train])[:12], {})
     return [
         *arguments, f"--train_files={path}", f"--val_files={path}", "--prompts_per_step=6", "--updates_per_step=2",
-        "--refill_groups=2", "--max_mismatch=1000", "--entropy_coef=0", "--lr=1e-3", "--keep_last=9",
+        "--refill_groups=2", "--entropy_coef=0", "--lr=1e-3", "--keep_last=9",
     ]  # fmt: skip
 
 
@@ -1075,6 +1077,7 @@ def scripted(whole):
         return f"<reason> well.</reason><answer> {q.answers[0] if right else 'unknown'}</answer>"
 
     whole.rollout.engine = ScriptedEngine(whole.chat, script)
+    whole.first_look = lambda episodes: None  # a script's log-probs are made up
     return whole
 
 
@@ -1227,7 +1230,7 @@ def test_an_engine_that_dies_stops_the_run(arguments, tmp_path, monkeypatch):
 
 def test_a_gap_at_the_first_step_stops_the_run(arguments, tmp_path, monkeypatch):
     """The sampler holds other weights than the trainer."""
-    whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1", "--max_mismatch=0.01")
+    whole = started(monkeypatch, *arguments, f"--run_dir={tmp_path / 'run'}", "--steps=1")
     stale = [(name, value + 0.05 * torch.randn_like(value)) for name, value in policy.full_weights(whole.policy)]
     whole.engine.load_weights(stale, version=0)
     with pytest.raises(InputError, match="sampler and trainer disagree .* check that both have the same weights"):
@@ -1324,13 +1327,14 @@ def talks(world, tmp_path_factory):
     return path, episodes
 
 
-def loaded(world, *files, **changes):
+def loaded(world, *files, **options):
     """(the episodes to imitate in these files, how many conversations it says are left out)"""
     place, cfg, _ = world
-    chat, cfg = Chat(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)), **changes)
+    chat, cfg = Chat(place.model, cfg), replace(cfg, train_files=tuple(map(str, files)))
     search = OfflineSearch(SearchDB(place.index), tools.results(cfg))
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        episodes = imitation.load_conversations(cfg, chat, search, (str(place.train), str(place.val)))
+        toy_files, wanted = (str(place.train), str(place.val)), ImitationOptions(**options)
+        episodes = imitation.load_conversations(cfg, wanted, chat, search, toy_files)
     (line,) = [line for line in said.getvalue().splitlines() if "left out" in line] or [""]
     return episodes, sum(int(part.split()[0]) for part in line.partition("left out: ")[2].split("; ") if part)
 

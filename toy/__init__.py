@@ -118,7 +118,7 @@ def ensure(recipe: Recipe, cfg: Config) -> Toy:
 def answers_searches(cfg: Config) -> bool:
     """Whether searches are answered by the toy world's index: offline ones where the user gave no index. Raises
     InputError for another preset, which has to name one."""
-    if not cfg.searches_index or cfg.search_index:
+    if cfg.search != "offline" or cfg.search_index:
         return False
     builds = "`python -m search index` builds one"
     need(cfg.preset in PROMPTS, f"preset {cfg.preset} needs --search_index ({builds}), or another --search")
