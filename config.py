@@ -76,7 +76,7 @@ _QWEN = (
     | dict(max_prompt_tokens=4096, max_tokens_per_turn=2048, max_tokens=8192, max_tokens_per_batch=16384)
     | dict(prompts_per_step=32, samples_per_prompt=4, steps=100, concurrency=32, save_every=10, eval_every=10)
     | dict(tool_results=(), per_search_penalty=False, kl_coef=0.001, entropy_coef=0.0, loss_norm="sequence")
-    | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid")
+    | dict(lr=2e-6, adam_beta2=0.999, weight_decay=0.01, schedule="sigmoid", val_limit=256)
     | dict(gradient_checkpointing=True, offload="reference", threads=0, importance_cap=2.0)
 )
 # A vision token of Qwen3-VL is 32 x 32 pixels, and its image processor makes 64 of a picture, or more.
@@ -85,7 +85,7 @@ _3B = _QWEN | dict(model="Qwen/Qwen2.5-VL-3B-Instruct", run_dir="runs/qwen2.5-vl
 _4B = _QWEN3 | dict(model="Qwen/Qwen3-VL-4B-Instruct", run_dir="runs/qwen3-vl-4b")
 _LORA = dict(lora_rank=16, lr=2e-5, max_tokens_per_batch=8192)  # the rate: see LORA_ALPHA in policy.py
 # the paper: 512 questions x 8 conversations, mini-batches of 128 questions, 32 GPUs, best at step 50
-_PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, schedule="constant", steps=50)
+_PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, val_limit=0)
 PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
@@ -97,7 +97,7 @@ PRESETS = {
     "qwen2.5-vl-3b-24gb": _3B | _LORA | dict(run_dir="runs/qwen2.5-vl-3b-24gb", concurrency=16),
     "qwen2.5-vl-7b": _QWEN,
     "qwen2.5-vl-7b-decoupled": _QWEN | dict(advantage="mastered", run_dir="runs/qwen2.5-vl-7b-decoupled"),
-    "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(run_dir="runs/qwen2.5-vl-7b-paper"),
+    "qwen2.5-vl-7b-paper": _QWEN | _PAPER | dict(schedule="constant", steps=50, run_dir="runs/qwen2.5-vl-7b-paper"),
     "qwen3-vl-4b": _4B,
     "qwen3-vl-4b-24gb": _4B | _LORA | dict(run_dir="runs/qwen3-vl-4b-24gb", concurrency=8, offload="all"),
     "qwen3-vl-8b": _QWEN3 | dict(model="Qwen/Qwen3-VL-8B-Instruct", run_dir="runs/qwen3-vl-8b"),
@@ -323,7 +323,7 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
         near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
         raise InputError(f"unknown argument {word!r}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
     given = vars(known)
-    trained = _trained_as(given.get("model", "")) if as_trained else {}
+    trained = {"val_limit": 0} | _trained_as(given.get("model", "")) if as_trained else {}  # a preset's is for training
     defaults = PRESETS.get(given.get("preset"), {}) | trained
     of_world = PRESETS.get(given.get("preset", trained.get("preset")), {})  # an export remembers its toy world
     for name in ("tool_limits", "tool_results"):  # what is given of one tool leaves the others as they are

@@ -127,6 +127,13 @@ def test_the_recipe_of_the_script_and_of_the_paper():
     assert tools.results(script) == {"image_search": 5, "text_search": 5, "crop": 1, "visit": 1}
     assert (script.clip_low, script.clip_high, script.temperature, script.entropy_coef) == (0.2, 0.2, 1.0, 0.0)
     assert (paper.prompts_per_step, paper.samples_per_prompt, paper.updates_per_step) == (512, 8, 512 // 128)
+    assert (paper.schedule, paper.steps, paper.eval_every, paper.val_limit) == ("constant", 50, 10, 0)
+
+
+def test_an_evaluation_asks_all_questions_whatever_the_preset_validates_on():
+    preset = ["--preset=qwen2.5-vl-7b", "--search_index=i"]
+    assert parse(preset).val_limit == 256 and parse(preset, as_trained=True).val_limit == 0
+    assert parse([*preset, "--val_limit=9"], as_trained=True).val_limit == 9
 
 
 @pytest.mark.parametrize(
