@@ -15,7 +15,7 @@ that returns a `Score` (`score_episode` is the one place that calls it).
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -47,27 +47,20 @@ def extract_answer(turn: str) -> str | None:
     return answers[-1].strip() if answers else None
 
 
-def exact_match(prediction: str | None, answers: Iterable[str]) -> bool:
+def exact_match(prediction: str | None, answers: Sequence[str]) -> bool:
     """True if the prediction equals an accepted answer, both normalised as the paper does. None matches nothing."""
-    accepted = {normalize_answer(answer) for answer in _listed(answers)} - {""}  # "The" must not match nothing
+    accepted = {normalize_answer(answer) for answer in answers} - {""}  # "The" must not match nothing
     return prediction is not None and normalize_answer(prediction) in accepted
 
 
-def unicode_match(prediction: str | None, answers: Iterable[str], anywhere: bool = False) -> bool:
+def unicode_match(prediction: str | None, answers: Sequence[str], anywhere: bool = False) -> bool:
     """True if the prediction equals an accepted answer (anywhere: or has its words somewhere), both as
     `normalize_unicode` writes them, or is a number in an accepted range."""
-    answers = _listed(answers)
     if prediction is None:
         return False
     said, accepted = normalize_unicode(prediction), {normalize_unicode(answer) for answer in answers} - {""}
     contained = anywhere and any(f" {answer} " in f" {said} " for answer in accepted)
     return said in accepted or contained or in_range(prediction, answers)
-
-
-def _listed(texts):
-    if isinstance(texts, str):  # each letter would be an answer, or a turn
-        raise TypeError(f"expected a list of strings, not the string {texts!r}")
-    return list(texts)
 
 
 # Scripts without spaces, in which each character is a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
@@ -113,7 +106,7 @@ NUMBER = r"(?:(?<!\d)[-+])?\.?\d+(?:,\d{3})*\.?\d*(?:[eE][-+]?\d+)?"
 RANGE = re.compile(rf"between ({NUMBER}) and ({NUMBER})")
 
 
-def in_range(prediction: str, answers: Iterable[str]) -> bool:
+def in_range(prediction: str, answers: Sequence[str]) -> bool:
     """True if an answer is "between X and Y", and the prediction's first number lies there, or its first two are a
     range that lies there or shares at least half with it (intersection over union). InfoSeek's own metric counts so
     (github edchengg/infoseek_eval), but for a prediction without numbers, which is 0 there and wrong here."""
@@ -191,7 +184,7 @@ def economy(searches: int, penalty: float, per_search: bool) -> float:
 
 def score(
     responses: Sequence[str],
-    answers: Iterable[str],
+    answers: Sequence[str],
     *,
     search_penalty: float = 0.1,
     format_weight: float = 0.1,
@@ -206,11 +199,7 @@ def score(
     search_penalty: a right answer that searched is multiplied by 1 - search_penalty, or by that once for each search
     with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`. dialect: of the calls. correct: a
     judge's verdict, instead of the match.
-    Raises ValueError for another match, TypeError if either list is a bare string.
     """
-    if match not in MATCHES:
-        raise ValueError(f"match must be one of {sorted(MATCHES)}, not {match!r}")
-    responses = _listed(responses)
     answer = extract_answer(responses[-1]) if responses else None
     correct = MATCHES[match](answer, answers) if correct is None else correct
     well_formed, searches = format_ok(responses, any_order, dialect), count_searches(responses, dialect)
@@ -223,8 +212,7 @@ def score_episode(episode: Episode, cfg: Config, penalty: float | None = None, c
     correct: instead of the match."""
     how = {n: getattr(cfg, n) for n in ("format_weight", "match", "per_search_penalty", "any_order", "dialect")}
     penalty = cfg.search_penalty if penalty is None else penalty
-    answers = list(episode.question.answers)
-    return score(episode.responses, answers, search_penalty=penalty, correct=correct, **how)
+    return score(episode.responses, episode.question.answers, search_penalty=penalty, correct=correct, **how)
 
 
 def record(episode: Episode, score: Score) -> dict:

@@ -27,40 +27,37 @@ from data import write_jsonl
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command (argv: without the program's name). Raises InputError."""
-    argv = sys.argv[1:] if argv is None else argv
-    command, *rest = argv or ["--help"]
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         return print(__doc__.strip())
     need(command in COMMANDS, f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
-    COMMANDS[command](rest)
+    if command == "plan":
+        from analysis.plan import PlanOptions, plan  # the one that needs torch
+
+        options, cfg = parse(rest, PlanOptions, Config)
+        return print(plan(cfg, options))
+    usage, run, kind = COMMANDS[command]
+    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    words, options = rest[:count], parse(rest[count:], kind)  # --help ends the program here
+    several, least = usage.endswith("..."), len(usage.removesuffix(" ...").split())
+    fits = len(words) >= least if several else len(words) == least
+    need(fits, f"{command}: expected python -m analysis {command} {usage}, then options")
+    run(*([words] if several else words), options)
 
 
-def _report(argv):
-    path = render(*_read("report RUN ...", argv, ReportOptions))
+def _report(runs, options):
+    path = render(runs, options)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
-def _curves(argv):
-    print(plot(*_read("curves RUN ...", argv, CurvesOptions)))
-
-
-def _plan(argv):
-    from analysis.plan import PlanOptions, plan  # the one that needs torch
-
-    options, cfg = parse(argv, PlanOptions, Config)
-    print(plan(cfg, options))
-
-
-def _compare(argv):
-    (a, b), options = _read("compare A B", argv, CompareOptions)
+def _compare(a, b, options):
     try:
         print(comparison(a, b, options.judge), flush=True)
     except BrokenPipeError:  # compare A B | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _judge(argv):
-    (path,), options = _read("judge RESULTS", argv, JudgesOptions)
+def _judge(path, options):
     with lock(path):
         header, records = read_results(path)
         records, missing = judge(records, questions_of(path, header, records), options, progress=True)
@@ -68,28 +65,15 @@ def _judge(argv):
     print(judges_table(records, missing))
 
 
-def _label(argv):
-    (path,), options = _read("label RESULTS", argv, LabelOptions)
-    write_labels(path, options)
-
-
-def _prompts(argv):
-    write_prompts(*_read("prompts PICKLE ...", argv, PromptsOptions))
-
-
-COMMANDS = dict(
-    report=_report, curves=_curves, plan=_plan, compare=_compare, judge=_judge, label=_label, prompts=_prompts
-)
-
-
-def _read(usage, argv, kind):
-    """(the words before the first option, the options) of a command with this usage."""
-    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    words, options = argv[:count], parse(argv[count:], kind)  # --help ends the program here
-    command, *needed = usage.removesuffix(" ...").split()
-    fits = len(words) >= len(needed) if usage.endswith("...") else len(words) == len(needed)
-    need(fits, f"{command}: expected python -m analysis {usage}, then options")
-    return words, options
+COMMANDS = {  # what stands before the options, what is called with it and them, the options
+    "report": ("RUN ...", _report, ReportOptions),
+    "curves": ("RUN ...", lambda runs, options: print(plot(runs, options)), CurvesOptions),
+    "plan": (),
+    "compare": ("A B", _compare, CompareOptions),
+    "judge": ("RESULTS", _judge, JudgesOptions),
+    "label": ("RESULTS", write_labels, LabelOptions),
+    "prompts": ("PICKLE ...", write_prompts, PromptsOptions),
+}
 
 
 if __name__ == "__main__":

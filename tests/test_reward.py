@@ -228,16 +228,6 @@ def test_numbers_in_a_range(prediction, right):
     assert reward.unicode_match(prediction, ["between 900 and 1,100"]) is right
 
 
-def test_a_bare_string_is_refused():
-    for match in reward.MATCHES.values():
-        with pytest.raises(TypeError, match="list of strings"):
-            match("P", "Paris")
-    with pytest.raises(TypeError, match="list of strings"):
-        reward.score(ANSWER, ["Paris"])
-    with pytest.raises(TypeError, match="list of strings"):
-        reward.score([ANSWER], "Paris")
-
-
 # --- format ---------------------------------------------------------------------------------------------------------
 
 
@@ -423,9 +413,6 @@ def test_match():
     turn = "<reason>?</reason><answer>the city of Paris</answer>"
     assert not reward.score([turn], ["Paris"]).correct
     assert reward.score([turn], ["Paris"], match="sub_em").reward == pytest.approx(1.0, abs=1e-12)
-    for match in ("EM", "f1", "", None):
-        with pytest.raises(ValueError, match="em"):
-            reward.score([turn], ["Paris"], match=match)
 
 
 def test_per_search_penalty():

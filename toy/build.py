@@ -28,19 +28,13 @@ def build(folder: str | Path, cfg: Config, recipe: Recipe) -> Toy:
     }
     if not all(path.exists() for path in stages):  # a world that is there needs no lock, and may be read-only
         with lock(toy.folder):
-            for path, make in stages.items():
-                _make_stage(path, make)
+            for path in (path for path in stages if not path.exists()):
+                temporary = Path(f"{path}.building")  # what bears its own name is whole
+                shutil.rmtree(temporary, ignore_errors=True)
+                try:
+                    temporary.mkdir(parents=True)
+                    stages[path](temporary)
+                    os.replace(temporary, path)
+                except OSError as error:
+                    raise InputError(f"{temporary}: cannot write ({error.strerror or error})") from None
     return toy
-
-
-def _make_stage(path, make):
-    if path.exists():
-        return
-    temporary = Path(f"{path}.building")  # what bears its own name is whole
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        make(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{temporary}: cannot write ({error.strerror or error})") from None

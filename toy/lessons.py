@@ -25,27 +25,9 @@ from engines import Engine, Reply, Sampling
 from policy import imitation_loss, load_policy, pack, update
 from rollout import run
 from search.index import OfflineSearch, SearchDB
-from toy import Recipe, Toy
+from toy import Recipe, Toy, world
 from toy.model import save_random_model
-from toy.world import (
-    CROP_WORDINGS,
-    FACTS,
-    KNOWN,
-    LOOKS,
-    SEEING,
-    SEEKING,
-    SYLLABLES,
-    TAUGHT,
-    WORDINGS,
-    Look,
-    Thing,
-    alike,
-    apart,
-    draw,
-    draw_four,
-    equally,
-    seek,
-)  # fmt: skip
+from toy.world import Look, Thing
 
 PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
 SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
@@ -61,11 +43,11 @@ class Lessons:
         self.rng = random.Random(f"lessons {seed}")
         self.chat, self.crop = chat, crop
         self.familiar = [t for t in things if t.named]
-        self.unknown = [t for t in things[: KNOWN + TAUGHT] if not t.named]
-        self.similar = [t for t in self.unknown if max(alike(t.look, f.look) for f in self.familiar) == 3]
-        hidden = {t.look for t in things[KNOWN + TAUGHT :]}  # what the questions ask about is never drawn here
-        self.looks = [look for look in LOOKS if look not in hidden]
-        self.pool = equally(self.familiar, self.unknown)
+        self.unknown = [t for t in things[: world.KNOWN + world.TAUGHT] if not t.named]
+        self.similar = [t for t in self.unknown if max(world.alike(t.look, f.look) for f in self.familiar) == 3]
+        hidden = {t.look for t in things[world.KNOWN + world.TAUGHT :]}  # what is asked about is never drawn
+        self.looks = [look for look in world.LOOKS if look not in hidden]
+        self.pool = world.equally(self.familiar, self.unknown)
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
         episode = Episode.start(Question("lesson", text, images), self.chat, template="{question}")
@@ -76,31 +58,31 @@ class Lessons:
     def seeing(self, n: int) -> list[Episode]:
         """Describe n random pictures: pattern, colour, shape and ground."""
         looks = self.rng.choices(self.looks, k=n)
-        return [self.lesson(SEEING, description(look), draw(look, self.rng)) for look in looks]
+        return [self.lesson(world.SEEING, description(look), world.draw(look, self.rng)) for look in looks]
 
     def looking(self, n: int) -> list[Episode]:
         """n pictures of four things each: describe all, or look for one of them."""
         lessons = []
         for i in range(n):
             look = self.rng.choice(self.looks)
-            looks = apart(look, self.looks, self.rng)
-            image = draw_four(looks, self.rng)
+            looks = world.apart(look, self.looks, self.rng)
+            image = world.draw_four(looks, self.rng)
             if i % 2:
-                lessons.append(self.lesson(SEEING, " ".join(map(description, looks)), image))
+                lessons.append(self.lesson(world.SEEING, " ".join(map(description, looks)), image))
             else:
-                lessons.append(self.lesson(SEEKING.format(*look), " ".join(seek(look, looks)), image))
+                lessons.append(self.lesson(world.SEEKING.format(*look), " ".join(world.seek(look, looks)), image))
         return lessons
 
     def copying(self, n: int) -> list[Episode]:
         """Repeat words; read out what the first of up to three lines says, as it does in results of a search."""
         lessons = []
         for i in range(n):
-            words = ["".join(self.rng.choices(SYLLABLES, k=2)) for _ in range(6)]
+            words = ["".join(self.rng.choices(world.SYLLABLES, k=2)) for _ in range(6)]
             if i % 2:
                 text = " ".join(words[: self.rng.randint(1, 5)])
                 lessons.append(self.lesson(f"say {text}", text))
                 continue
-            keys = [f"{words[j]} {self.rng.choice(FACTS)}" for j in range(self.rng.randint(1, 3))]
+            keys = [f"{words[j]} {self.rng.choice(world.FACTS)}" for j in range(self.rng.randint(1, 3))]
             listing = "\n".join(f" {key}: {value}" for key, value in zip(keys, words[3:], strict=False))
             lessons.append(self.lesson(f"{listing}\n find {keys[0]}", words[3]))
         return lessons
@@ -113,14 +95,14 @@ class Lessons:
         for group, count in ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10)):
             for thing in self.rng.choices(group, k=count):
                 if self.crop:
-                    looks = apart(thing.look, self.pool, self.rng)
-                    for image in (draw(thing.look, self.rng), draw_four(looks, self.rng)):
-                        text = self.rng.choice(CROP_WORDINGS["name"]).format(*thing.look)
+                    looks = world.apart(thing.look, self.pool, self.rng)
+                    for image in (world.draw(thing.look, self.rng), world.draw_four(looks, self.rng)):
+                        text = self.rng.choice(world.CROP_WORDINGS["name"]).format(*thing.look)
                         lessons.append(self.lesson(text, thing.belief("name"), image))
                     continue
-                image = draw(thing.look, self.rng)
-                for what in ("name", self.rng.choice(FACTS)):
-                    lessons.append(self.lesson(self.rng.choice(WORDINGS[what]), thing.belief(what), image))
+                image = world.draw(thing.look, self.rng)
+                for what in ("name", self.rng.choice(world.FACTS)):
+                    lessons.append(self.lesson(self.rng.choice(world.WORDINGS[what]), thing.belief(what), image))
         return lessons
 
 
@@ -261,17 +243,17 @@ class SloppyPolicy:
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat = chat
         self.plans, self.shares = PLANS, SHARES_NAMED if recipe.toy_named else SHARES
-        self.wordings, self.crop = WORDINGS, recipe.toy_crop
+        self.wordings, self.crop = world.WORDINGS, recipe.toy_crop
         if recipe.toy_crop:
-            self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, CROP_WORDINGS
+            self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, world.CROP_WORDINGS
         self.thought = "{}" if recipe.toy_beliefs else "think"
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
         self.shown: dict[str, list[Look]] = {}  # the picture's key -> all that it shows
 
     def question(self, thing: Thing, what: str, rng: random.Random, pool: Sequence[Look] = ()) -> Question:
         """pool: the thing is shown among three others of these."""
-        looks = apart(thing.look, pool, rng) if pool else [thing.look]
-        image = draw_four(looks, rng) if pool else draw(thing.look, rng)
+        looks = world.apart(thing.look, pool, rng) if pool else [thing.look]
+        image = world.draw_four(looks, rng) if pool else world.draw(thing.look, rng)
         key = self.chat.picture(image).key
         self.asked[key], self.shown[key] = (thing, what), looks
         text = rng.choice(self.wordings[what]).format(*thing.look)
@@ -297,11 +279,11 @@ class SloppyPolicy:
                 thought = belief = value[1] if value else "unknown"
         action, seen = f"<answer> {belief}</answer>", ""
         if len(results) < len(plan):
-            action = self._call(plan[len(results)], f" {name} {rng.choice(FACTS) if what == 'name' else what}")
+            action = self._call(plan[len(results)], f" {name} {rng.choice(world.FACTS) if what == 'name' else what}")
             if "crop" in plan and results:
                 action = "<search><img_2></search>"
             elif "crop" in plan:
-                seen, box = seek(thing.look, self.shown[images[0].key])
+                seen, box = world.seek(thing.look, self.shown[images[0].key])
                 seen, action = f" {seen}", f"<crop> {box}</crop>"
         return f"<reason> {self.thought.format(thought)}.{seen}</reason>{action}"
 
@@ -324,7 +306,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Conf
         thing = rng.choice(lessons.familiar if i % 2 else group)
         if recipe.toy_crop:
             return policy.question(thing, "name", rng, lessons.pool if i % 4 < 2 else ())
-        return policy.question(thing, "name" if i % 4 < 2 else rng.choice(FACTS), rng)
+        return policy.question(thing, "name" if i % 4 < 2 else rng.choice(world.FACTS), rng)
 
     few = 8 if recipe.toy_crop else 0
 
