@@ -546,8 +546,10 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     assert (tmp_path / "mine" / "thesis.txt").exists()
     (tmp_path / "mine" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # a model's folder is no run either
     assert "holds no run" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'mine'}", "--overwrite")
-    for read in (f"--model={used / 'final'}", f"--judge_cache={used / 'paid.sqlite'}"):
-        assert "would delete" in refused(capfd, *arguments, f"--run_dir={used}", "--overwrite", read)
+    for name, file in (("model", "final"), ("judge_cache", "paid.sqlite"), ("sft_questions", "asked.parquet")):
+        assert "would delete" in refused(
+            capfd, *arguments, f"--run_dir={used}", "--overwrite", f"--{name}={used / file}"
+        )
     assert "was started with lr=0.0002" in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")

@@ -8,20 +8,25 @@ import torch
 
 from toy.world import COLORS, CROP_WORDINGS, FACTS, NUMBERS, PATTERNS, SEEING, SEEKING, SHAPES, SYLLABLES, WORDINGS
 
-CHAT_TEMPLATE = (  # the first part and that of the role `tool` are for calls in JSON
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+TAGS = ("reason", "answer", "search", "text_search", "information")
+JSON_TEMPLATE = (  # with the names of the tools, and their results
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %} {{ tool.function.name }}{% endfor %}</tools>"
     "<|im_end|>\n{% endif %}{% for message in messages %}{% if message['role'] == 'tool' %}"
     "{% if messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user\n{% endif %}"
     "<tool_response>\n{{ message['content'] }}\n</tool_response>"
     "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
-    "{% else %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-TAGS = ("reason", "answer", "search", "text_search", "information")
 JSON_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>")
 JSON_TAGS += ("image_search", "text_search", '{"name": "', '", "arguments": {', '"query": "', '"}}', "}}")
 CROP_TAGS = ("<crop>", "</crop>", "<img_2>", " 0", " 500", " 1000")
@@ -57,7 +62,7 @@ def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> 
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<img>"]
     tags += (CROP_TAGS if crop else ()) + (JSON_TAGS if json_calls else ())
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = JSON_TEMPLATE if json_calls else CHAT_TEMPLATE
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(path)
 
