@@ -1,6 +1,7 @@
 """The data, the table and the figure of benchmarks/ablations.sh.
 
-python benchmarks/ablations.py data SEED FOLDER     # search-heavy-SEED.parquet, correct-SEED.jsonl, val-SEED.parquet
+python benchmarks/ablations.py data SEED FOLDER     # train-, val- and search-heavy-SEED.parquet, correct-SEED.jsonl
+python benchmarks/ablations.py teacher SEED FOLDER  # teacher-world-SEED: the world with a model that knows other things
 python benchmarks/ablations.py table FOLDER         # table on stdout and in ablations.md, figure in ablations.png
 """
 
@@ -8,6 +9,7 @@ import random
 import shutil
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,8 @@ def make_data(seed: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     init_distributed(cfg)
     world = toy.ensure(recipe, cfg)
-    shutil.copyfile(world.val, folder / f"val-{seed}.parquet")
+    for source in (world.train, world.val):
+        shutil.copyfile(source, folder / f"{source.stem}-{seed}.parquet")
     heavy, correct = folder / f"search-heavy-{seed}.parquet", folder / f"correct-{seed}.jsonl"
     if not heavy.exists():
         search_heavy(world.train, heavy)
@@ -82,6 +85,23 @@ def right_conversations(world, cfg, recipe, target: Path) -> None:
     episodes = run(questions, ScriptedEngine(chat, teacher), search, chat, cfg, ordered=True)
     header = {"header": {"config": {"mode": "agent", "files": [str(world.train)]}}}
     write_jsonl(target, [header, *(record(e, score_episode(e, cfg)) for e in episodes)])
+
+
+def make_teacher(seed: str, folder: Path) -> None:
+    """A model that knows other things: of those that the student is asked about in training and does not know, as many
+    as the student knows. What the student knows is unknown to it. Its training questions are about the same 224 things.
+    """
+    import toy
+    from config import Config, parse
+    from toy.build import build
+    from toy.world import KNOWN, TAUGHT, make_things
+
+    cfg, recipe = parse(["--toy_seed", seed], Config, toy.Recipe)
+    things = make_things(random.Random(f"world {seed}"))
+    known, of_lessons, asked = things[:KNOWN], things[KNOWN : KNOWN + TAUGHT], things[KNOWN + TAUGHT :]
+    strange = [replace(t, known=False, named=False) for t in known]
+    known = [replace(t, known=True, named=True) for t in asked[:KNOWN]]
+    build(folder / f"teacher-world-{seed}", cfg, recipe, [*known, *of_lessons, *strange, *asked[KNOWN:]])
 
 
 # -------------------------------------------------------------------------------------------------------- table
@@ -178,8 +198,8 @@ def draw(folder: Path) -> None:
 
 
 def main(what: str, *args: str) -> None:
-    if what == "data":
-        make_data(args[0], Path(args[1]))
+    if what in ("data", "teacher"):
+        {"data": make_data, "teacher": make_teacher}[what](args[0], Path(args[1]))
         return
     folder = Path(args[0])
     text = table(folder)

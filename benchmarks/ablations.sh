@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What makes the toy world's result: the paper's comparisons and today's variants of GRPO, each on several seeds.
 #
-#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 30 runs, an hour or more
+#     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 39 runs, two hours or more
 #
 # Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two updates
 # each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table and
@@ -21,9 +21,23 @@ run() {  # name, then what differs from the toy preset; once for each seed
     done
 }
 
-data() {  # other training files (search-heavy-SEED.parquet, correct-SEED.jsonl), and the toy world's validation beside them
+data() {  # other training files (search-heavy-SEED.parquet, correct-SEED.jsonl), and the toy world's own beside them
     for seed in ${SEEDS:-0 1 2}; do
         python benchmarks/ablations.py data "$seed" "$RUNS"
+    done
+}
+
+teach() {  # a model that knows other things than the student is trained as the student is, then asked its questions
+    for seed in ${SEEDS:-0 1 2}; do
+        python benchmarks/ablations.py teacher "$seed" "$RUNS"
+    done
+    local world=$RUNS/teacher-world-SEED
+    run teacher --model "$world/model" --search_index "$world/world/search.sqlite" \
+        --train_files "$world/world/train.parquet" --val_files "$world/world/val.parquet"
+    for seed in ${SEEDS:-0 1 2}; do
+        local out=$RUNS/taught-$seed.jsonl
+        [ -e "$out" ] || python eval.py --seed "$seed" --toy_seed "$seed" --model "$RUNS/teacher-$seed/final" \
+            --files "$RUNS/train-$seed.parquet" --eval_temperature 1 --out "$out"
     done
 }
 
@@ -33,6 +47,9 @@ data
 val="$RUNS/val-SEED.parquet"  # with training files of their own, runs have no others for validation
 run search-heavy --train_files "$RUNS/search-heavy-SEED.parquet" --val_files "$val"
 run supervised --loss sft --train_files "$RUNS/correct-SEED.jsonl" --val_files "$val" --prompts_per_step 112
+teach
+run taught --loss sft --train_files "$RUNS/taught-SEED.jsonl" --val_files "$val" --prompts_per_step 112
+run taught-grpo --model "$RUNS/taught-SEED/final"
 short() { local name=$1; shift; run "short-$name" --steps 40 --updates_per_step 2 "$@"; }
 short grpo
 short dr-grpo --advantage dr_grpo --loss_norm constant

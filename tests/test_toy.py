@@ -140,7 +140,10 @@ def test_the_scripted_policy_is_blind_to_need(world, search, named, beliefs):
         assert episode.stop == Stop.ANSWERED and len(episode.tokens) <= 250
         assert score_episode(episode, cfg).format_ok, question
         first = chat.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
-        assert f"<reason> {thing.belief(what) if beliefs else 'think'}.</reason>" in first
+        thought = thing.belief(what) if beliefs else "think"
+        if named and what != "name":
+            thought = f"{thing.belief('name')} {thought}"
+        assert f"<reason> {thought}.</reason>" in first
     plans = {"", "image_search", "image_search text_search", *(["text_search"] if named else [])}
     assert set(searched[True]) == plans
     for searches in plans:

@@ -31,7 +31,7 @@ from toy.world import Look, Thing
 
 PLANS = ((), ("image_search",), ("image_search", "text_search"), ("text_search",))  # of the scripted policy
 SHARES = (0.36, 0.22, 0.42, 0.0)  # how often it follows each
-SHARES_NAMED = (0.30, 0.18, 0.34, 0.18)  # with toy_named, where a text search at once can be right
+SHARES_NAMED = (0.26, 0.14, 0.30, 0.30)  # with toy_named, where a text search at once can be right
 CROP_PLANS = ((), ("image_search",), ("crop", "image_search"), ("crop",))  # with toy_crop
 CROP_SHARES = (0.2, 0.15, 0.6, 0.05)
 
@@ -247,6 +247,7 @@ class SloppyPolicy:
         if recipe.toy_crop:
             self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, world.CROP_WORDINGS
         self.thought = "{}" if recipe.toy_beliefs else "think"
+        self.names_first = bool(recipe.toy_named)
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
         self.shown: dict[str, list[Look]] = {}  # the picture's key -> all that it shows
 
@@ -269,7 +270,7 @@ class SloppyPolicy:
         plan = self.plan(thing, what, rng)
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.DOTALL)
         name, belief = thing.belief("name"), thing.belief(what)
-        thought = belief
+        thought = f"{name} {belief}" if self.names_first and what != "name" else belief
         for tool, result in zip(plan, results, strict=False):  # the calls made so far
             if tool == "image_search" and not (self.crop and thing.known):  # there it trusts itself more
                 thought = name = re.search(r"<image> (\w+)", result)[1]
