@@ -509,7 +509,7 @@ def asked(refill, equal, place):
     while question:
         ids.append(question.id)
         refill.earned_the_same = lambda episodes: episodes[0].question.id in equal
-        question = refill([SimpleNamespace(question=question)])
+        question = refill([SimpleNamespace(question=question, group=(refill.step, question.id))])
     return ids
 
 
@@ -522,7 +522,7 @@ def test_what_replaces_what(cfg, device):
     def chains(order, equal=everything, step=0, **changes):
         refill = rollout.Refill(questions[:4], questions, {}, step, replace(cfg, **changes))
         found = {place: asked(refill, equal, place) for place in order}
-        assert {found[place][-1]: place for place in order}.items() <= refill.numbers.items()
+        assert {(step, found[place][-1]): place for place in order}.items() <= refill.numbers.items()
         return found, refill
 
     whole, refill = chains(range(4))
