@@ -348,7 +348,6 @@ class Episode:
     question: Question
     chat: Chat = field(repr=False)
     sample: int = 0
-    step: int = 0  # whose question it is
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -359,13 +358,14 @@ class Episode:
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
+    step: int = 0  # whose question it is
     trained_end: int | None = None  # nothing from this token on is trained on (None: no such limit)
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
     @classmethod
     def start(cls, question: Question, chat: Chat, sample=0, template: str | None = None, step=0) -> "Episode":
         """template: instead of the prompt file question.txt."""
-        episode = cls(question, chat, sample, step)
+        episode = cls(question, chat, sample, step=step)
         episode._append(*chat.prompt(question, template))
         return episode
 
