@@ -189,7 +189,7 @@ def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> 
     old_logp[S], sampler_logp[S]: float32, of the same weights, by the trainer and as the sampler reported. Returns [S].
 
     With --carry_over some tokens were drawn with the weights of an earlier step. For these sampler_logp is of those
-    weights, and the PPO clip is around them, too. With w = exp(old_logp - sampler_logp) and r = exp(logp - sampler_logp)
+    weights, and so is the PPO clip. With w = exp(old_logp - sampler_logp) and r = exp(logp - sampler_logp)
 
         loss = -min(w, cap) / w · min(r·A, clip(r, 1 - low, 1 + high)·A)
 
