@@ -372,11 +372,11 @@ class Episode:
     @property
     def name(self) -> str:
         """Tells the conversations of a step apart."""
-        return f"{self.question.id} sample {self.sample}"
+        return f"{self.question.id} of step {self.step}, sample {self.sample}"
 
     @property
     def group(self) -> tuple[int, str]:
-        """What it is compared within: the conversations about the question in that step."""
+        """It is compared with those about the same question of the same step."""
         return self.step, self.question.id
 
     @property

@@ -188,16 +188,14 @@ def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> 
 
     old_logp[S], sampler_logp[S]: float32, of the same weights, by the trainer and as the sampler reported. Returns [S].
 
-    With --carry_over some tokens were drawn with the weights of an earlier step. For these sampler_logp is of those
-    weights, and so is the PPO clip. With w = exp(old_logp - sampler_logp) and r = exp(logp - sampler_logp)
+    With --carry_over some tokens were drawn with the weights of an earlier step, and sampler_logp is of those weights.
+    For these tokens alone, with w = exp(old_logp - sampler_logp) and r = exp(logp - sampler_logp),
 
         loss = -min(w, cap) / w · min(r·A, clip(r, 1 - low, 1 + high)·A)
 
-    whose gradient, before the first update of a step (r = w), is -min(r, cap)·A·grad logp, or 0 where clipped. So the
-    cap is needed where A < 0, which PPO leaves unbounded. Tokens of the step's own weights keep w·(clip around
-    old_logp): between sampler and trainer there is only rounding, which is no reason to clip. TRL's AsyncGRPOTrainer
-    clips around the sampler as well, all tokens, without a cap; decoupled PPO (AReaL, arXiv 2505.24298) multiplies by w
-    and clips around a recent policy instead: then stale tokens are never clipped at a step's first update.
+    whose gradient at a step's first update (r = w) is -min(r, cap)·A·grad logp, or 0 where clipped; A < 0 needs the
+    cap. Other tokens are off by rounding only, no reason to clip. TRL's AsyncGRPOTrainer clips all tokens around the
+    sampler, without a cap; AReaL (arXiv 2505.24298) multiplies by w and clips around the trainer's recent weights.
     """
     _check_shapes(old_logp=old_logp, sampler_logp=sampler_logp)
     return (old_logp - sampler_logp).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)

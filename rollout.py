@@ -195,8 +195,7 @@ class Rollout:
 
         quota: carry conversations over. The run ends when so many groups are finished, and all that may not become
         older; the oldest are returned. Turns in the engine are finished first, so that each has one version of the
-        weights. What else goes on stays for the next run, tool calls included. asked: each question's step, if not this
-        one.
+        weights. What else goes on stays for the next run, with its calls. asked: each question's step, if not this one.
         """
         if self.group and dist.get_rank(self.group):
             self._follow()
@@ -218,7 +217,6 @@ class Rollout:
         self.progress, self.names, self.waited, self.ending = progress, map(str, itertools.count()), 0.0, False
         try:
             self._drive()
-            self._finish_turns()
         finally:
             if quota is None:
                 self.close()
@@ -246,7 +244,8 @@ class Rollout:
         deadline = time.monotonic() + (self.cfg.rollout_deadline or 1e9)
         while self.conversations and not self._enough():
             if time.monotonic() > deadline:
-                return self._abort()
+                self._abort()
+                break
             while self.waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
                 index, held = self.waiting.popleft()
                 self._start(index, held) if held else self._advance(index, None)
@@ -254,6 +253,9 @@ class Rollout:
                 self._step()
             if self.calling:
                 self._collect(deadline)
+        self.ending = True  # what conversations ask of the engine from now on is held until the next run
+        while self.generating:
+            self._step()
 
     def _enough(self):
         """Whether as many groups are finished as the run is to return, and all that were asked carry_over steps ago."""
@@ -264,12 +266,6 @@ class Rollout:
     def _step(self):
         for reply in self._command("step"):
             self._advance(self.generating.pop(reply.request_id), reply)
-
-    def _finish_turns(self):
-        """Leave the engine empty: what conversations ask of it from now on is held until the next run."""
-        self.ending = True
-        while self.generating:
-            self._step()
 
     def _advance(self, index, answer, start=True):
         """Send a conversation what it waited for, and start what it asks for next, unless told not to."""
@@ -321,12 +317,10 @@ class Rollout:
             self._advance(self.calling.pop(future), future.result())
 
     def _abort(self):
-        """The deadline has passed: what is unfinished, of the groups that this run returns, is aborted and keeps the
-        tokens it has."""
+        """The deadline has passed: what is unfinished of the groups to return is aborted and keeps the tokens it has."""
         self.refill = None
         late = {i for i, (group, _) in self.conversations.items() if group in self.groups[: self.quota]}
-        names = [name for name, index in self.generating.items() if index in late]
-        for reply in self._command("abort", names):
+        for reply in self._command("abort", [name for name, index in self.generating.items() if index in late]):
             self._advance(self.generating.pop(reply.request_id), reply)
         for index, held in self.waiting:
             if index in late and not held:

@@ -112,9 +112,7 @@ def assign_ranks(loads: list[tuple[int, int, int]], per_update: int, ranks: int)
 
 
 # ------------------------------------------------------------------------------------------------------- the update
-def update_policy(
-    model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device, step=0
-) -> dict[str, float]:
+def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg, device, step=0):
     """Update the policy on this rank's samples, together with the other ranks; returns the step's global metrics.
 
     count: questions in the step; its updates_per_step mini-batches are runs of them. Each trained episode is given its
@@ -157,7 +155,7 @@ def update_policy(
 
 PER_TOKEN = (
     "ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3", "mismatch/masked",
-    "mismatch/truncated", "stale/ratio", "stale/clipped", "stale/truncated",
+    "mismatch/truncated", "stale/ratio", "stale/truncated",
 )  # fmt: skip
 
 
@@ -186,7 +184,9 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
     )
     if cfg.carry_over:
         loss = loss * (sampled_logp - old_logp).clamp(max=grpo.MAX_LOG_RATIO).exp()
-        stats |= stale_stats(cfg, stale, (logp.detach() - sampled_logp).exp(), batch.advantage)
+        ratio = (logp.detach() - sampled_logp).exp() * stale
+        stats |= {"stale/tokens": stale.sum(), "stale/ratio": ratio.sum()}
+        stats["stale/truncated"] = (ratio > cfg.importance_cap).sum()
     if batch.ref_logp is not None:
         kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
@@ -205,16 +205,6 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
         loss, stats["mismatch/truncated"] = loss * weight, ((weight >= cfg.importance_cap) & ~stale).sum()
     weights, count = grpo.token_weights(batch.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
     return (loss * weights).sum(), count + batch.extra_count, stats
-
-
-def stale_stats(cfg: Config, stale: torch.Tensor, ratio: torch.Tensor, advantage: torch.Tensor):
-    """Sums over the tokens that older weights drew: how many, their ratio to these weights, and how many lose their
-    gradient to the clip or have it truncated."""
-    ratio, up = ratio[stale], advantage[stale] > 0
-    clipped = torch.where(up, ratio > 1 + cfg.clip_high, ratio < 1 - cfg.clip_low)
-    truncated = ~clipped & (ratio > cfg.importance_cap)
-    sums = {"tokens": stale, "ratio": ratio, "clipped": clipped, "truncated": truncated}
-    return {f"stale/{name}": values.sum().float() for name, values in sums.items()}
 
 
 def age_metrics(samples: list[Sample], step: int, device) -> dict[str, float]:
@@ -477,12 +467,10 @@ class Run:
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
         """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
-        gaps = [(e.group, e.sample, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]
-        gaps = {(group, sample): gap for group, sample, gap in all_gather(gaps)}
+        gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
         records = []
         for s in samples:
-            gap = gaps.get((s.episode.group, s.episode.sample))
-            more = {"step": step, "advantage": s.advantage, "logp_gap": gap}
+            more = {"step": step, "advantage": s.advantage, "logp_gap": gaps.get(s.episode.name)}
             more |= {"asked": s.episode.step} if self.cfg.carry_over else {}
             records.append({**record(s.episode, s.score), **more})
         records = all_gather(records)

@@ -479,12 +479,12 @@ def test_a_further_question_starts_while_others_run(cfg, folder, ordered):
     engine = Watched(chat, script)
     episodes = run(questions[:2], engine, late, chat, cfg, samples=2, refill=refill, ordered=ordered)
     assert [e.name for e in episodes] == [f"q{q} sample {s}" for q in (0, 1, 2, 3) for s in (0, 1)]
-    assert sorted(told) == [[f"q{q} sample 0", f"q{q} sample 1"] for q in range(4)]
+    assert sorted(told) == [[f"q{q} of step 0, sample {s}" for s in range(2)] for q in range(4)]
     assert all(e.stop == Stop.ANSWERED for e in episodes) and engine.queue == []
     if ordered:  # the same batches, whatever the timing
         assert engine.batches == [["0", "0", "1", "1"], ["2", "2"], ["1", "1", "3", "3"]]
     else:
-        assert told[-1][0] == "q1 sample 0" and [r.status for _, r in episodes[2].calls] == ["ok"]
+        assert told[-1][0] == "q1 of step 0, sample 0" and [r.status for _, r in episodes[2].calls] == ["ok"]
 
 
 def test_the_deadline_ends_a_refill(cfg, folder, monkeypatch):
