@@ -317,7 +317,7 @@ class Rollout:
             self._advance(self.calling.pop(future), future.result())
 
     def _abort(self):
-        """The deadline has passed: what is unfinished of the groups to return is aborted and keeps the tokens it has."""
+        """The deadline has passed: what is unfinished of the groups to return is aborted, and keeps its tokens."""
         self.refill = None
         late = {i for i, (group, _) in self.conversations.items() if group in self.groups[: self.quota]}
         for reply in self._command("abort", [name for name, index in self.generating.items() if index in late]):

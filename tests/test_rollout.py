@@ -478,7 +478,7 @@ def test_a_further_question_starts_while_others_run(cfg, folder, ordered):
     late = Search(lambda *_: None if over.wait(0.2 if ordered else 20) else Result("error"))
     engine = Watched(chat, script)
     episodes = run(questions[:2], engine, late, chat, cfg, samples=2, refill=refill, ordered=ordered)
-    assert [e.name for e in episodes] == [f"q{q} sample {s}" for q in (0, 1, 2, 3) for s in (0, 1)]
+    assert [(e.question.id, e.sample) for e in episodes] == [(f"q{q}", s) for q in (0, 1, 2, 3) for s in (0, 1)]
     assert sorted(told) == [[f"q{q} of step 0, sample {s}" for s in range(2)] for q in range(4)]
     assert all(e.stop == Stop.ANSWERED for e in episodes) and engine.queue == []
     if ordered:  # the same batches, whatever the timing
