@@ -55,9 +55,10 @@ class Versioned(ScriptedEngine):
 
 
 def chatty(prompt, images, sampling):
-    """Searches until its turns or calls are used up, asks in vain, or answers."""
+    """Searches until its turns or calls are used up, names a picture that is not there (which no tool sees, so that the
+    next turn follows at once), or answers."""
     die = random.Random(sampling.seed).random()
-    return IMAGE if die < 0.2 else TEXT if die < 0.7 else "<visit>nowhere</visit>" if die < 0.8 else ANSWER
+    return IMAGE if die < 0.2 else TEXT if die < 0.65 else "<search><img_9></search>" if die < 0.8 else ANSWER
 
 
 def slow(call, about):
@@ -86,7 +87,7 @@ def test_nothing_is_lost_or_split_or_too_old_over_many_steps(cfg, folder, device
     cfg = replace(cfg, carry_over=most, importance_cap=2.0, concurrency=40, tool_threads=40, max_tokens=170)
     chat, search = Chat(folder, cfg), Search(slow)
     rollout = Rollout(Versioned(chat, chatty), search, chat, cfg)
-    validated = []
+    rollout.engine.abort, validated = lambda ids: not ids or pytest.fail("a turn was thrown away"), []
 
     def validate(step):
         if step % 5 == 2:
@@ -111,7 +112,8 @@ def test_nothing_is_lost_or_split_or_too_old_over_many_steps(cfg, folder, device
             seen[*e.group, e.sample] += 1
     assert seen == Counter((i // size, q.id, sample) for i, q in enumerate(questions) for sample in range(samples))
     made = Counter((e.question.id, call) for episodes in found for e in episodes for call, _ in e.calls)
-    assert Counter(search.calls) == Counter({key: n for key, n in made.items() if not key[1].problem})
+    assert Counter(search.calls) == Counter({key: n for key, n in made.items() if not key[1].picture})
+    assert any(call.picture for _, call in made)
     assert ages[0] and sum(ages.values()) - ages[0] > 100 and not rollout.groups and not rollout.conversations
     assert [[r["question_id"] for r in records] for records in validated] == [["q0", "q1", "q2"]] * 5
     rollout.close()
