@@ -335,6 +335,7 @@ def step_seconds(work: Work, carry_over: int, slow: bool, seed: int) -> list[flo
     cfg = replace(work.cfg, carry_over=carry_over, importance_cap=2.0)
     held = rollout.Rollout(Meter(work.engine), SearchAnyone(seed, slow), work.chat, cfg)
     seconds, asked, warm = [], 0, carry_over + 1
+    work.engine.load_weights(work.weights, 0)
     for step in range(warm + COUNTED):
         started = time.perf_counter()
         now = range(asked, step + cfg.steps_ahead + 1)
