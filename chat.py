@@ -358,25 +358,39 @@ class Episode:
     results_cut: int = 0  # results that were shown in part, for want of room
     more_results: bool = False  # further calls of the last turn are still to be answered
     stop: Stop | None = None
+    step: int = 0  # whose question it is
     trained_end: int | None = None  # nothing from this token on is trained on (None: no such limit)
     logp_gap: object = None  # float32 tensor: trainer's minus sampler's log-prob of its sampled tokens, once trained on
 
     @classmethod
-    def start(cls, question: Question, chat: Chat, sample: int = 0, template: str | None = None) -> "Episode":
+    def start(cls, question: Question, chat: Chat, sample=0, template: str | None = None, step=0) -> "Episode":
         """template: instead of the prompt file question.txt."""
-        episode = cls(question, chat, sample)
+        episode = cls(question, chat, sample, step=step)
         episode._append(*chat.prompt(question, template))
         return episode
 
     @property
     def name(self) -> str:
         """Tells the conversations of a step apart."""
-        return f"{self.question.id} sample {self.sample}"
+        return f"{self.question.id} of step {self.step}, sample {self.sample}"
+
+    @property
+    def group(self) -> tuple[int, str]:
+        """It is compared with those about the same question of the same step."""
+        return self.step, self.question.id
 
     @property
     def responses(self) -> list[str]:
         """The text of each of the model's turns, without the token that ended it."""
         return [self.chat.decode_reply(self.tokens[t.start : t.end]) for t in self.turns]
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the weights that drew each token; 0 where none did."""
+        versions = [0] * len(self.tokens)
+        for turn in self.turns:
+            versions[turn.start : turn.end] = [turn.version] * (turn.end - turn.start)
+        return versions
 
     @property
     def trained(self) -> list[bool]:
@@ -473,7 +487,7 @@ class Episode:
         its images only their numbers; tool pictures as the bytes the sampler saw. The calls stay here, counted."""
         own = self.question.images
         images = [(own.index(p.data) if p.data in own else p.data, p.thumbnail) for p in self.images]
-        names = ("sample", "tokens", "sampled", "logprobs", "turns", "stop", "trained_end")
+        names = ("sample", "step", "tokens", "sampled", "logprobs", "turns", "stop", "trained_end")
         kept = {name: getattr(self, name) for name in names}
         return dict(question_id=self.question.id, images=images, kept=kept)
 

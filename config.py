@@ -147,6 +147,7 @@ class Config(Options):
     prompts_per_step: int = option(14, "questions a step, over all ranks", "above 0")
     samples_per_prompt: int = option(8, "conversations about each question: the group of GRPO", "above 0")
     refill_groups: int = option(0, "replace a question of equal rewards, up to n times (0: off)", "at least 0")
+    carry_over: int = option(0, "unfinished conversations go on in up to n further steps (0: off)", "at least 0")
     dialect: str = option("tags", "calls in the paper's tags, or in Qwen's JSON", ("tags", "json"), marks="model")
     max_turns: int = option(3, "turns of the model in a conversation", "above 0", marks="model")
     tool_limits: tuple[str, ...] = option((), "calls in a conversation, TOOL=N (else the tools' own)", marks="model")
@@ -220,6 +221,11 @@ class Config(Options):
         _check_combinations(self)
 
     @property
+    def steps_ahead(self) -> int:
+        """With carry-over, questions are asked so many steps early: so old are groups on average, half of the most."""
+        return (self.carry_over + 1) // 2
+
+    @property
     def searches_web(self) -> bool:
         """True if this process itself asks the web."""
         return self.search in ("live", "record")
@@ -274,6 +280,11 @@ def _check_combinations(c):
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(c.reward == "match" or not c.refill_groups, "refill_groups needs --reward match: verdicts may come too late")
+    sequence, cap = c.ratio == "sequence", "to correct for the weights that sampled; 2 is usual"
+    clashes = dict(deterministic=c.deterministic, refill_groups=c.refill_groups, ratio=sequence)
+    for name, given in (clashes | dict(loss=c.loss == "sft", reward=c.reward == "judge")).items():
+        need(not (c.carry_over and given), f"carry_over and {name}={getattr(c, name)} exclude each other")
+    need(c.importance_cap or not c.carry_over, f"carry_over needs --importance_cap, {cap}")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
     fast = c.attention in ("flash", "varlen")
     need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")

@@ -187,6 +187,15 @@ def truncated_importance(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> 
     (truncated importance sampling; fengyao.notion.site/off-policy-rl; a cap of 2 is usual).
 
     old_logp[S], sampler_logp[S]: float32, of the same weights, by the trainer and as the sampler reported. Returns [S].
+
+    With --carry_over some tokens were drawn with the weights of an earlier step, and sampler_logp is of those weights.
+    For these tokens alone, with w = exp(old_logp - sampler_logp) and r = exp(logp - sampler_logp),
+
+        loss = -min(w, cap) / w · min(r·A, clip(r, 1 - low, 1 + high)·A)
+
+    whose gradient at a step's first update (r = w) is -min(r, cap)·A·grad logp, or 0 where clipped; A < 0 needs the
+    cap. Other tokens are off by rounding only, no reason to clip. TRL's AsyncGRPOTrainer clips all tokens around the
+    sampler, without a cap; AReaL (arXiv 2505.24298) multiplies by w and clips around the trainer's recent weights.
     """
     _check_shapes(old_logp=old_logp, sampler_logp=sampler_logp)
     return (old_logp - sampler_logp).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)

@@ -73,11 +73,11 @@ def init_distributed(cfg: Config) -> torch.device:
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    """Whether a run with these options is repeated to the bit: the clock, the web and vLLM's batches never are."""
+    """Whether a run with these options is repeated to the bit: what the clock, the web or vLLM decide never is."""
     if cfg.deterministic is not None:
         return cfg.deterministic
     repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay")
-    return device.type == "cpu" and repeatable and not cfg.rollout_deadline
+    return device.type == "cpu" and repeatable and not cfg.rollout_deadline and not cfg.carry_over
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -295,6 +295,7 @@ class PackedBatch:
     target: Tensor  # long [S]
     sequence: Tensor  # long [S]: which of `episodes`
     sampler_logp: Tensor  # float32 [S]
+    version: Tensor  # long [S]: of the weights that drew it
     advantage: Tensor  # float32 [S]
     old_logp: Tensor | None = None  # float32 [S]: before the first update, where there are several
     ref_logp: Tensor | None = None  # float32 [S]: of the reference model, where there is one
@@ -366,6 +367,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
         target=ids[trained],
         sequence=sequence,
         sampler_logp=logprobs[trained],
+        version=torch.tensor([version for e in episodes for version in e.versions])[trained],
         advantage=torch.tensor(advantages, dtype=torch.float32)[sequence],
     )
 

@@ -12,6 +12,7 @@ tensor-parallel vLLM, the first of them has the conversations and the others rep
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
 import re
 import time
@@ -60,10 +61,10 @@ def converse(
 ) -> Conversation:
     """One conversation. Yields Generate or Call, is sent Reply or Result, or None when its rollout has run out of time;
     returns the Episode with its `stop` set. template: instead of the prompt file question.txt."""
-    episode = Episode.start(question, chat, sample, template)
+    episode = Episode.start(question, chat, sample, template, step)
     left = Counter(limits(cfg))
     while not episode.stop:
-        text = yield from _speak(episode, cfg, step, temperature)
+        text = yield from _speak(episode, cfg, temperature)
         if episode.stop:
             break
         calls = parse_calls(text, cfg.dialect)
@@ -80,10 +81,10 @@ def converse(
     return episode
 
 
-def _speak(episode, cfg, step, temperature):
+def _speak(episode, cfg, temperature):
     """The model's next turn: appends it and returns its text; sets the episode's stop if it was cut short."""
     room = min(cfg.max_tokens_per_turn, episode.room())
-    seed = turn_seed(cfg.seed, step, episode.question.id, episode.sample, len(episode.turns))
+    seed = turn_seed(cfg.seed, *episode.group, episode.sample, len(episode.turns))
     reply = yield Generate(list(episode.tokens), list(episode.images), Sampling(temperature, room, seed))
     if reply is None:
         episode.stop = Stop.ABORTED
@@ -122,7 +123,7 @@ def converse_always_searching(
     The model generates two turns, the query and the answer. The turn that asks for the image search is a prompt file,
     and if the model gives no query, what it says instead is searched for.
     """
-    episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]))
+    episode = Episode.start(question, chat, sample, chat.template(FIRST_PROMPTS["pipeline"]), step)
     call = Call("image_search")
     if not episode.add_words(chat.template("pipeline_image_search")):
         episode.stop = Stop.MAX_TOKENS
@@ -130,7 +131,7 @@ def converse_always_searching(
         if not episode.stop:
             yield from _call_tool(episode, call, chat.template(f"pipeline_after_{tool}"))
         if not episode.stop:
-            text = yield from _speak(episode, cfg, step, temperature)
+            text = yield from _speak(episode, cfg, temperature)
         if episode.stop:
             return episode
         call = Call("text_search", query_in(text, cfg.dialect) or question.text)
@@ -148,6 +149,15 @@ def query_in(text: str, dialect: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- many at once
+@dataclass(eq=False)
+class Group:
+    """The conversations about a question of a step."""
+
+    question: Question
+    step: int  # that the question belongs to
+    episodes: list[Episode] = field(default_factory=list)  # of conversations that have ended
+
+
 class Rollout:
     """Runs conversations with an engine and a search. Each waits for the engine (`generating`) or a tool (`calling`).
 
@@ -162,95 +172,134 @@ class Rollout:
         self.judge = judge
         self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
+        self._begin()
+
+    def _begin(self):
+        """What a run leaves to the next one, where it carries conversations over: nothing yet."""
+        self.groups: list[Group] = []  # in the order in which they were asked
+        self.conversations: dict[int, tuple[Group, Conversation]] = {}  # that have not ended
+        self.waiting: deque[tuple[int, Generate | None]] = deque()  # to be admitted; None: they have not begun
+        self.calling: dict[Future, int] = {}
+        self.numbers, self.pool = itertools.count(), ThreadPoolExecutor(self.cfg.concurrency)
 
     def run(
-        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None, refill=None
-    ) -> list[Episode]:
+        self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None,
+        refill=None, quota: int | None = None, asked: list[int] | None = None,
+    ) -> list[Episode]:  # fmt: skip
         """`samples` conversations about each question; episodes come back question by question, sample by sample.
 
         mode: agent (tools on demand), direct (one turn, no tool is offered), pipeline (always both searches).
         progress(episode) is called at the end of each conversation; refill(episodes) when all about a question have
         ended, in time: the further question that it returns, or None, is asked in the same rollout, and its episodes
         come after the others. Ranks that follow another's engine get none.
+
+        quota: carry conversations over. The run ends when so many groups are finished, and all that may not become
+        older; the oldest are returned. Turns in the engine are finished first, so that each has one version of the
+        weights. What else goes on stays for the next run, with its calls. asked: each question's step, if not this one.
         """
         if self.group and dist.get_rank(self.group):
             self._follow()
             return []
+        if quota is None:
+            self._begin()
         cfg, talk = self.cfg, converse
         if mode == "pipeline":
             talk = converse_always_searching
         if mode == "direct":
             cfg = replace(cfg, max_turns=1)
             talk = partial(converse, template=self.chat.template(FIRST_PROMPTS[mode]))
-        self.talk = partial(talk, chat=self.chat, cfg=cfg, step=step, temperature=temperature)
-        self.conversations, self.waiting, self.samples, self.refill = [], deque(), samples, refill
-        self.ended: dict[str, list[Episode]] = defaultdict(list)  # by question
-        for question in questions:
-            self._queue(question)
+        self.talk = partial(talk, chat=self.chat, cfg=cfg, temperature=temperature)
+        self.step, self.samples, self.refill, self.quota = step, samples, refill, quota
+        for question, of_step in zip(questions, asked or [step] * len(questions), strict=True):
+            self._queue(question, of_step)
         self.generating: dict[str, int] = {}
-        self.calling: dict[Future, int] = {}
         self.due: list[Future] = []  # ordered: the calls that are to be answered next
-        self.episodes: dict[int, Episode] = {}
-        self.progress, self.names, self.waited = progress, map(str, itertools.count()), 0.0
-        self.pool = ThreadPoolExecutor(cfg.concurrency)
+        self.progress, self.names, self.waited, self.ending = progress, map(str, itertools.count()), 0.0, False
         try:
             self._drive()
         finally:
-            self.pool.shutdown(wait=False, cancel_futures=True)  # a tool that hangs must not hold up the others
+            if quota is None:
+                self.close()
             self._command("abort", list(self.generating))  # Ctrl-C or an error: leave the engine empty
             if self.group:
                 dist.broadcast_object_list([None], group_src=0, group=self.group)  # the others leave `_follow`
         if self.judge:
             self.judge.wait()
-        return [self.episodes[index] for index in range(len(self.conversations))]
+        done = [group for group in self.groups if len(group.episodes) == samples][:quota]
+        self.groups = [group for group in self.groups if group not in done]
+        return [episode for group in done for episode in sorted(group.episodes, key=lambda e: e.sample)]
 
-    def _queue(self, question):
+    def close(self) -> None:
+        """Call no more tools; one that hangs must not hold up the others."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _queue(self, question, of_step):
+        self.groups.append(Group(question, of_step))
         for sample in range(self.samples):
-            self.waiting.append(len(self.conversations))
-            self.conversations.append((question, self.talk(question, sample=sample)))
+            index = next(self.numbers)
+            self.waiting.append((index, None))
+            self.conversations[index] = self.groups[-1], self.talk(question, sample=sample, step=of_step)
 
     def _drive(self):
         deadline = time.monotonic() + (self.cfg.rollout_deadline or 1e9)
-        while self.waiting or self.generating or self.calling:
+        while self.conversations and not self._enough():
             if time.monotonic() > deadline:
-                return self._abort()
+                self._abort()
+                break
             while self.waiting and len(self.generating) + len(self.calling) < self.cfg.concurrency:
-                self._advance(self.waiting.popleft(), None)
+                index, held = self.waiting.popleft()
+                self._start(index, held) if held else self._advance(index, None)
             if self.generating:
-                for reply in self._command("step"):
-                    self._advance(self.generating.pop(reply.request_id), reply)
+                self._step()
             if self.calling:
                 self._collect(deadline)
+        self.ending = True  # what conversations ask of the engine from now on is held until the next run
+        while self.generating:
+            self._step()
+
+    def _enough(self):
+        """Whether as many groups are finished as the run is to return, and all that were asked carry_over steps ago."""
+        going_on = [group.step for group in self.groups if len(group.episodes) < self.samples]
+        too_old = min(going_on, default=math.inf) - self.cfg.steps_ahead <= self.step - self.cfg.carry_over
+        return self.quota is not None and len(self.groups) - len(going_on) >= self.quota and not too_old
+
+    def _step(self):
+        for reply in self._command("step"):
+            self._advance(self.generating.pop(reply.request_id), reply)
 
     def _advance(self, index, answer, start=True):
         """Send a conversation what it waited for, and start what it asks for next, unless told not to."""
-        question, conversation = self.conversations[index]
+        group, conversation = self.conversations[index]
         try:
             request = conversation.send(answer)
         except StopIteration as end:
-            self._end(index, question, end.value)
+            del self.conversations[index]
+            self._end(group, end.value)
             return
-        if not start:
-            return
+        if start:
+            self._start(index, request)
+
+    def _start(self, index, request):
         if isinstance(request, Call):
+            question = self.conversations[index][0].question
             self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
+        elif self.ending:
+            self.waiting.appendleft((index, request))  # before what has not begun
         else:
             name = next(self.names)
             self.generating[name] = index
             self._command("submit", name, request.prompt, request.images, request.sampling)
 
-    def _end(self, index, question, episode):
+    def _end(self, group, episode):
         """Keep a finished conversation, and replace its question if the last about it shows no signal."""
-        self.episodes[index] = episode
+        group.episodes.append(episode)
         if self.judge:
             self.judge.ask(episode)
         if self.progress:
             self.progress(episode)
-        group = self.ended[question.id]
-        group.append(episode)
-        further = self.refill(group) if self.refill and len(group) == self.samples else None
+        further = self.refill(group.episodes) if self.refill and len(group.episodes) == self.samples else None
         if further:
-            self._queue(further)
+            self._queue(further, self.step)
 
     def _collect(self, deadline):
         """Hand over the results that have arrived (ordered: that are due); wait for one only if the engine is idle."""
@@ -268,13 +317,17 @@ class Rollout:
             self._advance(self.calling.pop(future), future.result())
 
     def _abort(self):
-        """The deadline has passed: what is unfinished is aborted and keeps the tokens it has."""
-        self.refill, waiting = None, self.waiting
-        for reply in self._command("abort", list(self.generating)):
+        """The deadline has passed: what is unfinished of the groups to return is aborted, and keeps its tokens."""
+        self.refill = None
+        late = {i for i, (group, _) in self.conversations.items() if group in self.groups[: self.quota]}
+        for reply in self._command("abort", [name for name, index in self.generating.items() if index in late]):
             self._advance(self.generating.pop(reply.request_id), reply)
-        for index in waiting:
-            self._advance(index, None, start=False)  # up to its first request, or to its end
-        for index in [*self.calling.values(), *(i for i in waiting if i not in self.episodes)]:
+        for index, held in self.waiting:
+            if index in late and not held:
+                self._advance(index, None, start=False)  # up to its first request, or to its end
+        self.waiting = deque(pair for pair in self.waiting if pair[0] not in late)
+        self.calling = {future: index for future, index in self.calling.items() if index not in late}
+        for index in late & self.conversations.keys():
             self._advance(index, None)
 
     def _command(self, name, *arguments):
@@ -299,7 +352,7 @@ def run(questions: list[Question], engine, search, chat: Chat, cfg: Config, *, o
     return Rollout(engine, search, chat, cfg, ordered).run(questions, **how)
 
 
-def share(items: list, cfg: Config) -> list:
+def share(items: list | range, cfg: Config) -> list | range:
     """This rank's part of what all ranks do together: every n-th item, for the n engines; none for a follower."""
     rank, size = dist.get_rank(), cfg.tensor_parallel
     return [] if rank % size else items[rank // size :: dist.get_world_size() // size]
@@ -316,10 +369,10 @@ class Sample:
     advantage: float | None = None  # None: it is not compared with its group, and not trained on
 
 
-def rate(episodes: list[Episode], numbers: dict[str, int], step: int, cfg: Config, judge=None) -> list[Sample]:
-    """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: question id -> its place
-    in the step; those without one were replaced. judge: as in `Rollout`. All ranks must call it."""
-    samples = [Sample(e, numbers.get(e.question.id), score) for e, score in scored(episodes, step, cfg, judge)]
+def rate(episodes: list[Episode], numbers: dict[tuple, int], step: int, cfg: Config, judge=None) -> list[Sample]:
+    """Scores and advantages of this rank's episodes; whole groups are on one rank. numbers: `Episode.group` -> its
+    place in the step; those without one were replaced. judge: as in `Rollout`. All ranks must call it."""
+    samples = [Sample(e, numbers.get(e.group), score) for e, score in scored(episodes, step, cfg, judge)]
     compared = [s for s in samples if s.number is not None and is_compared(s.episode, s.score, cfg)]
     values = advantages([s.score for s in compared], [s.number for s in compared], step, cfg)
     for sample, value in zip(compared, values.tolist(), strict=True):
@@ -387,18 +440,17 @@ class Refill:
         postponed = {q.id for q in questions if draws.random() < 0.5 and q.id in easy}
         order = sorted([*own, *others], key=lambda q: q.id in postponed)
         self.questions, self.further = order[: len(own)], order[len(own) :]
-        self.numbers = {q.id: number for number, q in enumerate(self.questions)}  # question id -> place; kept ones only
+        self.numbers = {(step, q.id): number for number, q in enumerate(self.questions)}  # as `rate` takes them
         self.replaced = Counter()  # number -> how often
 
     def __call__(self, episodes: list[Episode]) -> Question | None:
-        id = episodes[0].question.id
-        number = self.numbers[id]
+        number = self.numbers[episodes[0].group]
         index = self.replaced[number] * len(self.questions) + number  # in `further`
         left = self.replaced[number] < self.cfg.refill_groups and index < len(self.further)
         if not left or not self.earned_the_same(episodes):
             return None
         self.replaced[number] += 1
-        self.numbers[self.further[index].id] = self.numbers.pop(id)
+        self.numbers[self.step, self.further[index].id] = self.numbers.pop(episodes[0].group)
         return self.further[index]
 
     def earned_the_same(self, episodes):

@@ -114,11 +114,11 @@ def assign_ranks(loads: list[tuple[int, int, int]], per_update: int, ranks: int)
 
 
 # ------------------------------------------------------------------------------------------------------- the update
-def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg: Config, device):
+def update_policy(model, reference, optimizer, samples: list[Sample], count: int, chat: Chat, cfg, device, step=0):
     """Update the policy on this rank's samples, together with the other ranks; returns the step's global metrics.
 
     count: questions in the step; its updates_per_step mini-batches are runs of them. Each trained episode is given its
-    `logp_gap`. Raises NonFinite.
+    `logp_gap`. step: the version of the weights to begin with. Raises NonFinite.
     """
     mini_batches = []
     for part in range(cfg.updates_per_step):
@@ -136,12 +136,15 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             for batch, logp in zip(batches, logps, strict=True):
                 batch.ref_logp = logp
     seconds = time.monotonic() - started
-    totals, loss = Counter(), partial(batch_loss, cfg)
+    totals, loss = Counter(), partial(batch_loss, cfg, step)
     for _ in range(cfg.epochs_per_step):
         for batches in mini_batches:
             sums = policy.update(model, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
-    means = {name: totals[name] / totals["tokens"] for name in PER_TOKEN if totals["tokens"] and name in totals}
+    tokens, stale, means = totals["tokens"], totals["stale/tokens"], {}
+    for name in (name for name in PER_TOKEN if tokens and name in totals):
+        of = {"stale": stale, "mismatch": tokens - stale}.get(name.split("/")[0], tokens)
+        means[name] = totals[name] / max(of, 1.0)
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
@@ -154,7 +157,7 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
 
 PER_TOKEN = (
     "ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3", "mismatch/masked",
-    "mismatch/truncated",
+    "mismatch/truncated", "stale/ratio", "stale/truncated",
 )  # fmt: skip
 
 
@@ -171,21 +174,29 @@ def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, devic
     return batches
 
 
-def batch_loss(cfg: Config, batch: PackedBatch, logp: torch.Tensor, entropy: torch.Tensor):
+def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, entropy: torch.Tensor):
     """(loss, count, stats) of a packed batch for `policy.update`: sums over its sampled tokens, logp and entropy [S].
     The place where the terms of the loss come together."""
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    stale = batch.version < step  # [S], with carry-over; for these tokens, see `grpo.truncated_importance`
+    sampled_logp = torch.where(stale, batch.sampler_logp, old_logp)
     ratio_of = batch.sequence if cfg.ratio == "sequence" else None
     loss, stats = grpo.policy_loss(
-        logp, old_logp, batch.advantage, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
+        logp, sampled_logp, batch.advantage, clip_low=cfg.clip_low, clip_high=cfg.clip_high, sequence_ids=ratio_of
     )
+    if cfg.carry_over:
+        loss = loss * (sampled_logp - old_logp).clamp(max=grpo.MAX_LOG_RATIO).exp()
+        ratio = (logp.detach() - sampled_logp).exp() * stale
+        stats |= {"stale/tokens": stale.sum(), "stale/ratio": ratio.sum()}
+        stats["stale/truncated"] = (ratio > cfg.importance_cap).sum()
     if batch.ref_logp is not None:
         kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    gap = grpo.mismatch(old_logp, batch.sampler_logp)
-    for episode, part in zip(batch.episodes, batch.split((old_logp - batch.sampler_logp).cpu()), strict=True):
-        episode.logp_gap = part
+    gap = grpo.mismatch(sampled_logp, batch.sampler_logp)
+    parts = zip(batch.split((old_logp - batch.sampler_logp).cpu()), batch.split(~stale.cpu()), strict=True)
+    for episode, (part, fresh) in zip(batch.episodes, parts, strict=True):
+        episode.logp_gap = part[fresh]
     stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
     keep = None
     if cfg.trust_bound:
@@ -193,9 +204,17 @@ def batch_loss(cfg: Config, batch: PackedBatch, logp: torch.Tensor, entropy: tor
         stats["mismatch/masked"] = (~keep).sum()
     if cfg.importance_cap:
         weight = grpo.truncated_importance(old_logp, batch.sampler_logp, cfg.importance_cap)
-        loss, stats["mismatch/truncated"] = loss * weight, (weight >= cfg.importance_cap).sum()
+        loss, stats["mismatch/truncated"] = loss * weight, ((weight >= cfg.importance_cap) & ~stale).sum()
     weights, count = grpo.token_weights(batch.sequence, cfg.loss_norm, keep, cfg.max_turns * cfg.max_tokens_per_turn)
     return (loss * weights).sum(), count + batch.extra_count, stats
+
+
+def age_metrics(samples: list[Sample], step: int, device) -> dict[str, float]:
+    """How old the conversations to train on are, over all ranks: steps since their first turn was drawn."""
+    ages = [step - s.episode.turns[0].version for s in samples]
+    sums = all_sum({"age": sum(ages), "carried": sum(age > 0 for age in ages), "n": len(ages)}, device)
+    n, oldest = max(sums["n"], 1.0), policy.all_max(max(ages, default=0), device)
+    return {"stale/share": sums["carried"] / n, "stale/steps": sums["age"] / n, "stale/steps_max": oldest}
 
 
 def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
@@ -259,7 +278,7 @@ class Run:
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered, self.judge)
         self.checkpoint_seconds = 0.0
-        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None}, outcomes={})
+        self.state = dict(step=0, metrics_bytes=0, best={"step": -1, "reward": None}, outcomes={}, carried=[])
         searched = index if cfg.search == "offline" else cfg.search_cache if cfg.search == "replay" else ""
         self.inputs |= {"model": folder, "prompts": prompt_path(cfg.prompts), f"search {cfg.search}": searched}
         inputs = input_ids(self.inputs, [*self.questions.values(), *val])
@@ -320,6 +339,8 @@ class Run:
         self.state["inputs"] = saved["inputs"] | self.state["inputs"]
         own = {"inputs", "threads"} | ({"metrics_bytes", "best"} if self.dir.elsewhere else set())
         self.state |= {key: saved[key] for key in self.state if key in saved and key not in own}
+        carried = len(self.state["carried"])
+        say(f"{carried} questions whose conversations were unfinished are asked again" if carried else "")
 
     def loop(self) -> None:
         cfg = self.cfg
@@ -334,7 +355,8 @@ class Run:
                 metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
                 common = {"lr": policy.learning_rate(step, cfg), "memory_gb": peak_memory_gb(self.device)}
                 self.dir.log({"step": step, "phase": "train", **metrics, **common})
-                self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
+                carried = sorted(all_gather([(g.step, g.question.id) for g in self.rollout.groups]))
+                self.state |= {"step": step + 1, "metrics_bytes": self.dir.position(), "carried": carried}
                 bar.set_postfix_str(progress(metrics))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     self.save()
@@ -355,7 +377,10 @@ class Run:
         self.count_searches()
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
-        samples = rate(episodes, refill.numbers, step, cfg, self.judge)
+        numbers = refill.numbers
+        if cfg.carry_over:  # whichever groups were finished take the places of the step's questions
+            numbers = dict(zip(dict.fromkeys(e.group for e in episodes), share(range(len(own)), cfg), strict=True))
+        samples = rate(episodes, numbers, step, cfg, self.judge)
         judged = self.judge.figures() if self.judge else {}
         if self.device.type == "cuda":
             self.engine.sleep()  # its cache's memory is needed for the update
@@ -364,7 +389,7 @@ class Run:
         mine = rebalance(trained(samples, cfg), len(own), self.questions, self.chat, cfg)
         models = self.policy, self.reference, self.optimizer
         try:
-            learned = update_policy(*models, mine, len(own), self.chat, cfg, self.device)
+            learned = update_policy(*models, mine, len(own), self.chat, cfg, self.device, step)
         except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
             raise
@@ -382,6 +407,7 @@ class Run:
             **judged,
             **refill.metrics(self.device),
             **learned,
+            **(age_metrics(mine, step, self.device) if cfg.carry_over else {}),
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
             "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
@@ -395,12 +421,27 @@ class Run:
         return full_weights(self.policy, policy.compute_dtype(self.cfg, self.device))
 
     def roll_out(self, questions: list[Question], step: int, refill: Refill | None = None) -> list[Episode]:
-        """This rank's conversations of the step."""
+        """This rank's conversations of the step; with carry-over, of as many groups that are finished."""
         cfg, mine = self.cfg, share(questions, self.cfg)
         total, quiet = len(mine) * cfg.samples_per_prompt, dist.get_rank() != 0
+        how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature, refill=refill)
+        if cfg.carry_over:
+            how |= dict(quota=len(mine), refill=None)
+            how["asked"], mine = self.questions_ahead(step, len(questions))
         with tqdm(total=total, desc="rollout", leave=False, disable=quiet) as bar:
-            how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature, refill=refill)
             return self.stopper.rollout(lambda: self.rollout.run(mine, **how, progress=lambda _: bar.update()))
+
+    def questions_ahead(self, step: int, size: int) -> tuple[list[int], list[Question]]:
+        """What this rank asks with carry-over, and the step of each: the questions of steps to come; before them, in a
+        resumed run, those that were carried. Of each step's `size` groups, a rank has as many as it is to finish."""
+        carried = self.state["carried"]
+        asked = range(step + len(carried) // size, min(step + self.cfg.steps_ahead + 1, self.cfg.steps))
+        batches = [[(s, q) for q in questions_of_step(self.train, s, self.cfg)] for s in asked]
+        if step == self.first:
+            again = [(s, self.questions[id]) for s, id in carried]
+            batches = [again[i : i + size] for i in range(0, len(again), size)] + batches
+        pairs = [pair for batch in batches for pair in share(batch, self.cfg)]
+        return [s for s, _ in pairs], [q for _, q in pairs]
 
     def first_look(self, episodes: list[Episode]) -> None:
         """Show a conversation with its mask, and check that sampler and trainer agree before the first update."""
@@ -433,6 +474,7 @@ class Run:
         records = []
         for s in samples:
             more = {"step": step, "advantage": s.advantage, "logp_gap": gaps.get(s.episode.name)}
+            more |= {"asked": s.episode.step} if self.cfg.carry_over else {}
             records.append({**record(s.episode, s.score), **more})
         records = all_gather(records)
         if dist.get_rank() == 0:
@@ -538,6 +580,8 @@ def main() -> None:
         sys.exit(message if dist.get_rank() == 0 else 1)
     except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
         sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
+    finally:
+        run.rollout.close()
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()

@@ -90,7 +90,7 @@ def read_results(path: str | Path) -> tuple[dict, list[dict]]:
     validation: only the greedy ones). Raises InputError if it is neither."""
     header, records = _read(path)
     need(records, f"{path}: holds no conversation")
-    unique = len({key_of(r) for r in records}) == len(records)
+    unique = len({(*key_of(r), r.get("asked")) for r in records}) == len(records)  # asked: as in `train.write_rollouts`
     need(unique, f"{path}: two conversations about the same question have the same sample number")
     return header, records
 

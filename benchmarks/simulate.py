@@ -8,9 +8,10 @@ A turn ends in a call, which the provider begins when its limit of calls a secon
 Nothing of it was measured on a GPU; docs/scale.md says where the figures come from. Three ways to run steps:
 
 together  the GPUs roll out until all conversations are finished, then train: what train.py does without carry-over
-carry     SPARE times a step's groups more are under way. When a step's groups are finished, turns that run are
-          finished, the GPUs train, and the other conversations continue in the next step; their prompts are run again
-          with the new weights. A step waits for groups that began OLDEST steps before. Searches go on meanwhile
+carry     train.py --carry_over 2 (OLDEST). SPARE times a step's groups more are under way. When a step's groups are
+          finished, turns that run are finished, the GPUs train, and the other conversations continue in the next step;
+          their prompts are run again with the new weights. A step waits for groups that began OLDEST steps before.
+          Searches go on meanwhile
 separate  some GPUs only roll out and never stop, the others only train; as many groups are under way as in `carry`.
           The best of SPLITS. Favourable: new weights take the engines no time and leave their caches as they are
 """

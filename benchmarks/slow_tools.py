@@ -2,6 +2,8 @@
 
     python benchmarks/slow_tools.py [--quick] [--out runs/slow_tools.json]                    # in-process engine
     python benchmarks/slow_tools.py --engine asleep                                           # one that needs no core
+    python benchmarks/slow_tools.py --carry_over 4 8                                          # steps, one after another
+    python benchmarks/slow_tools.py train --carry_over 4 --importance_cap 2 ...               # train.py, searches slow
     PYTHONPATH=tests/shim python benchmarks/slow_tools.py --engine vllm              # vLLM, its CPU build
 
 All sample the same conversations: a tiny random model that ends a turn by chance and is taken to have asked for a
@@ -35,10 +37,12 @@ taken in each, and given as median (least - most). The last columns are the simu
 
 import argparse
 import heapq
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -60,12 +64,14 @@ import engines  # noqa: E402
 import policy  # noqa: E402
 import rollout  # noqa: E402
 from chat import Chat, Episode  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, run_main  # noqa: E402
 from data import Call, Hit, Question, Result  # noqa: E402
 from toy import model as toy_model  # noqa: E402
 
 SIZES, TURNS, MEDIAN, P99 = (8, 16, 64, 256), 3, 0.5, 8.0
+SPREAD = math.log(P99 / MEDIAN) / statistics.NormalDist().inv_cdf(0.99)
 SERIAL_UP_TO = 8  # conversations; a serial run with more is simulated
+GROUPS, SAMPLES, COUNTED = 8, 8, 8  # of a step with --carry_over; steps that are counted
 STOP_SHARE = 16  # a turn ends at each token by a chance of about one in this many
 
 
@@ -136,11 +142,10 @@ def draw_waits(count: int, seed: int, slow: bool) -> list[list[float]]:
     """Seconds of each conversation's calls."""
     if not slow:
         return [[0.0] * (TURNS - 1)] * count
-    spread = math.log(P99 / MEDIAN) / statistics.NormalDist().inv_cdf(0.99)
     waits = []
     for number in range(count):
         draws = [np.random.default_rng((seed, number, turn)) for turn in range(TURNS - 1)]
-        waits.append([float(draw.lognormal(math.log(MEDIAN), spread)) for draw in draws])
+        waits.append([float(draw.lognormal(math.log(MEDIAN), SPREAD)) for draw in draws])
     return waits
 
 
@@ -308,6 +313,75 @@ def further_draws(lengths, slow, cost, draws=100):
     return {schedule: np.quantile(values, (0.5, 0.05, 0.95)).tolist() for schedule, values in ratios.items()}
 
 
+# ---------------------------------------------------------------------------------------------------- carry-over
+
+
+class SearchAnyone:
+    """Finds the same page after log-normal seconds, drawn for the number of the call about the question, or at once."""
+
+    def __init__(self, seed, slow):
+        self.seed, self.slow, self.calls = seed, slow, defaultdict(itertools.count)
+
+    def search(self, call, question):
+        if self.slow:
+            draw = random.Random(f"{self.seed} {question.id} {next(self.calls[question.id])}")
+            time.sleep(draw.lognormvariate(math.log(MEDIAN), SPREAD))
+        return Result("ok", (Hit("a page", text="about it, " * 4),))
+
+
+def step_seconds(work: Work, carry_over: int, slow: bool, seed: int) -> list[float]:
+    """Seconds of steps in the steady state: a rollout, then the weights once more, which empties the prefix cache. No
+    trainer: its time would be the tools' as well."""
+    cfg = replace(work.cfg, carry_over=carry_over, importance_cap=2.0)
+    held = rollout.Rollout(Meter(work.engine), SearchAnyone(seed, slow), work.chat, cfg)
+    seconds, asked, warm = [], 0, carry_over + 1
+    work.engine.load_weights(work.weights, 0)
+    cycle = cfg.steps_ahead + 1  # with instant tools one step in so many does all the work: count whole cycles
+    for step in range(warm + -(-COUNTED // cycle) * cycle):
+        started = time.perf_counter()
+        now = range(asked, step + cfg.steps_ahead + 1)
+        pairs = [(s, replace(q, id=f"{s} {q.id}")) for s in now for q in work.questions[:GROUPS]]
+        how = dict(quota=GROUPS, asked=[s for s, _ in pairs]) if carry_over else {}
+        episodes = held.run([q for _, q in pairs], samples=SAMPLES, step=step, **how)
+        assert len(episodes) == GROUPS * SAMPLES and all(len(e.turns) == TURNS for e in episodes)
+        work.engine.load_weights(work.weights, step + 1)
+        asked, seconds = now.stop, [*seconds, time.perf_counter() - started]
+    held.close()
+    return seconds[warm:]
+
+
+def carry_table(args) -> None:
+    """Mean seconds of a step, and of three repeats the ratios, each repeat with other latencies."""
+    print(json.dumps(machine()), f"engine {args.engine}", sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(Path(folder), args.engine, GROUPS * SAMPLES * (1 + (max(args.carry_over) + 1) // 2))
+        step_seconds(work, 0, False, 0)  # warm
+        for seed in range(1 if args.quick else 3):
+            instant, together = (statistics.mean(step_seconds(work, 0, slow, seed)) for slow in (False, True))
+            print(f"instant {instant:.2f} s a step, slow {together:.2f}", flush=True)
+            for most in args.carry_over:
+                at_once, slow = (statistics.mean(step_seconds(work, most, slow, seed)) for slow in (False, True))
+                cells = f"instant {at_once:.2f}, slow {slow:.2f}; to instant without it {slow / instant:.2f}"
+                ratios = f"with it {slow / at_once:.2f}, faster than without {together / slow:.2f} times"
+                print(f"  --carry_over {most}: {cells}, {ratios}; load {os.getloadavg()[0]:.1f}", flush=True)
+        work.engine.close()
+
+
+def train_slowly(argv: list[str]) -> None:
+    """train.py, the searches in its index as slow as above."""
+    import train
+    from search.index import OfflineSearch
+
+    answer = OfflineSearch.search
+
+    def answer_late(self, call, question):
+        time.sleep(random.lognormvariate(math.log(MEDIAN), SPREAD))
+        return answer(self, call, question)
+
+    OfflineSearch.search, sys.argv = answer_late, ["train.py", *argv]
+    run_main(train.main)
+
+
 # -------------------------------------------------------------------------------------------------------- report
 
 
@@ -409,8 +483,14 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        sys.exit(train_slowly(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("torch", "asleep", "vllm"), default="torch")
     parser.add_argument("--quick", action="store_true", help="8 and 64 conversations, once: a minute or two")
     parser.add_argument("--out", default="runs/slow_tools.json")
-    main(parser.parse_args())
+    parser.add_argument(
+        "--carry_over", type=int, nargs="+", help="instead: steps of 64 conversations, with and without"
+    )
+    args = parser.parse_args()
+    carry_table(args) if args.carry_over else main(args)

@@ -41,6 +41,7 @@ needed = {  # what an object cannot be made without, or a field not be set witho
     search_commands.FVQAOptions: {"file": "f", "out": "o"},
     search_commands.AskOptions: {"file": "f"},
     (EvalOptions, "image"): {"question": "q"},
+    (Config, "carry_over"): {"importance_cap": 2.0},
     (Config, "tensor_parallel"): {"engine": "vllm"},
 }
 

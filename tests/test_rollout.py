@@ -478,13 +478,13 @@ def test_a_further_question_starts_while_others_run(cfg, folder, ordered):
     late = Search(lambda *_: None if over.wait(0.2 if ordered else 20) else Result("error"))
     engine = Watched(chat, script)
     episodes = run(questions[:2], engine, late, chat, cfg, samples=2, refill=refill, ordered=ordered)
-    assert [e.name for e in episodes] == [f"q{q} sample {s}" for q in (0, 1, 2, 3) for s in (0, 1)]
-    assert sorted(told) == [[f"q{q} sample 0", f"q{q} sample 1"] for q in range(4)]
+    assert [(e.question.id, e.sample) for e in episodes] == [(f"q{q}", s) for q in (0, 1, 2, 3) for s in (0, 1)]
+    assert sorted(told) == [[f"q{q} of step 0, sample {s}" for s in range(2)] for q in range(4)]
     assert all(e.stop == Stop.ANSWERED for e in episodes) and engine.queue == []
     if ordered:  # the same batches, whatever the timing
         assert engine.batches == [["0", "0", "1", "1"], ["2", "2"], ["1", "1", "3", "3"]]
     else:
-        assert told[-1][0] == "q1 sample 0" and [r.status for _, r in episodes[2].calls] == ["ok"]
+        assert told[-1][0] == "q1 of step 0, sample 0" and [r.status for _, r in episodes[2].calls] == ["ok"]
 
 
 def test_the_deadline_ends_a_refill(cfg, folder, monkeypatch):
@@ -509,7 +509,7 @@ def asked(refill, equal, place):
     while question:
         ids.append(question.id)
         refill.earned_the_same = lambda episodes: episodes[0].question.id in equal
-        question = refill([SimpleNamespace(question=question)])
+        question = refill([SimpleNamespace(question=question, group=(refill.step, question.id))])
     return ids
 
 
@@ -522,7 +522,7 @@ def test_what_replaces_what(cfg, device):
     def chains(order, equal=everything, step=0, **changes):
         refill = rollout.Refill(questions[:4], questions, {}, step, replace(cfg, **changes))
         found = {place: asked(refill, equal, place) for place in order}
-        assert {found[place][-1]: place for place in order}.items() <= refill.numbers.items()
+        assert {(step, found[place][-1]): place for place in order}.items() <= refill.numbers.items()
         return found, refill
 
     whole, refill = chains(range(4))

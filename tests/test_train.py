@@ -456,7 +456,7 @@ def test_what_follows_failed_calls_in_a_row_is_not_trained_on(failing, monkeypat
         earned = zip(numbers, rewards, strict=True)
         scores = {id: reward.Score(value, True, True, 0, "x") for id, value in earned}
         monkeypatch.setattr(rollout, "score_episode", lambda e, *_, scores=scores: scores[e.question.id])
-        samples = train.rate(episodes, numbers, 0, cfg)
+        samples = train.rate(episodes, {(0, id): number for id, number in numbers.items()}, 0, cfg)
         for s, turns, value in zip(samples, map(int, kept), rewards, strict=True):
             spans = [range(t.start, t.end) for t in s.episode.turns]
             trained = [any(i in span for span in spans[:turns]) for i in range(len(s.episode.tokens))]
@@ -879,7 +879,7 @@ def test_which_conversations_train(arguments, monkeypatch):
     def of(*changes):
         """({number: advantage} of those that are compared, the numbers of those that are trained on)"""
         cfg, *_ = parsed([*arguments, *changes])
-        samples.extend(train.rate(episodes, {str(n): n for n in range(4)}, 0, cfg))
+        samples.extend(train.rate(episodes, {(0, str(n)): n for n in range(4)}, 0, cfg))
         kept = train.trained(samples[-12:], cfg)
         rated = {i: s.advantage for i, s in enumerate(samples[-12:]) if s.advantage is not None}
         return rated, [episodes.index(s.episode) for s in kept]
@@ -888,7 +888,7 @@ def test_which_conversations_train(arguments, monkeypatch):
     episodes, samples = [], []
     for i, stop in enumerate(stops):
         calls = [(None, Result("error" if i == 10 else "ok"))]
-        episodes.append(SimpleNamespace(number=i, question=SimpleNamespace(id=str(i // 3)), stop=stop, calls=calls))
+        episodes.append(SimpleNamespace(number=i, group=(0, str(i // 3)), stop=stop, calls=calls))
     rewards = [1.0, 1.0, 0.1, 0.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 0.5, 0.0]
     monkeypatch.setattr(rollout, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
     advantages, kept = of()
