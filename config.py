@@ -117,7 +117,7 @@ class Config(Options):
     accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
     device: str = option("auto", "where to run; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
-    deterministic: bool | None = option(None, "same seed, same bits; auto: CPU, no vLLM, web, deadline", marks="resume")
+    deterministic: bool | None = option(None, "same seed, same bits; auto: CPU, no vLLM, web, clock", marks="resume")
     threads: int = option(1, "CPU threads a process (0: cores / processes)", "at least 0", marks="resume neutral")
     log: str = option("", "also log to this package", ("", "tensorboard", "wandb"), marks="resume neutral")
     shard_size: int = option(0, "ranks that share a copy of the weights, HSDP across them (0: all)", "at least 0")

@@ -42,7 +42,7 @@ from reward import record
 from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
-MAX_MISMATCH = 0.1  # nats a token, on average, at the first step; bf16 alone stays below 0.02
+MAX_MISMATCH = 0.1  # nats a token, on average, at the first step; a random tiny model in bf16 on a CPU has 0.02
 
 
 # ------------------------------------------------------------------------------------------- samples and their ranks
@@ -142,8 +142,9 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             sums = policy.update(model, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     tokens, stale, means = totals["tokens"], totals["stale/tokens"], {}
+    counts = {"stale": stale, "mismatch": tokens - stale}
     for name in (name for name in PER_TOKEN if tokens and name in totals):
-        of = {"stale": stale, "mismatch": tokens - stale}.get(name.split("/")[0], tokens)
+        of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
         means[name] = totals[name] / max(of, 1.0)
     return {
         "loss": totals["loss"] / totals["updates"],
@@ -188,7 +189,7 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
         loss = loss * (sampled_logp - old_logp).clamp(max=grpo.MAX_LOG_RATIO).exp()
         ratio = (logp.detach() - sampled_logp).exp() * stale
         stats |= {"stale/tokens": stale.sum(), "stale/ratio": ratio.sum()}
-        stats["stale/truncated"] = (ratio > cfg.importance_cap).sum()
+        stats["stale/truncated"] = (((old_logp - sampled_logp).exp() > cfg.importance_cap) & stale).sum()
     if batch.ref_logp is not None:
         kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
@@ -337,8 +338,10 @@ class Run:
             what = f"{self.inputs.get(role, 'a picture of the questions')} has changed since {self.dir.resume_from}"
             need(same, f"{what} was made: --accept_changes true continues")
         self.state["inputs"] = saved["inputs"] | self.state["inputs"]
-        own = {"inputs", "threads"} | ({"metrics_bytes", "best"} if self.dir.elsewhere else set())
+        own = {"inputs", "threads"} | ({"metrics_bytes", "best", "carried"} if self.dir.elsewhere else set())
         self.state |= {key: saved[key] for key in self.state if key in saved and key not in own}
+        if any(id not in self.questions for _, id in self.state["carried"]):  # other data: begin as a run begins
+            self.state["carried"] = []
         carried = len(self.state["carried"])
         say(f"{carried} questions whose conversations were unfinished are asked again" if carried else "")
 
@@ -469,8 +472,8 @@ class Run:
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
         """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
-        episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None]
-        gaps = dict(all_gather([(e.name, e.logp_gap.abs().sum().item() / max(1, len(e.logp_gap))) for e in episodes]))
+        episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None and len(s.episode.logp_gap)]
+        gaps = dict(all_gather([(e.name, e.logp_gap.abs().mean().item()) for e in episodes]))
         records = []
         for s in samples:
             more = {"step": step, "advantage": s.advantage, "logp_gap": gaps.get(s.episode.name)}

@@ -188,7 +188,7 @@ class ServeOptions(Options):
 
 
 def serve(options, cfg):
-    need("://" not in cfg.search, "a service cannot ask another one: its --search is no URL")
+    need("://" not in cfg.search, "a service cannot ask another one: its --search must not be a URL")
     with SearchServer(options.address, open_search(cfg, cfg.search_index)) as server:
         budget = f", at most {cfg.search_budget:,} live searches" if cfg.search_budget else ""
         print(f"serving search ({cfg.search}{budget}) on http://{options.address}; Ctrl-C ends it", flush=True)

@@ -34,6 +34,7 @@ from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, page
 from tools import picture_of, results
 
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
+CALLS = 128  # at once, over all ranks; others wait for their turn, and their deadline begins with it
 READER_IN_FLIGHT, READER_PER_SECOND = 32, 8.0  # requests at once; begun a second, over all ranks
 SUMMARIZER_IN_FLIGHT, PICTURES_IN_FLIGHT = 64, 64
 READER_PRICE, SUMMARIZER_PRICE = 0.05, 0.0  # of a million tokens
@@ -54,6 +55,7 @@ class WebSearch:
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
         self.pictures = Client("thumbnail", Limit(PICTURES_IN_FLIGHT), ours=False, **wanted)
         self.budget = -(-cfg.search_budget // ranks)
+        self.calls = threading.Semaphore(-(-CALLS // ranks))
         self.spent = 0  # searches that count against it; a resumed run sets what it had spent before
         self._uploaded: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -82,6 +84,10 @@ class WebSearch:
 
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, whatever happens: never an exception."""
+        with self.calls:
+            return self._search(call, question)
+
+    def _search(self, call, question):
         started, job = time.monotonic(), Job(self.cfg.search_deadline)
         try:
             hits = method_for(call, question, self)(call, question, job)

@@ -92,7 +92,8 @@ def locate(recipe: Recipe) -> Toy:
         del options["toy_backbone"]
     prompts = ROOT / PRESETS[recipe.preset].get("prompts", Config.prompts)
     prompts = [(prompts / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS[recipe.preset]]
-    content = json.dumps([VERSION, options, prompts])
+    version = VERSION + bool(recipe.toy_named)  # only those changed with version 4
+    content = json.dumps([version, options, prompts])
     return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])
 
 
