@@ -63,7 +63,7 @@ from policy import init_distributed, prepare  # noqa: E402
 from toy import model as toy_model  # noqa: E402
 from train import Sample, update_policy  # noqa: E402
 
-VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied
+VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied; see --vocabulary
 SIZES = {  # tiny: the toy world's model
     "tiny": dict(hidden=128, layers=4, vision=64, depth=2),
     "larger": dict(hidden=256, layers=10, vision=128, depth=4),
@@ -206,15 +206,15 @@ def ours(case, folder):
 
 
 def unshared(case, folder):
-    """Ours, with a row for every token of every conversation."""
-
-    def apart(episode, seen):
-        first = len(seen)
-        seen.update((first + number, None) for number in range(len(episode.tokens)))
-        return list(range(first, len(seen)))
-
     policy.rows = apart  # of this process
     return ours(case, folder)
+
+
+def apart(episode, seen) -> list[int]:
+    """policy.rows with a row for every token of every conversation."""
+    first = len(seen)
+    seen.update((first + number, None) for number in range(len(episode.tokens)))
+    return list(range(first, len(seen)))
 
 
 def theirs(case, folder, micro: int, like_gpu: bool):
@@ -478,6 +478,7 @@ def parse():
     p.add_argument("--group", type=int, default=8, help="conversations of a question, at most")
     p.add_argument("--unshared", action="store_true", help="beside ours where conversations share nothing, not TRL")
     p.add_argument("--prompt", type=int, default=0, help="tokens of a prompt, image included [40 and the image's]")
+    p.add_argument("--vocabulary", type=int, default=VOCABULARY, help="a small one leaves the head out of the picture")
     p.add_argument("--pixels", type=int, default=336, help="side of a question's image; a thumbnail's is a third")
     p.add_argument("--checkpointing", action="store_true", help="both sides recompute layers in backward")
     p.add_argument("--threads", type=int, default=1, help="of each side, [1] as train.py's")
@@ -516,7 +517,9 @@ def cases(args) -> list[SimpleNamespace]:
 
 
 def main() -> None:
+    global VOCABULARY
     args = parse()
+    VOCABULARY = args.vocabulary
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the processes of the sides would stay
     torch.set_num_threads(1)  # in this process: a pool of threads would not survive the forks
     report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}

@@ -673,6 +673,14 @@ def test_variable_length_kernels_get_what_they_take(monkeypatch, kernel, lengths
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
 
 
+def test_a_packed_batch_gives_variable_length_kernels_what_they_take(sharp_model, sharp_chat, device, monkeypatch):
+    batches = policy.pack(group(sharp_chat), sharp_chat, sharp_model, 10000)
+    expected = policy.logprobs(sharp_model, batches, 1.0, device)[0]
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn))
+    monkeypatch.setattr(backbone, "pick_attention", lambda kind, query: "flash")
+    torch.testing.assert_close(policy.logprobs(sharp_model, batches, 1.0, device)[0], expected, atol=1e-5, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
