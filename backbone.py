@@ -187,10 +187,12 @@ def register_attention(kind: str) -> None:
 
 def packed_attention(
     module, query, key, value, attention_mask=None, *, kind="auto", scaling=None, is_causal=None, cu_seq_lens_q=None,
-    max_length_q=None, **_,
+    cu_seq_lens_k=None, max_length_q=None, max_length_k=None, key_rows=None, **_,
 ):  # fmt: skip
     """Attention inside each segment of a packed row: query [1, heads, T, D] to ([1, T, heads, D], None).
 
+    The queries of a segment are the last of its keys (the causal mask is aligned to the lower right). key_rows: long
+    [K], the rows of `key` and `value` that are the segments' keys (default: all, in order).
     kind: "flash" (flash-attn), "varlen" (torch's own, CUDA), "segments" (SDPA for each length of segment), or "auto",
     the first of these that can run here. Without cu_seq_lens_q (the in-process engine) it is SDPA with attention_mask.
     """
@@ -204,10 +206,13 @@ def packed_attention(
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
         return out.transpose(1, 2), None
     if kind == "segments":
-        return segment_attention(query, key, value, cu_seq_lens_q, causal, scaling).transpose(1, 2), None
+        segments = cu_seq_lens_q, cu_seq_lens_k, key_rows
+        return segment_attention(query, key, value, *segments, causal, scaling).transpose(1, 2), None
     rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # [T, heads, D]
-    bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
-    packed = (*rows, bounds, bounds, longest, longest)
+    if key_rows is not None:
+        rows[1:] = (x.index_select(0, key_rows) for x in rows[1:])  # [K, key heads, D]
+    bounds = (x.to(torch.int32) for x in (cu_seq_lens_q, cu_seq_lens_k))
+    packed = (*rows, *bounds, int(max_length_q), int(max_length_k))
     if kind == "flash":
         from flash_attn import flash_attn_varlen_func
 
@@ -242,26 +247,43 @@ def pick_attention(kind: str, query: Tensor) -> str:
     return best if kind == "auto" else kind
 
 
-def segment_attention(query, key, value, cu_seqlens, causal, scaling):
-    """Segments of one length form a batch for SDPA, so that short conversations do not cost a call each."""
-    starts_of = defaultdict(list)
-    for start, end in pairwise(cu_seqlens.tolist()):
-        starts_of[end - start].append(start)
-    order = None  # where all are alike, the row is a batch as it stands
-    if len(starts_of) > 1:
-        rows = [torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in starts_of.items()]
-        order = torch.cat([row.flatten() for row in rows]).to(query.device)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+def segment_attention(query, key, value, cu_queries, cu_keys, key_rows, causal, scaling):
+    """Segments of one shape form a batch for SDPA, so that short conversations do not cost a call each."""
+    ends_of = defaultdict(list)  # (queries, keys) of a segment -> where both end
+    for starts, ends in pairwise(zip(cu_queries.tolist(), cu_keys.tolist(), strict=True)):
+        ends_of[ends[0] - starts[0], ends[1] - starts[1]].append(ends)
+    back = None  # where all are alike, the row is a batch as it stands
+    if len(ends_of) > 1 or key_rows is not None:
+        queries, keys = [], []
+        for (count, length), ends in ends_of.items():
+            queries += [torch.arange(end - count, end) for end, _ in ends]
+            keys += [torch.arange(end - length, end) for _, end in ends]
+        queries, keys = (torch.cat(rows).to(query.device) for rows in (queries, keys))
+        back, keys = torch.argsort(queries), keys if key_rows is None else key_rows[keys]
+        query, key, value = (x.index_select(2, rows) for x, rows in ((query, queries), (key, keys), (value, keys)))
     outs, heads = [], query.shape[1]
-    sizes = [length * len(starts) for length, starts in starts_of.items()]
+    sizes = [[shape[i] * len(ends) for shape, ends in ends_of.items()] for i in (0, 1, 1)]
     # one split, not slices: the backward of each slice would fill and add a gradient as long as the row
-    spans = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
-    for (length, starts), span in zip(starts_of.items(), spans, strict=True):
-        q, k, v = (x.unflatten(1, (len(starts), length)).transpose(0, 1) for x in span)  # [segments, heads, length, D]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
+    spans = zip(*(x[0].split(size, 1) for x, size in zip((query, key, value), sizes, strict=True)), strict=True)
+    for ends, span in zip(ends_of.values(), spans, strict=True):
+        q, k, v = (x.unflatten(1, (len(ends), -1)).transpose(0, 1) for x in span)  # [segments, heads, length, D]
+        out = lower_right_attention(q, k, v, causal, scaling)
         outs.append(out.transpose(0, 1).reshape(1, heads, -1, out.shape[-1]))
     out = torch.cat(outs, 2)
-    return out if order is None else out.index_select(2, torch.argsort(order))
+    return out if back is None else out.index_select(2, back)
+
+
+def lower_right_attention(query, key, value, causal, scaling, block=256):
+    """SDPA, its queries the last of the keys; in blocks, because on a CPU it computes what a mask hides."""
+    shared, outs = key.shape[2] - query.shape[2], []
+    if not shared:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
+    for start in range(0, query.shape[2], block):
+        q = query[:, :, start : start + block]
+        seen = shared + start + q.shape[2]
+        mask = torch.ones(q.shape[2], seen, dtype=torch.bool, device=q.device).tril(shared + start)
+        outs.append(F.scaled_dot_product_attention(q, key[:, :, :seen], value[:, :, :seen], mask, scale=scaling))
+    return torch.cat(outs, 2)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -276,8 +298,9 @@ def packed_hidden(model, batch) -> Tensor:
     return read(
         model, batch.ids[None], batch.positions[:, None], batch.vision_positions, features,
         attention_mask=None,  # segments are kept apart by cu_seq_lens, not by a mask
-        use_cache=False, cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.longest, max_length_k=batch.longest,
+        use_cache=False, cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_keys,
+        max_length_q=batch.longest[0], max_length_k=batch.longest[1],
+        key_rows=batch.keys if len(batch.keys) > len(batch.ids) else None,
     )[0]  # fmt: skip
 
 

@@ -4,17 +4,21 @@ Parallelism is applied from outside: the model is transformers' own, its blocks 
 extra root method (`packed_logprobs`) is registered with FSDP. A single fp32 process has nothing to shard and uses the
 same methods on the plain model.
 
-Episodes are packed whole, one behind the other, into batches without padding. Two episodes of 4 and 3 tokens, `x`
-trained on, `i` an image placeholder:
+Episodes are packed whole, one behind the other, into batches without padding; what conversations of a question begin
+with in common stands once, and the keys of a segment say where its whole conversation is. Two episodes of a question,
+of 4 and 3 tokens, `x` trained on, `i` an image placeholder:
 
-    token          u  i  x  x | u  i  x
-    cu_seqlens     0          4           7      attention stays inside a segment
-    predict           1  2         5             hidden states whose next token is trained on
-    target            x  x         x
-    sequence          0  0         1
+    row            0  1  2  3 | 4
+    token          u  i  x  x | y                the second one is u i y
+    cu_seqlens     0          4  5               a segment's queries are the last of its keys, ...
+    keys           0  1  2  3 | 0  1  4          ... and each of them attends to those up to itself
+    cu_keys        0          4        7
+    predict           1  2      1                hidden states whose next token is trained on
+    target            x  x      y
+    sequence          0  0      1
 
-Axes: T tokens of a packed batch, S of it trained on, N episodes, H hidden size, V vocabulary, P image patches,
-C vision tokens (merged patches), D head dimension.
+Axes: T tokens of a packed batch, K keys (the tokens of its conversations, one by one), S of these trained on,
+N episodes, H hidden size, V vocabulary, P image patches, C vision tokens (merged patches), D head dimension.
 """
 
 import math
@@ -285,8 +289,10 @@ class PackedBatch:
     episodes: list[Episode]
     ids: Tensor  # long [T]
     positions: Tensor  # long [3, T]: M-RoPE (time, height, width), from 0 in each episode
-    cu_seqlens: Tensor  # int32 [N + 1]
-    longest: int
+    cu_seqlens: Tensor  # int32 [N + 1], or fewer: an episode that is the beginning of another needs no segment
+    keys: Tensor  # long [K]: see the top of the file; 0, 1, 2 ... where nothing is shared
+    cu_keys: Tensor  # int32, as cu_seqlens
+    longest: tuple[int, int]  # segment, by its queries and by its keys
     pixels: Tensor  # float32 [P, patch]: each distinct image of the batch once
     grids: Tensor  # long [images, 3]
     vision_rows: Tensor  # long [C]: row of the vision tower's output that fills ...
@@ -312,33 +318,45 @@ class PackedBatch:
 
 
 def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
-    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples (and their image) meet. A
-    batch is as long as what is in it: next-fit wastes nothing. advantages: one for each episode (default: 0). Raises
-    ValueError for an episode that is longer."""
-    batches, room = [], 0
+    """Whole episodes in batches of at most max_tokens, in order, so that a question's samples meet: what they share
+    (prompt, image) counts once. A batch is as long as what is in it: next-fit wastes nothing. advantages: one for each
+    episode (default: 0). Raises ValueError for an episode that is longer."""
+    batches, seen = [], {}
     for episode, advantage in zip(episodes, advantages or [0.0] * len(episodes), strict=True):
-        length = len(episode.tokens)
-        if length > max_tokens:
-            raise ValueError(f"an episode of {length} tokens does not fit a batch of {max_tokens}")
-        if length > room:
+        if len(episode.tokens) > max_tokens:
+            raise ValueError(f"an episode of {len(episode.tokens)} tokens does not fit a batch of {max_tokens}")
+        rows(episode, seen)
+        if not batches or len(seen) > max_tokens:
             batches.append(([], []))
-            room = max_tokens
+            seen = {}
+            rows(episode, seen)
         batches[-1][0].append(episode)
         batches[-1][1].append(advantage)
-        room -= length
     return [pack_batch(*batch, chat, model) for batch in batches]
+
+
+def rows(episode: Episode, seen: dict) -> list[int]:
+    """The row of each of an episode's tokens in a packed batch: one that has its token and comes behind the same row,
+    or else a new one. seen: (row before, token or picture) -> row, of the batch so far; new ones are added."""
+    pictures = (picture.key for picture in episode.images for _ in range(picture.tokens))
+    row, found = episode.question.id, []  # only a question's conversations share
+    for token in episode.tokens:
+        what = next(pictures, None) if token == episode.chat.image_pad else token
+        row = seen.setdefault((row, what), len(seen))
+        found.append(row)
+    return found
 
 
 def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
     """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
     first_row, pixels, grids, vision_rows = {}, [], [], []
-    rows = 0  # of the vision tower's output
+    count = 0  # rows of the vision tower's output
     for episode in episodes:
         start = len(vision_rows)
         for picture in episode.images:
             if picture.key not in first_row:
-                first_row[picture.key] = rows
-                rows += picture.tokens
+                first_row[picture.key] = count
+                count += picture.tokens
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             vision_rows += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
@@ -347,23 +365,35 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
             raise ValueError(f"{episode.name}: {places} placeholders, {filled} vision tokens")
     if not pixels:  # the vision tower always runs
         pixels, grids = backbone.blank_image(chat)
+    seen, row_of, segments = {}, [], []
+    for episode in episodes:
+        known, found = len(seen), rows(episode, seen)
+        row_of += found
+        if len(seen) > known:
+            segments.append((len(seen) - known, found))
+    counts, keys = zip(*segments or [(1, [0])], strict=True)
+    # of all tokens, one episode behind the other; the new ones make the batch
     positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
     lengths = [len(e.tokens) for e in episodes] or [1]
     ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
+    row_of = torch.tensor(row_of or [0])
+    new = row_of.cummax(0).values.diff(prepend=torch.tensor([-1])) > 0
     trained = torch.tensor([t for e in episodes for t in e.trained]).nonzero()[:, 0]
     logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[trained]
     return PackedBatch(
         episodes=episodes,
-        ids=ids,
-        positions=torch.cat(positions or [torch.zeros(3, 1, dtype=torch.long)], 1),
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        longest=max(lengths),
+        ids=ids[new],
+        positions=torch.cat(positions or [torch.zeros(3, 1, dtype=torch.long)], 1)[:, new],
+        cu_seqlens=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
+        keys=torch.tensor([row for found in keys for row in found]),
+        cu_keys=torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32),
+        longest=(max(counts), max(map(len, keys))),
         pixels=torch.cat(pixels),
         grids=torch.tensor(grids),
-        vision_rows=torch.tensor(vision_rows, dtype=torch.long),
-        vision_positions=(ids == chat.image_pad).nonzero()[:, 0],
-        predict=trained - 1,
+        vision_rows=torch.tensor(vision_rows, dtype=torch.long)[new[ids == chat.image_pad]],
+        vision_positions=(ids[new] == chat.image_pad).nonzero()[:, 0],
+        predict=row_of[trained - 1],
         target=ids[trained],
         sequence=sequence,
         sampler_logp=logprobs[trained],

@@ -53,6 +53,7 @@ class Sizes:
     layers: int
     layer_input: int  # bytes a token
     layer_kept: int  # bytes a token: everything that backward needs of one decoder layer
+    layer_shared: int  # bytes a token: keys and values, kept once more for each conversation that shares the token
     adapted: tuple[int, int]  # number of linear layers in a decoder layer and in a vision block
     blocks: int
     block_input: int  # bytes a patch
@@ -79,6 +80,7 @@ class Sizes:
         from the forward pass, and what is added while the backward pass runs through a layer."""
         patches = 0 if cfg.freeze_vision else 4 * IMAGE_SHARE
         layer = self.layer_kept + width * cfg.lora_rank * self.adapted[0]
+        layer += (cfg.samples_per_prompt - 1) * self.layer_shared  # at most: as if prompts were all there is
         block = patches * (self.block_kept + width * cfg.lora_rank * self.adapted[1])
         if cfg.gradient_checkpointing:  # the inputs of all layers, and everything of the one that is recomputed
             inputs = self.layers * self.layer_input + patches * self.blocks * self.block_input
@@ -115,7 +117,7 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     text, vision = model.model.language_model, model.model.visual
     units = [_parameters(block) for block in [*vision.blocks, *text.layers]]
     hidden, words = text.config.hidden_size, text.config.vocab_size
-    layer_kept, block_kept = _kept(model, dtype)
+    layer_kept, layer_shared, block_kept = _kept(model, dtype)
     chunk = min(max(1, HEAD_LOGITS["cuda"] // words), 1024)  # of a small vocabulary a batch does not fill the chunk
     return Sizes(
         vision=_parameters(vision),
@@ -125,6 +127,7 @@ def measure(config, dtype: torch.dtype) -> Sizes:
         layers=len(text.layers),
         layer_input=hidden * dtype.itemsize,
         layer_kept=layer_kept,
+        layer_shared=layer_shared,
         adapted=tuple(
             sum(isinstance(m, torch.nn.Linear) for m in part[0].modules()) for part in (text.layers, vision.blocks)
         ),
@@ -142,7 +145,7 @@ def _parameters(module):
 
 
 def _kept(model, dtype, n=512):
-    """Bytes that autograd keeps of one decoder layer for a token, and of one vision block for a patch."""
+    """Bytes that autograd keeps: of a decoder layer for a token, and for any more that share it; of a vision block."""
     text, vision, options = model.model.language_model, model.model.visual, dict(dtype=dtype, device="meta")
     bounds = torch.tensor([0, n], dtype=torch.int32)
     x = torch.empty(1, n, text.config.hidden_size, requires_grad=True, **options)
@@ -153,7 +156,9 @@ def _kept(model, dtype, n=512):
     rope = torch.empty(2, n, size // vision.config.num_heads, device="meta").unbind()
     patches = torch.empty(n, size, requires_grad=True, **options)
     block = partial(vision.blocks[0], patches, cu_seqlens=bounds, position_embeddings=rope)
-    return kept_by(layer, model) // n, kept_by(block, model) // n
+    alone = kept_by(layer, model)
+    twice = kept_by(partial(layer, key_rows=torch.empty(2 * n, dtype=torch.long, device="meta")), model)
+    return alone // n, (twice - alone) // n, kept_by(block, model) // n
 
 
 class _Fused(torch.autograd.Function):
@@ -167,10 +172,12 @@ class _Fused(torch.autograd.Function):
         return out
 
 
-def fused_attention(module, query, key, value, attention_mask=None, **_):
+def fused_attention(module, query, key, value, attention_mask=None, key_rows=None, **_):
     """Stands in for the trainer's attention on the meta device, where SDPA would keep all attention weights."""
     if not has_flash_attn() and not varlen_groups_heads():
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    if key_rows is not None:
+        key, value = (x.index_select(2, key_rows) for x in (key, value))
     return _Fused.apply(query, key, value).transpose(1, 2), None
 
 

@@ -222,12 +222,15 @@ def settings(**changes) -> Config:
     """Of a packed batch of 8,192 tokens."""
     sizes = dict(min_pixels=448**2, max_pixels=448**2, thumb_min_pixels=224**2, thumb_max_pixels=224**2)
     options = dict(dtype="bf16", max_tokens=4096, gradient_checkpointing=True, entropy_coef=0.0)
+    options |= dict(samples_per_prompt=2)
     return Config(**sizes | options | changes)
 
 
 def conversations_of(tokens: int, length: int, pixels: int = 448) -> SimpleNamespace:
     count = tokens // length
-    return SimpleNamespace(seed=0, images=4, pixels=pixels, conversations=count, group=2, length=(length, length))
+    return SimpleNamespace(
+        seed=0, images=4, pixels=pixels, prompt=0, conversations=count, group=2, length=(length, length)
+    )
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ conversations, the same loss, on the CPU in fp32.
     python benchmarks/trainer.py result.json            # 16 conversations of 500 to 4,000 tokens, 4 images, two models
     python benchmarks/trainer.py result.json --sweep    # and other numbers, lengths and images, one at a time
     python benchmarks/trainer.py result.json --quick    # one or two minutes
+    python benchmarks/trainer.py result.json --unshared --prompt 1000 --images 1 --conversations 8 \
+        --lengths 2000 --batch-tokens 16384             # not beside TRL: what conversations share, once or in each
 
 Prints a table, writes JSON. A step is everything from conversations (token lists, pixels of the images) to gradients:
 log-probs, entropies, loss, backward; without sampling, image preprocessing and AdamW. Conversations are synthetic: a
@@ -26,6 +28,7 @@ Tokens are those of the conversations, without padding; a second of CPU time is 
 
 import argparse
 import gc
+import importlib.metadata as metadata
 import io
 import json
 import math
@@ -39,6 +42,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +54,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import policy  # noqa: E402
 from chat import Chat, Episode  # noqa: E402
 from config import Config  # noqa: E402
 from data import Question  # noqa: E402
@@ -58,12 +63,12 @@ from policy import init_distributed, prepare  # noqa: E402
 from toy import model as toy_model  # noqa: E402
 from train import Sample, update_policy  # noqa: E402
 
-VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied
+VOCABULARY = 151_936  # Qwen2.5-VL's; embeddings are tied; see --vocabulary
 SIZES = {  # tiny: the toy world's model
     "tiny": dict(hidden=128, layers=4, vision=64, depth=2),
     "larger": dict(hidden=256, layers=10, vision=128, depth=4),
 }
-QUESTION, REPLY = 40, (24, 72)  # tokens of a question's text; of a reply, at most a quarter of what is left
+REPLY = (24, 72)  # tokens of a reply, at most a quarter of what is left
 TOLERANCE = 1e-3
 
 
@@ -127,7 +132,8 @@ def conversations(case, chat: Chat) -> list[Sample]:
         thumbnails = [noise(rng, case.pixels // 3) for _ in range(case.images - 1)]
         pictures = [chat.picture(question.images[0])]
         pictures += [chat.picture(data, thumbnail=True) for data in thumbnails]
-        prompt = [*words(rng, chat, QUESTION), *placeholders(chat, pictures[:1])]
+        shown = placeholders(chat, pictures[:1])
+        prompt = [*words(rng, chat, case.prompt - len(shown) if case.prompt else 40), *shown]
         for sample in range(case.group):
             length = round(math.exp(rng.uniform(low, high)))
             tokens, sampled = conversation(rng, chat, prompt, pictures[1:], length)
@@ -197,6 +203,18 @@ def ours(case, folder):
         return update_policy(model, None, optimizer, samples, questions, chat, cfg, device)["loss"]
 
     return model, step
+
+
+def unshared(case, folder):
+    policy.rows = apart  # of this process
+    return ours(case, folder)
+
+
+def apart(episode, seen) -> list[int]:
+    """policy.rows with a row for every token of every conversation."""
+    first = len(seen)
+    seen.update((first + number, None) for number in range(len(episode.tokens)))
+    return list(range(first, len(seen)))
 
 
 def theirs(case, folder, micro: int, like_gpu: bool):
@@ -334,15 +352,20 @@ def measure(case, folder: Path) -> dict:
     reference.unlink(missing_ok=True)
     figures = describe(case, folder)
     side = Side(f"ours, batches of {case.batch_tokens}", lambda: ours(case, folder), reference)
-    loss = side.step()["loss"]
-    as_is, as_on_gpu = (fastest(case, folder, reference, loss, like_gpu) for like_gpu in (False, True))
-    sides = [side, as_is[0], as_on_gpu[0]]
+    loss, tried = side.step()["loss"], []
+    if case.unshared:
+        sides = [side, Side("ours, nothing shared", lambda: unshared(case, folder), reference)]
+        first = sides[1].step()
+        first["loss_difference"] = abs(first["loss"] - loss) / abs(loss)
+    else:
+        as_is, as_on_gpu = (fastest(case, folder, reference, loss, like_gpu) for like_gpu in (False, True))
+        sides, tried = [side, as_is[0], as_on_gpu[0]], as_is[1] + as_on_gpu[1]
     for _ in range(case.repeats):
         for side in sides:
             side.step()
     for side in sides:
         side.close()
-    return {**figures, "sides": [summary(side) for side in sides], "tried": as_is[1] + as_on_gpu[1]}
+    return {**figures, "sides": [summary(side) for side in sides], "tried": tried}
 
 
 def fastest(case, folder: Path, reference: Path, loss: float, like_gpu: bool) -> tuple[Side, list[dict]]:
@@ -418,8 +441,6 @@ def show(result: dict) -> None:
 
 
 def machine() -> dict:
-    import trl
-
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.machine(),
@@ -429,7 +450,7 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "trl": trl.__version__,
+        "trl": metadata.version("trl") if find_spec("trl") else "none",
     }
 
 
@@ -455,6 +476,9 @@ def parse():
     p.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4], help="TRL's; the best counts")
     p.add_argument("--batch-tokens", type=int, default=8192, help="tokens of our packed batches, at most")
     p.add_argument("--group", type=int, default=8, help="conversations of a question, at most")
+    p.add_argument("--unshared", action="store_true", help="beside ours where conversations share nothing, not TRL")
+    p.add_argument("--prompt", type=int, default=0, help="tokens of a prompt, image included [40 and the image's]")
+    p.add_argument("--vocabulary", type=int, default=VOCABULARY, help="a small one leaves the head out of the picture")
     p.add_argument("--pixels", type=int, default=336, help="side of a question's image; a thumbnail's is a third")
     p.add_argument("--checkpointing", action="store_true", help="both sides recompute layers in backward")
     p.add_argument("--threads", type=int, default=1, help="of each side, [1] as train.py's")
@@ -471,8 +495,11 @@ def parse():
     return args
 
 
+KEPT = ("batch_tokens", "pixels", "prompt", "unshared", "checkpointing", "threads", "repeats", "seed")
+
+
 def cases(args) -> list[SimpleNamespace]:
-    common = {k: getattr(args, k) for k in ("batch_tokens", "pixels", "checkpointing", "threads", "repeats", "seed")}
+    common = {k: getattr(args, k) for k in KEPT}
     first = (args.conversations[0], args.lengths[0], args.images[0])
     chosen = [first]
     if args.sweep:
@@ -490,7 +517,9 @@ def cases(args) -> list[SimpleNamespace]:
 
 
 def main() -> None:
+    global VOCABULARY
     args = parse()
+    VOCABULARY = args.vocabulary
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the processes of the sides would stay
     torch.set_num_threads(1)  # in this process: a pool of threads would not survive the forks
     report = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "results": []}

@@ -27,18 +27,31 @@ class NoSearch:
         raise AssertionError("a random model asks for nothing")
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("case", ["apart", "shared", "not causal"])
 @pytest.mark.parametrize("kind", ["varlen", "flash"])
-def test_fast_attention_is_segment_attention(kind, causal):
+def test_fast_attention_is_segment_attention(kind, case):
+    """shared: two segments begin with 83 and 90 tokens of the first. Gradients, too."""
     if kind == "flash":
         pytest.importorskip("flash_attn_2_cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 300, 64, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2))
-    bounds = torch.tensor([0, 100, 117, 300], dtype=torch.int32, device="cuda")
-    options = dict(scaling=0.125, is_causal=causal, cu_seq_lens_q=bounds, max_length_q=183)
-    fast, _ = backbone.packed_attention(None, q, k, v, kind=kind, **options)
-    slow, _ = backbone.packed_attention(None, q.float(), k.float(), v.float(), kind="segments", **options)
-    assert (fast.float() - slow).abs().max() < 0.03
+    qkv = [torch.randn(1, heads, 300, 64, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2)]
+    bounds = key_bounds = torch.tensor([0, 100, 117, 300], dtype=torch.int32, device="cuda")
+    rows = None
+    if case == "shared":
+        rows = torch.tensor([*range(100), *range(83), *range(100, 117), *range(90), *range(117, 300)], device="cuda")
+        key_bounds = torch.tensor([0, 100, 200, 473], dtype=torch.int32, device="cuda")
+    options = dict(
+        scaling=0.125, is_causal=case != "not causal", cu_seq_lens_q=bounds, cu_seq_lens_k=key_bounds, max_length_q=183,
+        max_length_k=183 if rows is None else 273, key_rows=rows,
+    )  # fmt: skip
+    found, weights = [], torch.randn(1, 300, 8, 64, device="cuda", generator=generator)
+    for how, dtype in ((kind, torch.bfloat16), ("segments", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in qkv]
+        out, _ = backbone.packed_attention(None, *leaves, kind=how, **options)
+        (out * weights).sum().backward()
+        found.append([out, *(x.grad for x in leaves)])
+    for fast, slow in zip(*found, strict=True):
+        assert (fast.float() - slow).abs().max() < 0.03 * slow.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"lora_rank": 4, "offload": "all"}], ids=str)

@@ -17,7 +17,7 @@ import policy
 from analysis import plan
 from analysis.__main__ import main
 from analysis.plan import PlanOptions
-from backbone import read_config
+from backbone import head_size, read_config
 from chat import Episode
 from config import InputError
 from engines import Reply
@@ -51,15 +51,24 @@ def test_what_autograd_keeps_is_what_it_keeps_of_a_real_batch(sizes, folder, cha
     """The whole model over conversations about one picture; apart from layers and blocks there is little."""
     model = policy.load_policy(folder, chat, replace(cfg, lora_rank=rank), device)
     episodes = []
-    for length in (30, 70, 90):
-        episode = Episode.start(question(), chat)
+    for number, length in enumerate((30, 70, 90)):
+        episode = Episode.start(replace(question(), id=str(number)), chat)
         episode.add_reply(Reply("", [*range(300, 300 + length), chat.im_end], [0.0] * (length + 1), "stop", 0))
         episodes.append(episode)
     (batch,) = policy.pack(episodes, chat, model, 1000)
     kept = plan.kept_by(lambda: backbone.packed_hidden(model, batch), model)
     monkeypatch.setattr(plan, "IMAGE_SHARE", len(batch.pixels) / 4 / len(batch.ids))
-    expected, _ = sizes.kept(replace(cfg, lora_rank=rank), 4)
+    expected, _ = sizes.kept(replace(cfg, lora_rank=rank, samples_per_prompt=1), 4)
     assert kept == pytest.approx(expected * len(batch.ids), rel=0.15)
+
+
+@both_families
+def test_shared_keys_and_values_are_kept_for_each_conversation(sizes, model):
+    text = model.config.text_config
+    shared = 2 * 4 * text.num_key_value_heads * head_size(text)
+    assert shared <= sizes.layer_shared <= shared + 16  # and their places
+    one, eight = (sizes.kept(config.Config(samples_per_prompt=n), 4)[0] for n in (1, 8))
+    assert eight - one == 7 * sizes.layers * sizes.layer_shared
 
 
 def test_the_parts_follow_the_settings(sizes):

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from conftest import both_families, picture, question, replace
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
@@ -215,16 +214,118 @@ def test_the_example_at_the_top_of_the_file(model, chat):
     u, i, x = 300, chat.image_pad, 400
     first = Episode(question(0), chat, 0, [u, i, x, x + 1], [False, False, True, True], [0, 0, -1, -2], [thumbnail])
     second = Episode(question(0), chat, 1, [u, i, x + 2], [False, False, True], [0, 0, -3], [thumbnail])
-    (batch,) = policy.pack([first, second], chat, model, 7)
-    assert batch.ids.tolist() == [u, i, x, x + 1, u, i, x + 2]
-    assert batch.cu_seqlens.tolist() == [0, 4, 7] and batch.longest == 4
-    assert batch.predict.tolist() == [1, 2, 5]
+    (batch,) = policy.pack([first, second], chat, model, 5)
+    assert batch.ids.tolist() == [u, i, x, x + 1, x + 2]
+    assert batch.cu_seqlens.tolist() == [0, 4, 5] and batch.longest == (4, 4)
+    assert batch.keys.tolist() == [0, 1, 2, 3, 0, 1, 4]
+    assert batch.cu_keys.tolist() == [0, 4, 7]
+    assert batch.predict.tolist() == [1, 2, 1]
     assert batch.target.tolist() == [x, x + 1, x + 2]
     assert batch.sequence.tolist() == [0, 0, 1]
     assert batch.sampler_logp.tolist() == [-1, -2, -3]
     assert batch.pixels.shape[0] == 4 and batch.grids.tolist() == [[1, 2, 2]]
-    assert batch.vision_rows.tolist() == [0, 0] and batch.vision_positions.tolist() == [1, 5]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]] * 3
+    assert batch.vision_rows.tolist() == [0] and batch.vision_positions.tolist() == [1]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2]] * 3
+    assert [len(b.ids) for b in policy.pack([first, second], chat, model, 4)] == [4, 3]
+
+
+def group(chat):
+    """Conversations of one question, and one of another question with the same picture. What they share ends in the
+    prompt, in what was said, within a tool's picture; all of it is shared, or nothing."""
+    episodes = []
+
+    def converse(name, *replies, found="small"):
+        about = Question(name, "what is it called?", (PICTURES["wide"],), ("bako",))
+        episodes.append(Episode.start(about, chat, sample=len(episodes)))
+        for turn, ids in enumerate(replies):
+            if turn:
+                page = Hit("a page", image=PICTURES.get(found) or picture(99, *SIZES["small"]))
+                assert episodes[-1].add_result(Call("image_search"), Result("ok", (page,)))
+            logprobs = [-0.1 * n for n in range(len(ids) + 1)]
+            episodes[-1].add_reply(Reply("", [*ids, chat.im_end], logprobs, "stop", 0))
+
+    converse("q0", [301, 302, 303], [304])
+    converse("q0", [301, 302], [305, 306])
+    converse("q0", [301, 302, 303], [304], found="another of this size")
+    converse("q0", range(310, 390))
+    converse("q0", [301, 302, 303], [304])  # the first again
+    converse("q0", [301, 302, 303])  # its beginning
+    converse("q1", [301, 302, 303], [307])
+    converse("q0")  # nothing is said
+    converse("q0", [308], found="large")
+    return episodes
+
+
+def apart(episode, seen):
+    """policy.rows without sharing."""
+    first = len(seen)
+    seen.update((first + number, None) for number in range(len(episode.tokens)))
+    return list(range(first, len(seen)))
+
+
+def told_apart(episode, n):
+    """What tells the first n tokens of a conversation from others."""
+    shown = episode.tokens[:n].count(episode.chat.image_pad)
+    keys = [picture.key for picture in episode.images for _ in range(picture.tokens)]
+    return episode.question.id, tuple(episode.tokens[:n]), tuple(keys[:shown])
+
+
+def test_what_conversations_of_a_question_share_stands_once(sharp_model, sharp_chat):
+    episodes = group(sharp_chat)
+    (batch,) = policy.pack(episodes, sharp_chat, sharp_model, 10000)
+    distinct = {told_apart(e, n + 1) for e in episodes for n in range(len(e.tokens))}
+    assert len(batch.ids) == len(distinct) < 0.6 * sum(len(e.tokens) for e in episodes)
+    assert len(batch.cu_seqlens) == len(batch.cu_keys) == 1 + len(episodes) - 3  # the same, a beginning, a prompt
+    assert batch.cu_seqlens[-1] == len(batch.ids) and batch.cu_keys[-1] == len(batch.keys)
+    segments = [e.tokens for n, e in enumerate(episodes) if n not in (4, 5, 7)]
+    assert batch.ids[batch.keys].tolist() == sum(segments, [])
+    said = [t for e in episodes for t in sampled_tokens(e).tolist()]
+    assert batch.target.tolist() == said and len(batch.predict) > len(batch.predict.unique())
+    assert batch.vision_positions.tolist() == (batch.ids == sharp_chat.image_pad).nonzero()[:, 0].tolist()
+    budget = len(batch.ids) - 1
+    sizes = [len(part.ids) for part in policy.pack(episodes, sharp_chat, sharp_model, budget)]
+    assert len(sizes) == 2 and max(sizes) <= budget
+
+
+@both_families
+@pytest.mark.parametrize("blocks", [256, 7])
+def test_shared_beginnings_change_neither_logprobs_nor_gradients(
+    sharp_model, sharp_chat, plain, wide, device, monkeypatch, blocks
+):
+    """Beside transformers' own forward of each conversation."""
+    monkeypatch.setattr(backbone.lower_right_attention, "__defaults__", (blocks,))
+    episodes, advantages = group(sharp_chat), [1.0, -0.5, 2.0, 0.3, -1.2, 0.7, 0.4, 1.0, -0.8]
+    batches = policy.pack(episodes, sharp_chat, sharp_model, 10000, advantages)
+    separate = torch.cat([plain.sampled_logp(e) for e in episodes])
+    torch.testing.assert_close(policy.logprobs(sharp_model, batches, 1.0, device)[0], separate, atol=1e-5, rtol=1e-5)
+    loose = replace(wide, max_grad_norm=1e9)
+    sums = policy.update(
+        sharp_model, torch.optim.SGD(sharp_model.parameters(), 0.0), batches, reinforce("tokens"), loose, device
+    )
+    for episode, advantage in zip(episodes, advantages, strict=True):
+        (-(plain.sampled_logp(episode) * advantage).sum() / sums["count"]).backward()
+    assert sums["count"] == sum(sum(e.sampled) for e in episodes)
+    assert_same(gradients(sharp_model), gradients(plain.model))
+
+
+@both_families
+def test_adapters_learn_the_same_from_shared_beginnings(sharp, sharp_chat, wide, device, monkeypatch):
+    found = []
+    for rows in (policy.rows, apart):
+        monkeypatch.setattr(policy, "rows", rows)
+        cfg = replace(wide, lora_rank=4, max_grad_norm=1e9, max_tokens=1000, max_tokens_per_batch=2000)
+        model = policy.load_policy(sharp, sharp_chat, cfg, device)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+        batches = policy.pack(group(sharp_chat), sharp_chat, model, 2000, [0.1 * n - 0.4 for n in range(9)])
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
+        policy.update(model, optimizer, batches, reinforce("sequence"), cfg, device)
+        found.append((len(batches[0].ids), *policy.logprobs(model, batches, 1.0, device), gradients(model)))
+    (few, logp, grads), (many, plain_logp, plain_grads) = found
+    assert few < many
+    torch.testing.assert_close(logp, plain_logp, atol=1e-5, rtol=1e-5)
+    assert_same(grads, plain_grads)
 
 
 @pytest.mark.parametrize("budget", [130, 200, 100000])
@@ -424,26 +525,57 @@ def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, 
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [4, 1, 7, 4, 1, 2]])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_packed_attention_is_a_dense_block_mask(lengths, causal, kv_heads):
-    torch.manual_seed(0)
-    total = sum(lengths)
-    query = torch.randn(1, 4, total, 8)
-    key, value = torch.randn(2, 1, kv_heads, total, 8).unbind(0)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = segment[:, None] == segment
-    if causal:
-        mask = mask.tril()
-    many = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
-    expected = F.scaled_dot_product_attention(query, *many, mask, scale=0.3)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    out, _ = backbone.packed_attention(
-        torch.nn.Module(), query, key, value, scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds,
-        max_length_q=max(lengths),
+SHARES = [  # tokens of each segment; the row of each of its keys
+    ([5], [[0, 1, 2, 3, 4]]),
+    ([3, 3, 3], [[0, 1, 2], [3, 4, 5], [6, 7, 8]]),
+    ([4, 1, 7, 4, 2], [range(4), range(4, 5), range(5, 12), range(12, 16), range(16, 18)]),
+    (
+        [6, 1, 5, 2, 1, 3],
+        [range(6), [0, 1, 2, 3, 6], [0, 1, *range(7, 12)], [*range(5), 12, 13], [0, 14], range(15, 18)],
+    ),
+]
+
+
+def by_hand(query, key, value, lengths, key_rows, causal, scaling):
+    """Attention query by query: query [1, heads, T, D] to [1, T, heads, D]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    outs, row = [], 0
+    for length, keys in zip(lengths, map(list, key_rows), strict=True):
+        for number in range(length):
+            seen = keys[: len(keys) - length + number + 1] if causal else keys
+            weights = (query[0, :, row, None] * key[0, :, seen]).sum(-1).mul(scaling).softmax(-1)  # [heads, seen]
+            outs.append((weights[..., None] * value[0, :, seen]).sum(1))
+            row += 1
+    return torch.stack(outs)[None]
+
+
+def attention_options(lengths, key_rows, causal):
+    keys = [row for rows in key_rows for row in rows]
+    bounds = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, [len(rows) for rows in key_rows])]
+    return dict(
+        scaling=0.3, is_causal=causal, cu_seq_lens_q=bounds[0], cu_seq_lens_k=bounds[1], max_length_q=max(lengths),
+        max_length_k=max(map(len, key_rows)), key_rows=torch.tensor(keys) if len(keys) > sum(lengths) else None,
     )  # fmt: skip
-    torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def attention_cases(test):
+    """Segments of the packed batch with their keys; without a causal mask (the vision tower) nothing is shared."""
+    cases = [(*shares, causal) for shares in SHARES for causal in (True, False) if causal or shares is not SHARES[-1]]
+    test = pytest.mark.parametrize("lengths, key_rows, causal", cases)(test)
+    return pytest.mark.parametrize("kv_heads", [4, 2])(test)
+
+
+@attention_cases
+@pytest.mark.parametrize("block", [256, 2])
+def test_packed_attention_is_attention_by_hand(monkeypatch, lengths, key_rows, causal, kv_heads, block):
+    monkeypatch.setattr(backbone.lower_right_attention, "__defaults__", (block,))
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, sum(lengths), 8)
+    key, value = torch.randn(2, 1, kv_heads, sum(lengths), 8).unbind(0)
+    expected = by_hand(query, key, value, lengths, key_rows, causal, 0.3)
+    options = attention_options(lengths, key_rows, causal)
+    out, _ = backbone.packed_attention(torch.nn.Module(), query, key, value, **options)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_head_s_logits_are_fp32(monkeypatch):
@@ -496,39 +628,57 @@ def test_offloaded_weights_are_pinned_where_twice_their_memory_is_there(monkeypa
     assert fits(8 * count + 10) and not fits(8 * count - 10)
 
 
-def by_segments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """torch 2.11's varlen_attn, which has no grouped heads; the real one needs CUDA."""
-    assert query.shape[1] == key.shape[1] and (max_q, max_k) == (int(cu_seq_q.diff().max()),) * 2
-    heads_first = (x.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for x in (query, key, value))
-    outs = [
-        F.scaled_dot_product_attention(*qkv, is_causal=window_size == (-1, 0), scale=scale)
-        for qkv in zip(*heads_first, strict=True)
-    ]
-    return torch.cat(outs, 1).transpose(0, 1)
+def as_documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, scale):
+    """What the variable-length kernels compute (they need CUDA), query by query: [T, heads, D], keys [K, heads, D].
+    The causal mask is aligned to the lower right: in flash-attn from 2.1 on, whose kernel is torch's, too."""
+    counts, key_counts = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(counts), max(key_counts)) and type(max_q) is type(max_k) is int
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and all(
+        x.is_contiguous() for x in (query, key, value)
+    )
+    rows = torch.arange(len(key)).split(key_counts)
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return by_hand(*heads_first, counts, rows, causal, scale)[0]
 
 
-def with_groups(query, key, value, *rest, scale, window_size, enable_gqa=False):
+def old_torch(query, key, *rest, scale, window_size):
+    """torch 2.11's varlen_attn, which has no grouped heads."""
+    assert query.shape[1] == key.shape[1]
+    return as_documented(query, key, *rest, window_size == (-1, 0), scale)
+
+
+def new_torch(query, key, *rest, scale, window_size, enable_gqa=False):
     """torch 2.12's, which refuses fewer key heads unless it is told."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    many = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return by_segments(query, *many, *rest, scale=scale, window_size=window_size)
+    return as_documented(query, key, *rest, window_size == (-1, 0), scale)
 
 
-@pytest.mark.parametrize("varlen_attn", [by_segments, with_groups])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_varlen_attention_gets_what_it_takes_in_old_and_new_torch(monkeypatch, varlen_attn, causal, kv_heads):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+def flash_attn(query, key, *rest, softmax_scale, causal):
+    return as_documented(query, key, *rest, causal, softmax_scale)
+
+
+@attention_cases
+@pytest.mark.parametrize("kernel", [old_torch, new_torch, flash_attn])
+def test_variable_length_kernels_get_what_they_take(monkeypatch, kernel, lengths, key_rows, causal, kv_heads):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=kernel))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(backbone, "varlen_groups_heads", backbone.varlen_groups_heads.__wrapped__)  # not what is cached
     monkeypatch.setattr(backbone, "pick_attention", lambda kind, query: kind)
     torch.manual_seed(0)
-    query = torch.randn(1, 4, 9, 8)
-    key, value = torch.randn(2, 1, kv_heads, 9, 8).unbind(0)
-    options = dict(scaling=0.3, is_causal=causal, cu_seq_lens_q=torch.tensor([0, 4, 5, 9]), max_length_q=4)
-    fast, slow = (
-        backbone.packed_attention(None, query, key, value, kind=k, **options)[0] for k in ("varlen", "segments")
-    )
+    query = torch.randn(1, 4, sum(lengths), 8)
+    key, value = torch.randn(2, 1, kv_heads, sum(lengths), 8).unbind(0)
+    kind, options = "flash" if kernel is flash_attn else "varlen", attention_options(lengths, key_rows, causal)
+    fast, slow = (backbone.packed_attention(None, query, key, value, kind=k, **options)[0] for k in (kind, "segments"))
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+
+
+def test_a_packed_batch_gives_variable_length_kernels_what_they_take(sharp_model, sharp_chat, device, monkeypatch):
+    batches = policy.pack(group(sharp_chat), sharp_chat, sharp_model, 10000)
+    expected = policy.logprobs(sharp_model, batches, 1.0, device)[0]
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn))
+    monkeypatch.setattr(backbone, "pick_attention", lambda kind, query: "flash")
+    torch.testing.assert_close(policy.logprobs(sharp_model, batches, 1.0, device)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
