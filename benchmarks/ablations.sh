@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/ablations.sh            # SEEDS="0 1 2" RUNS=runs/ablations; 39 runs, two hours or more
 #
-# Every run is the README's toy run but for what its name says; "short" ones take 40 of its 100 steps, with two updates
+# Every run is the README's toy run but for what its name says and its 100 steps; "short" ones take 40, of two updates
 # each, so that there are ratios to clip. What is finished is not run again, what was interrupted is resumed; the table and
 # the figure are made of what there is. Of the papers' variants these are the parts that their names are known for: "dapo"
 # is the clip range and the groups left out, without refilling the batch; "gspo" keeps the mean over tokens.
@@ -17,7 +17,7 @@ run() {  # name, then what differs from the toy preset; once for each seed
         local folder=$RUNS/$name-$seed
         [ -e "$folder/final/config.json" ] && continue
         python train.py --seed "$seed" --toy_seed "$seed" --run_dir "$folder" --resume auto --eval_every 0 \
-            --save_every 20 "${@//SEED/$seed}"
+            --steps 100 --save_every 20 "${@//SEED/$seed}"
     done
 }
 
