@@ -325,14 +325,13 @@ def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages
     for episode, advantage in zip(episodes, advantages or [0.0] * len(episodes), strict=True):
         if len(episode.tokens) > max_tokens:
             raise ValueError(f"an episode of {len(episode.tokens)} tokens does not fit a batch of {max_tokens}")
-        rows(episode, seen)
+        found = rows(episode, seen)
         if not batches or len(seen) > max_tokens:
-            batches.append(([], []))
+            batches.append([])
             seen = {}
-            rows(episode, seen)
-        batches[-1][0].append(episode)
-        batches[-1][1].append(advantage)
-    return [pack_batch(*batch, chat, model) for batch in batches]
+            found = rows(episode, seen)
+        batches[-1].append((episode, advantage, found))
+    return [pack_batch(*zip(*batch, strict=True), chat, model) for batch in batches]
 
 
 def rows(episode: Episode, seen: dict) -> list[int]:
@@ -347,8 +346,9 @@ def rows(episode: Episode, seen: dict) -> list[int]:
     return found
 
 
-def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, model) -> PackedBatch:
-    """One batch. Without episodes it still runs the whole model, with zero loss: FSDP's collectives need all ranks."""
+def pack_batch(episodes: list[Episode], advantages: list[float], places: list[list[int]], chat: Chat, model):
+    """A PackedBatch. places: each episode's `rows`. Without episodes it still runs the whole model, with zero loss:
+    FSDP's collectives need all ranks."""
     first_row, pixels, grids, vision_rows = {}, [], [], []
     count = 0  # rows of the vision tower's output
     for episode in episodes:
@@ -360,23 +360,22 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
                 pixels.append(chat.pixels(picture))
                 grids.append([1, *picture.grid])
             vision_rows += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
-        places, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
-        if places != filled:
-            raise ValueError(f"{episode.name}: {places} placeholders, {filled} vision tokens")
+        placeholders, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
+        if placeholders != filled:
+            raise ValueError(f"{episode.name}: {placeholders} placeholders, {filled} vision tokens")
     if not pixels:  # the vision tower always runs
         pixels, grids = backbone.blank_image(chat)
-    seen, row_of, segments = {}, [], []
-    for episode in episodes:
-        known, found = len(seen), rows(episode, seen)
-        row_of += found
-        if len(seen) > known:
-            segments.append((len(seen) - known, found))
+    known, segments = 0, []
+    for found in places:
+        if found[-1] >= known:  # an episode's new rows are its last ones
+            segments.append((found[-1] + 1 - known, found))
+            known = found[-1] + 1
     counts, keys = zip(*segments or [(1, [0])], strict=True)
     # of all tokens, one episode behind the other; the new ones make the batch
     positions = [backbone.rope_positions(e.tokens, e.images, chat, model) for e in episodes]
     lengths = [len(e.tokens) for e in episodes] or [1]
     ids = torch.tensor([id for e in episodes for id in e.tokens] or [chat.im_end])
-    row_of = torch.tensor(row_of or [0])
+    row_of = torch.tensor([row for found in places for row in found] or [0])
     new = row_of.cummax(0).values.diff(prepend=torch.tensor([-1])) > 0
     trained = torch.tensor([t for e in episodes for t in e.trained]).nonzero()[:, 0]
     logprobs = torch.tensor([logp for e in episodes for logp in e.logprobs])
@@ -405,7 +404,7 @@ def pack_batch(episodes: list[Episode], advantages: list[float], chat: Chat, mod
 def equal_counts(batches: list[PackedBatch], chat: Chat, model, device) -> list[PackedBatch]:
     """Fill up with empty batches, so that all ranks run equally many, and at least one."""
     most = max(1, int(all_max(len(batches), device)))
-    return batches + [pack_batch([], [], chat, model) for _ in range(most - len(batches))]
+    return batches + [pack_batch([], [], [], chat, model) for _ in range(most - len(batches))]
 
 
 # ----------------------------------------------------------------------------------------------------- log-probs

@@ -170,7 +170,7 @@ class Rollout:
     def __init__(self, engine, search, chat: Chat, cfg: Config, ordered: bool = False, judge=None):
         self.engine, self.search, self.chat, self.cfg, self.ordered = engine, search, chat, cfg, ordered
         self.judge = judge
-        self.group = getattr(engine, "group", None)  # the first of its ranks has conversations, tools and clock
+        self.ranks = getattr(engine, "group", None)  # that share it; the first has conversations, tools and clock
         self.waited = 0.0  # seconds of the last run in which nothing was done but wait for tools
         self._begin()
 
@@ -197,7 +197,7 @@ class Rollout:
         older; the oldest are returned. Turns in the engine are finished first, so that each has one version of the
         weights. What else goes on stays for the next run, with its calls. asked: each question's step, if not this one.
         """
-        if self.group and dist.get_rank(self.group):
+        if self.ranks and dist.get_rank(self.ranks):
             self._follow()
             return []
         if quota is None:
@@ -221,8 +221,8 @@ class Rollout:
             if quota is None:
                 self.close()
             self._command("abort", list(self.generating))  # Ctrl-C or an error: leave the engine empty
-            if self.group:
-                dist.broadcast_object_list([None], group_src=0, group=self.group)  # the others leave `_follow`
+            if self.ranks:
+                dist.broadcast_object_list([None], group_src=0, group=self.ranks)  # the others leave `_follow`
         if self.judge:
             self.judge.wait()
         done = [group for group in self.groups if len(group.episodes) == samples][:quota]
@@ -332,15 +332,15 @@ class Rollout:
 
     def _command(self, name, *arguments):
         """Call a method of the engine, on all ranks that share it, so that they take the same steps."""
-        if self.group:
-            dist.broadcast_object_list([(name, arguments)], group_src=0, group=self.group)
+        if self.ranks:
+            dist.broadcast_object_list([(name, arguments)], group_src=0, group=self.ranks)
         return getattr(self.engine, name)(*arguments)
 
     def _follow(self):
         """Execute what the group's first rank commands, until its rollout is over."""
         while True:
             box = [None]
-            dist.broadcast_object_list(box, group_src=0, group=self.group)
+            dist.broadcast_object_list(box, group_src=0, group=self.ranks)
             if box[0] is None:
                 return
             name, arguments = box[0]

@@ -340,10 +340,10 @@ class Run:
         self.state["inputs"] = saved["inputs"] | self.state["inputs"]
         own = {"inputs", "threads"} | ({"metrics_bytes", "best", "carried"} if self.dir.elsewhere else set())
         self.state |= {key: saved[key] for key in self.state if key in saved and key not in own}
-        if any(id not in self.questions for _, id in self.state["carried"]):  # other data: begin as a run begins
-            self.state["carried"] = []
-        carried = len(self.state["carried"])
-        say(f"{carried} questions whose conversations were unfinished are asked again" if carried else "")
+        carried = self.state["carried"]
+        if any(id not in self.questions for _, id in carried):  # other data: begin as a run begins
+            carried = self.state["carried"] = []
+        say(f"{len(carried)} questions whose conversations were unfinished are asked again" if carried else "")
 
     def loop(self) -> None:
         cfg = self.cfg
@@ -358,8 +358,9 @@ class Run:
                 metrics = self.imitate(step) if cfg.loss == "sft" else self.step(step)
                 common = {"lr": policy.learning_rate(step, cfg), "memory_gb": peak_memory_gb(self.device)}
                 self.dir.log({"step": step, "phase": "train", **metrics, **common})
-                carried = sorted(all_gather([(g.step, g.question.id) for g in self.rollout.groups]))
-                self.state |= {"step": step + 1, "metrics_bytes": self.dir.position(), "carried": carried}
+                self.state |= {"step": step + 1, "metrics_bytes": self.dir.position()}
+                if cfg.carry_over:
+                    self.state["carried"] = sorted(all_gather([(g.step, g.question.id) for g in self.rollout.groups]))
                 bar.set_postfix_str(progress(metrics))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     self.save()

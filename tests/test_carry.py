@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +193,10 @@ def test_a_run_that_is_interrupted_asks_again_what_was_carried(monkeypatch, tmp_
     whole.rollout.close()
     whole.save()
     whole.dir.lock.close()
+    (saved,) = (path / "checkpoints").glob("step-000003")
+    elsewhere = carrying(monkeypatch, tmp_path / "other", world, f"--resume={saved}", "--prompts_per_step=4")
+    assert elsewhere.state["carried"] == [] and elsewhere.first == 3
+    elsewhere.rollout.close()
     again = carrying(monkeypatch, path, world, "--eval_every=1", "--resume=auto")
     carried = again.state["carried"]
     assert len(carried) == 3 and again.first == 3
@@ -213,10 +218,10 @@ def two_ranks(rank, store, folder, results):
     for step in range(cfg.steps):
         if step in (0, 5):
             run.first, rollout = step, Rollout(engine, Search(slow), chat, cfg)
-        asked, questions = train.Run.questions_ahead(run, step, 3)
-        mine = share(range(3), cfg)
-        episodes = rollout.run(questions, samples=2, step=step, quota=len(mine), asked=asked)
-        numbers = dict(zip(dict.fromkeys(e.group for e in episodes), mine, strict=True))
+        run.rollout, run.stopper = rollout, SimpleNamespace(rollout=lambda call: call())
+        run.questions_ahead = partial(train.Run.questions_ahead, run)
+        episodes = train.Run.roll_out(run, about[:3], step)
+        numbers = dict(zip(dict.fromkeys(e.group for e in episodes), share(range(3), cfg), strict=True))
         samples = train.rate(episodes, numbers, step, cfg)
         here = train.rebalance(samples, 3, run.questions, chat, cfg)
         trained += [(step, s.number, *s.episode.group, s.episode.sample) for s in here]

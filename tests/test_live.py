@@ -1105,3 +1105,24 @@ def test_no_service_is_one_line_at_start_up(server):
         RemoteSearch(Config(search=server.url)).check()
     with pytest.raises(InputError, match="cannot listen"):
         SearchServer(server.host, None)
+
+
+def test_calls_wait_for_their_turn_before_their_deadline_begins(server, monkeypatch):
+    """At most CALLS at once over all ranks: others would spend their deadline in waiting for the provider's rate."""
+    monkeypatch.setattr(search_live, "CALLS", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    search = live(server, search_deadline=0.5)
+    running, most = [], []
+
+    def slow(call, question, job):
+        running.append(call)
+        most.append(len(running))
+        time.sleep(0.3)
+        running.remove(call)
+        assert job.left() > 0.01
+        return []
+
+    monkeypatch.setattr(search_live, "method_for", lambda *_: slow)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: search.search(FOUNDER, question()), range(4)))
+    assert {r.status for r in results} == {"no_results"} and max(most) == 1

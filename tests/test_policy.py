@@ -509,7 +509,7 @@ def test_the_vision_tower_runs_once_for_each_distinct_picture(sharp_model, sharp
 def test_the_vision_tower_and_the_head_take_part_in_every_backward(sharp_model, sharp_chat, episodes, of):
     """With FSDP, a rank that leaves a module out makes the others wait for ever."""
     batch = (
-        policy.pack_batch([], [], sharp_chat, sharp_model)
+        policy.pack_batch([], [], [], sharp_chat, sharp_model)
         if of == "empty"
         else policy.pack([episodes[2]], sharp_chat, sharp_model, 99)[0]
     )
@@ -825,7 +825,7 @@ def test_a_reference_is_the_policy_s_copy_and_not_read_again(sharp, sharp_chat, 
 
 def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
     monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
-    batch = policy.pack_batch([], [], chat, model)
+    batch = policy.pack_batch([], [], [], chat, model)
     batches = policy.equal_counts([batch], chat, model, device)
     assert len(batches) == 3 and batches[0] is batch
     assert all(len(b.target) == 0 and b.episodes == [] for b in batches[1:])
