@@ -2,6 +2,7 @@
 
 python benchmarks/ablations.py data SEED FOLDER     # train-, val- and search-heavy-SEED.parquet, correct-SEED.jsonl
 python benchmarks/ablations.py teacher SEED FOLDER  # teacher-world-SEED: the world with a model that knows other things
+python benchmarks/ablations.py failing SHARE ...    # train.py, a share of the searches in its rollouts failing
 python benchmarks/ablations.py table FOLDER         # table on stdout and in ablations.md, figure in ablations.png
 """
 
@@ -11,6 +12,7 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -102,6 +104,28 @@ def make_teacher(seed: str, folder: Path) -> None:
     strange = [replace(t, known=False, named=False) for t in known]
     known = [replace(t, known=True, named=True) for t in asked[:KNOWN]]
     build(folder / f"teacher-world-{seed}", cfg, recipe, [*known, *of_lessons, *strange, *asked[KNOWN:]])
+
+
+def train_failing(share: str, *options: str) -> None:
+    """train.py with these options; in its rollouts, not in its validations, a share of the searches fails."""
+    import train
+    from config import run_main
+    from data import Result
+    from search.index import OfflineSearch
+
+    draws, search, roll_out = random.Random(share), OfflineSearch.search, train.Run.roll_out
+
+    def search_or_fail(self, call, question):
+        if draws.random() < float(share):
+            return Result("error", error="no connection", error_kind="connection")
+        return search(self, call, question)
+
+    def roll_out_failing(self, *how):
+        with patch.object(OfflineSearch, "search", search_or_fail):
+            return roll_out(self, *how)
+
+    train.Run.roll_out, sys.argv = roll_out_failing, ["train.py", *options]
+    run_main(train.main)
 
 
 # -------------------------------------------------------------------------------------------------------- table
@@ -198,6 +222,9 @@ def draw(folder: Path) -> None:
 
 
 def main(what: str, *args: str) -> None:
+    if what == "failing":
+        train_failing(*args)
+        return
     if what in ("data", "teacher"):
         {"data": make_data, "teacher": make_teacher}[what](args[0], Path(args[1]))
         return

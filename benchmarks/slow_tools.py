@@ -329,9 +329,9 @@ class SearchAnyone:
         return Result("ok", (Hit("a page", text="about it, " * 4),))
 
 
-def step_seconds(work: Work, carry_over: int, slow: bool, seed: int) -> list[float]:
-    """Seconds of steps in the steady state: a rollout, then the weights once more, which empties the prefix cache. No
-    trainer: its time would be the tools' as well."""
+def step_seconds(work: Work, carry_over: int, slow: bool, seed: int, update: float) -> list[float]:
+    """Seconds of steps in the steady state: a rollout, `update` seconds asleep in place of the trainer, while calls go
+    on, then the weights once more, which empties the prefix cache."""
     cfg = replace(work.cfg, carry_over=carry_over, importance_cap=2.0)
     held = rollout.Rollout(Meter(work.engine), SearchAnyone(seed, slow), work.chat, cfg)
     seconds, asked, warm = [], 0, carry_over + 1
@@ -344,6 +344,7 @@ def step_seconds(work: Work, carry_over: int, slow: bool, seed: int) -> list[flo
         how = dict(quota=GROUPS, asked=[s for s, _ in pairs]) if carry_over else {}
         episodes = held.run([q for _, q in pairs], samples=SAMPLES, step=step, **how)
         assert len(episodes) == GROUPS * SAMPLES and all(len(e.turns) == TURNS for e in episodes)
+        time.sleep(update)
         work.engine.load_weights(work.weights, step + 1)
         asked, seconds = now.stop, [*seconds, time.perf_counter() - started]
     held.close()
@@ -352,15 +353,16 @@ def step_seconds(work: Work, carry_over: int, slow: bool, seed: int) -> list[flo
 
 def carry_table(args) -> None:
     """Mean seconds of a step, and of three repeats the ratios, each repeat with other latencies."""
-    print(json.dumps(machine()), f"engine {args.engine}", sep="\n", flush=True)
+    print(json.dumps(machine()), f"engine {args.engine}, updates of {args.update} s", sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), args.engine, GROUPS * SAMPLES * (1 + (max(args.carry_over) + 1) // 2))
-        step_seconds(work, 0, False, 0)  # warm
+        step_seconds(work, 0, False, 0, 0.0)  # warm
         for seed in range(1 if args.quick else 3):
-            instant, together = (statistics.mean(step_seconds(work, 0, slow, seed)) for slow in (False, True))
+            how = dict(seed=seed, update=args.update)
+            instant, together = (statistics.mean(step_seconds(work, 0, slow, **how)) for slow in (False, True))
             print(f"instant {instant:.2f} s a step, slow {together:.2f}", flush=True)
             for most in args.carry_over:
-                at_once, slow = (statistics.mean(step_seconds(work, most, slow, seed)) for slow in (False, True))
+                at_once, slow = (statistics.mean(step_seconds(work, most, slow, **how)) for slow in (False, True))
                 cells = f"instant {at_once:.2f}, slow {slow:.2f}; to instant without it {slow / instant:.2f}"
                 ratios = f"with it {slow / at_once:.2f}, faster than without {together / slow:.2f} times"
                 print(f"  --carry_over {most}: {cells}, {ratios}; load {os.getloadavg()[0]:.1f}", flush=True)
@@ -489,8 +491,7 @@ if __name__ == "__main__":
     parser.add_argument("--engine", choices=("torch", "asleep", "vllm"), default="torch")
     parser.add_argument("--quick", action="store_true", help="8 and 64 conversations, once: a minute or two")
     parser.add_argument("--out", default="runs/slow_tools.json")
-    parser.add_argument(
-        "--carry_over", type=int, nargs="+", help="instead: steps of 64 conversations, with and without"
-    )
+    parser.add_argument("--carry_over", type=int, nargs="+", help="instead: steps of 64 conversations")
+    parser.add_argument("--update", type=float, default=0.0, help="of these steps: seconds of the trainer")
     args = parser.parse_args()
     carry_table(args) if args.carry_over else main(args)
