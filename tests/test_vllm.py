@@ -412,19 +412,23 @@ def test_too_little_memory_is_one_line(sharp, tmp_path):
 
 
 @needs_vllm
-def test_torchrun_trains_with_vllm(world, tmp_path):
-    """The README's first command, shortened: two processes, each with its shard and its engine."""
+@pytest.mark.parametrize("more", [(), ("--tensor_parallel=2", "--carry_over=2", "--importance_cap=2", "--steps=4")])
+def test_torchrun_trains_with_vllm(world, tmp_path, more):
+    """The README's first command, shortened: two processes, each with its shard and its engine, or both with one that
+    conversations are carried over in."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     short = "--prompts_per_step=3 --samples_per_prompt=3 --max_tokens_per_turn=12 --val_limit=3 --steps=2".split()
     done = subprocess.run(
         [*torchrun, "train.py", *SHORT_WORLD, *short, f"--toy_dir={world[2].toy_dir}", "--engine=vllm", "--threads=1",
-         f"--run_dir={tmp_path / 'run'}"],
+         f"--run_dir={tmp_path / 'run'}", *more],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if entry["phase"] == "train"]
-    assert len(steps) == 2 and max(entry.get("mismatch/max", 0.0) for entry in steps) < 1e-4
+    assert len(steps) == (4 if more else 2)
+    assert max(entry.get("mismatch/max", 0.0) for entry in steps) < 1e-4
+    assert not more or max(entry["stale/share"] for entry in steps) > 0
     assert "engine vllm: 256 conversations of up to 4 images and 250 tokens" in done.stderr
 
 
