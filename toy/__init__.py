@@ -38,7 +38,7 @@ PROMPTS = {  # it is warmed up with these
     "toy-crop": ("after_crop", "after_image_search", "question", "search_failed"),
 }
 PROMPTS["toy-json"] = PROMPTS["toy-qwen3"] = PROMPTS["toy"]
-VERSION = 3  # of the procedure: raise it when a change of the code makes another world
+VERSION = 5  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -88,12 +88,9 @@ def locate(recipe: Recipe) -> Toy:
     """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
     options = as_dict(recipe)
     folder = Path(options.pop("toy_dir"))
-    if recipe.toy_backbone == Recipe.toy_backbone:  # worlds were named before there was a choice
-        del options["toy_backbone"]
     prompts = ROOT / PRESETS[recipe.preset].get("prompts", Config.prompts)
     prompts = [(prompts / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS[recipe.preset]]
-    version = VERSION + bool(recipe.toy_named)  # only those changed with version 4
-    content = json.dumps([version, options, prompts])
+    content = json.dumps([VERSION, options, prompts])
     return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])
 
 
