@@ -151,7 +151,7 @@ def test_the_disk_holds_what_the_plan_says(sizes, folder, chat, cfg, device, tmp
     checkpoint.export_hf(tmp_path / "export", model, chat)
     for name, expected in zip(("checkpoint", "export"), plan.on_disk(sizes, replace(cfg, dtype="fp32")), strict=True):
         size = sum(p.stat().st_size for p in (tmp_path / name).rglob("*") if p.suffix in (".distcp", ".safetensors"))
-        more = 1.5 if name == "checkpoint" and cfg.lora_rank else 1.08
+        more = 1.5 if name == "checkpoint" and cfg.lora_rank else 1.1
         assert expected <= size < more * expected  # the model is so small that names and headers show
 
 
