@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import test_reward
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -393,7 +394,7 @@ def test_well_formed_turns_in_json(turn, kinds):
     ([R + SEARCH], 0.0, False, 1),
 ])  # fmt: skip
 def test_rewards_in_json(turns, right, ordered, searches):
-    score = reward.score(turns, ["bako"], dialect="json")
+    score = test_reward.score(turns, ["bako"], dialect="json")
     assert (score.reward, score.format_ok, score.searches) == (pytest.approx(right), ordered, searches)
 
 
