@@ -31,7 +31,7 @@ from torch import Tensor
 from backbone import check_chat, empty_model, head_size, parameter_names, read, read_config, rope_positions, see
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
-from data import Question, first_line
+from data import Question, first_line, refusing
 from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare
 from tools import most_pictures
 
@@ -551,10 +551,8 @@ def _import_vllm(device):
         applies = wanted.name == "torch" and (wanted.marker is None or wanted.marker.evaluate())
         which = f"{names[0]} {found.version} needs torch {wanted.specifier}"
         need(not applies or installed in wanted.specifier, f"{which}, this is torch {installed}")
-    try:
+    with refusing("--engine vllm: vLLM cannot be imported", ImportError, RuntimeError):  # a library does not load
         from vllm import EngineArgs, LLMEngine
-    except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
-        raise InputError(f"--engine vllm: vLLM cannot be imported ({first_line(error)})") from error
     return EngineArgs, LLMEngine
 
 
@@ -585,8 +583,12 @@ def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Lim
     return Limits(images, cfg.max_tokens, cfg.concurrency, block, blocks * block * token_bytes)
 
 
-def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
-    """The engine of the configuration for the model in `folder`. Weights have to be loaded into a `TorchEngine`."""
+def make_engine(folder: str, chat: Chat, cfg: Config, device, questions: list[Question]) -> Engine:
+    """The engine of the configuration for the model in `folder` and conversations about these questions. Weights have
+    to be loaded into a `TorchEngine`."""
+    limits = engine_limits(folder, cfg, device, questions)
+    if dist.get_rank() == 0:
+        print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
     if cfg.engine == "vllm":
         return VLLMEngine(folder, chat, cfg, device, limits)
     return TorchEngine(read_config(folder), chat, cfg, device)

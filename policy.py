@@ -311,11 +311,6 @@ class PackedBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
-    def split(self, values: Tensor) -> list[Tensor]:
-        """Values [S] as one tensor for each episode."""
-        lengths = torch.bincount(self.sequence, minlength=len(self.episodes))
-        return list(values.split(lengths.tolist()))
-
 
 def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
     """Whole episodes in batches of at most max_tokens, in order, so that a question's samples meet: what they share
@@ -363,8 +358,9 @@ def pack_batch(episodes: list[Episode], advantages: list[float], places: list[li
         placeholders, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
         if placeholders != filled:
             raise ValueError(f"{episode.name}: {placeholders} placeholders, {filled} vision tokens")
-    if not pixels:  # the vision tower always runs
-        pixels, grids = backbone.blank_image(chat)
+    if not pixels:  # the vision tower always runs: on a picture of one vision token
+        patch, merge, frames = chat.sizes
+        pixels, grids = [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]
     known, segments = 0, []
     for found in places:
         if found[-1] >= known:  # an episode's new rows are its last ones

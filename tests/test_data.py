@@ -29,9 +29,9 @@ from chat import Cache, Chat, Episode, drop_overlong, final_size
 from config import PRESETS, InputError, parse
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
+from eval import load_prompts
 from reward import MATCHES
 from toy.model import CHAT_TEMPLATE
-from train import load_prompts
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
