@@ -126,11 +126,6 @@ class Chat:
         """Ids the policy may not say: vision tokens, and rows of the embedding that no token has."""
         return sorted(self.vision_ids | set(range(vocab_size)).difference(self.tokenizer.get_vocab().values()))
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer and image processor into a model's folder."""
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-
     # -- text
 
     def encode(self, text: str) -> list[int]:

@@ -158,7 +158,8 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
         try:
             shell.save_pretrained(temporary, state_dict=weights)
             model.generation_config.to_json_file(temporary / "generation_config.json")  # its end tokens, not defaults
-            chat.save(temporary)
+            chat.tokenizer.save_pretrained(temporary)
+            chat.processor.save_pretrained(temporary)
             save_trained_as(temporary, chat)
             if adapters:
                 save_adapters(temporary / "adapters", model, adapters, chat)

@@ -102,14 +102,13 @@ def asked_question(options: EvalOptions) -> Question:
 def ask(rollout: Rollout, question: Question, options: EvalOptions) -> Episode:
     """Roll out one conversation and print it turn by turn, with what the tools returned."""
     episode = rollout.run([question], temperature=options.eval_temperature, mode=options.mode)[0]
-    calls = list(episode.calls)
     print(f"question  {question.text}")
-    if options.mode == "pipeline" and calls:  # it searches before the model says anything
-        print_call(*calls.pop(0))
-    for number, response in enumerate(episode.responses, 1):
-        print(f"\nturn {number}    {response.strip()}")
-        if calls:
-            print_call(*calls.pop(0))
+    for number, response in enumerate(["", *episode.responses]):  # the pipeline searches before the model's first turn
+        if number:
+            print(f"\nturn {number}    {response.strip()}")
+        for turn, (call, result) in zip(episode.call_turns, episode.calls, strict=True):
+            if turn == number:
+                print_call(call, result)
     answer = extract_answer(episode.responses[-1]) if episode.responses else None
     print(f"\nanswer    {answer}   (stop: {episode.stop.value})")
     return episode

@@ -194,11 +194,10 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
         kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    gap = grpo.mismatch(sampled_logp, batch.sampler_logp)
     gaps, fresh, sequence = (old_logp - batch.sampler_logp).cpu(), ~stale.cpu(), batch.sequence.cpu()
     for number, episode in enumerate(batch.episodes):
         episode.logp_gap = gaps[fresh & (sequence == number)]
-    stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
+    stats |= {"entropy": entropy.sum(), **grpo.mismatch(sampled_logp, batch.sampler_logp)}
     keep = None
     if cfg.trust_bound:
         keep = grpo.trusted_sequences(old_logp, batch.sampler_logp, batch.sequence, cfg.trust_bound)
@@ -225,13 +224,9 @@ def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
     gaps = np.concatenate([np.zeros(0, np.float32), *all_gather(here)])
     if not len(gaps):
         return {"mismatch/max": 0.0}
-    low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
-    return {
-        "mismatch/max": float(np.abs(gaps).max()),
-        "mismatch/ratio_p1": float(low),
-        "mismatch/ratio_p50": float(middle),
-        "mismatch/ratio_p99": float(high),
-    }
+    names = ("mismatch/ratio_p1", "mismatch/ratio_p50", "mismatch/ratio_p99")
+    ratios = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99))).tolist()
+    return {"mismatch/max": float(np.abs(gaps).max()), **dict(zip(names, ratios, strict=True))}
 
 
 def questions_of_step(questions: list, step: int, cfg: Config) -> list:

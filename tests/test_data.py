@@ -1197,7 +1197,8 @@ def test_models_that_are_nowhere(cfg, monkeypatch, name):
 
 
 def test_a_saved_chat_is_the_same(chat, cfg, tmp_path):
-    chat.save(tmp_path)
+    chat.tokenizer.save_pretrained(tmp_path)
+    chat.processor.save_pretrained(tmp_path)
     again = Chat(tmp_path, cfg)
     asked = question(images=2, text="<image> or <image>?")
     assert again.prompt(asked) == chat.prompt(asked) and again.banned_ids(700) == chat.banned_ids(700)
