@@ -13,7 +13,6 @@ Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
 import importlib.metadata
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,7 @@ from backbone import check_chat, empty_model, head_size, parameter_names, read, 
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
 from data import Question, first_line, refusing
-from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare
+from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare, say
 from tools import most_pictures
 
 # bounds on TorchEngine's memory
@@ -403,8 +402,8 @@ class VLLMEngine(Engine):
             max_num_batched_tokens=batch,
             **launcher,
         )  # fmt: skip
-        if device.type == "cuda" and dist.get_rank() == 0:
-            print("vLLM compiles the model and records CUDA graphs: a minute or two, or more at first", file=sys.stderr)
+        if device.type == "cuda":
+            say("vLLM compiles the model and records CUDA graphs: a minute or two, or more at first")
         try:
             self.llm = LLMEngine.from_engine_args(args)
         except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
@@ -587,8 +586,7 @@ def make_engine(folder: str, chat: Chat, cfg: Config, device, questions: list[Qu
     """The engine of the configuration for the model in `folder` and conversations about these questions. Weights have
     to be loaded into a `TorchEngine`."""
     limits = engine_limits(folder, cfg, device, questions)
-    if dist.get_rank() == 0:
-        print(f"engine {cfg.engine}: {limits}", file=sys.stderr)
+    say(f"engine {cfg.engine}: {limits}")
     if cfg.engine == "vllm":
         return VLLMEngine(folder, chat, cfg, device, limits)
     return TorchEngine(read_config(folder), chat, cfg, device)

@@ -21,11 +21,10 @@ import torch.distributed as dist
 import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
-from checkpoint import say
 from config import Config, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, refusing, thinned
 from engines import Engine, make_engine
-from policy import all_gather, init_distributed, is_deterministic
+from policy import all_gather, init_distributed, is_deterministic, say
 from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search

@@ -122,8 +122,8 @@ def policy_loss(
         stats = {
             "tokens": _count(logp),
             "ratio": ratio.sum(),
-            "clip_high": ((advantages > 0) & (ratio > 1 + clip_high)).sum().float(),
             "clip_low": ((advantages < 0) & (ratio < 1 - clip_low)).sum().float(),
+            "clip_high": ((advantages > 0) & (ratio > 1 + clip_high)).sum().float(),
             "approx_kl": _k3(token_log_ratio).sum(),
         }
     return loss, stats

@@ -23,6 +23,7 @@ N episodes, H hidden size, V vocabulary, P image patches, C vision tokens (merge
 
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -117,6 +118,12 @@ def all_max(value: float, device) -> float:
     flat = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(flat, dist.ReduceOp.MAX)
     return flat.item()
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all ranks; nothing if it is empty."""
+    if text and dist.get_rank() == 0:
+        print(text, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------- the model

@@ -33,16 +33,17 @@ import grpo
 import policy
 import toy
 from chat import Chat, Episode
-from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb, say
+from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb
 from config import Config, Options, need, parse, run_main
 from data import Question, Stop, path_of, prompt_path, read_jsonl, thinned, write_jsonl
 from engines import Engine, EngineDied, make_engine
 from eval import load_prompts
-from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
+from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack, say
 from reward import record
 from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
+NOT_PER_TOKEN = ("loss", "count", "grad_norm", "updates", "tokens", "stale/tokens")  # of an update; others are means
 MAX_MISMATCH = 0.1  # nats a token, on average, at the first step; a random tiny model in bf16 on a CPU has 0.02
 
 
@@ -143,9 +144,10 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     tokens, stale, means = totals["tokens"], totals["stale/tokens"], {}
     counts = {"stale": stale, "mismatch": tokens - stale}
-    for name in (name for name in PER_TOKEN if tokens and name in totals):
-        of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
-        means[name] = totals[name] / max(of, 1.0)
+    for name, total in totals.items():
+        if tokens and name not in NOT_PER_TOKEN:
+            of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
+            means[name] = total / max(of, 1.0)
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
@@ -154,12 +156,6 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
         **gap_metrics([s.episode for s in samples]),
         "seconds/logprobs": seconds,
     }
-
-
-PER_TOKEN = (
-    "ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3", "mismatch/masked",
-    "mismatch/truncated", "stale/ratio", "stale/truncated",
-)  # fmt: skip
 
 
 def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
