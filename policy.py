@@ -525,13 +525,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 class NonFinite(RuntimeError):
-    """A loss, a gradient or logits that are not finite; nothing was changed by the step. names: of the episodes, of all
-    ranks, that may be the cause."""
-
-    def __init__(self, message: str, names: list[str] = ()):
-        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-        super().__init__(f"{message} ({shown})" if names else message)
-        self.names = list(names)
+    """A loss, a gradient or logits that are not finite; nothing was changed by the step."""
 
 
 def imitation_loss(loss_norm: str, batch: PackedBatch, logp: Tensor, entropy: Tensor):
@@ -570,7 +564,9 @@ def update(model, optimizer, batches: list[PackedBatch], batch_loss: Callable, c
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if all_max(bool(bad) or not math.isfinite(norm), device):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", all_gather(bad) or all_gather(packed))
+        names = all_gather(bad) or all_gather(packed)  # of the episodes that may be the cause
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm} ({shown})")
     if sums["count"]:
         optimizer.step()
     return {**sums, "grad_norm": norm}

@@ -513,7 +513,7 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     assert metrics["reward"] == pytest.approx((1.0 + 0.1 + 3.0) / 8)
 
     def fails(*_):
-        raise policy.NonFinite("loss nan", [])
+        raise policy.NonFinite("loss nan")
 
     monkeypatch.setattr(train, "update_policy", fails)
     (tmp_path / "run/rollouts/step-000000.jsonl").unlink()
