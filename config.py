@@ -353,7 +353,6 @@ def _trained_as(model: str) -> dict:
 
 
 def save(path: str | Path, *options: Options) -> None:
-    """Write options as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(as_dict(*options), indent=1) + "\n")
 
