@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chat import Chat, Picture
 from config import InputError, need
-from data import first_line
+from data import first_line, refusing
 
 # model_type -> name, class in transformers, sizes that only its vision tower has
 FAMILIES = {
@@ -59,10 +59,8 @@ def read_config(folder: str | Path):
     """transformers' configuration of a model of one of the FAMILIES. Raises InputError if it is none."""
     from transformers import AutoConfig
 
-    try:
+    with refusing(f"{folder}: cannot load the model", Exception):  # as above
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # as above
-        raise InputError(f"{folder}: cannot load the model ({first_line(error)})") from None
     kind = config.model_type
     need(kind in FAMILIES, f"{folder}: unsupported architecture {kind!r}, expected one of {', '.join(FAMILIES)}")
     family, _, own_sizes = FAMILIES[kind]
@@ -322,9 +320,3 @@ def read(model, ids: Tensor, positions: Tensor, places=None, features=None, **op
             seen = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, places, True)
             options |= dict(visual_pos_masks=seen.view_as(ids), deepstack_visual_embeds=deep)
     return decoder(inputs_embeds=embeds, position_ids=positions, **options).last_hidden_state
-
-
-def blank_image(chat: Chat) -> tuple[list[Tensor], list[list[int]]]:
-    """(pixels, grids) of a picture of one vision token, for batches without pictures."""
-    patch, merge, frames = chat.sizes
-    return [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]

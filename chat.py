@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -125,11 +125,6 @@ class Chat:
     def banned_ids(self, vocab_size: int) -> list[int]:
         """Ids the policy may not say: vision tokens, and rows of the embedding that no token has."""
         return sorted(self.vision_ids | set(range(vocab_size)).difference(self.tokenizer.get_vocab().values()))
-
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer and image processor into a model's folder."""
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
 
     # -- text
 
@@ -466,16 +461,6 @@ class Episode:
         self.logprobs += [0.0] * len(ids)
         self.images += images
 
-    def pieces(self) -> Iterator[tuple[bool, list[int]]]:
-        """(did the policy sample it, tokens) of each turn and of what lies between the turns, in order."""
-        position = 0
-        for turn in self.turns:
-            yield False, self.tokens[position : turn.start]
-            yield True, self.tokens[turn.start : turn.end]
-            position = turn.end
-        if position < len(self.tokens):
-            yield False, self.tokens[position:]
-
     def bracketed(self) -> str:
         """The conversation as text, what the policy sampled and is trained on in brackets."""
         runs = itertools.groupby(zip(self.trained, self.tokens, strict=True), key=lambda pair: pair[0])
@@ -500,10 +485,13 @@ class Episode:
 
     def record(self) -> dict:
         """A readable form for JSONL: turns as text, calls with their results; of pictures only the keys."""
-        turns = []
-        for sampled, ids in self.pieces():
-            text = self.chat.decode_reply(ids) if sampled else self.chat.show(ids)
-            turns.append({"role": "model" if sampled else "context", "text": text})
+        turns, end = [], 0
+        for turn, said in zip(self.turns, self.responses, strict=True):
+            turns.append({"role": "context", "text": self.chat.show(self.tokens[end : turn.start])})
+            turns.append({"role": "model", "text": said})
+            end = turn.end
+        if end < len(self.tokens):
+            turns.append({"role": "context", "text": self.chat.show(self.tokens[end:])})
         calls = []
         for (call, result), turn in zip(self.calls, self.call_turns, strict=True):
             made = {name: getattr(call, name) for name in ("tool", "query", "picture", "box", "url")}

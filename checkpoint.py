@@ -33,7 +33,7 @@ from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
 from data import Question, file_id, first_line, path_of, picture_key, prompt_path, refusing, to_json
-from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, whole
+from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, say, whole
 from tools import limits, results
 
 
@@ -158,7 +158,8 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
         try:
             shell.save_pretrained(temporary, state_dict=weights)
             model.generation_config.to_json_file(temporary / "generation_config.json")  # its end tokens, not defaults
-            chat.save(temporary)
+            chat.tokenizer.save_pretrained(temporary)
+            chat.processor.save_pretrained(temporary)
             save_trained_as(temporary, chat)
             if adapters:
                 save_adapters(temporary / "adapters", model, adapters, chat)
@@ -385,12 +386,6 @@ def peak_memory_gb(device) -> float:
         return peak / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def say(text: str) -> None:
-    """Print a line on stderr, once for all ranks; nothing if it is empty."""
-    if text and dist.get_rank() == 0:
-        print(text, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------- signals

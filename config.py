@@ -225,11 +225,6 @@ class Config(Options):
         """With carry-over, questions are asked so many steps early: so old are groups on average, half of the most."""
         return (self.carry_over + 1) // 2
 
-    @property
-    def searches_web(self) -> bool:
-        """True if this process itself asks the web."""
-        return self.search in ("live", "record")
-
 
 # ------------------------------------------------------------------------------------------------------- checks
 def need(ok, message: str) -> None:
@@ -358,7 +353,6 @@ def _trained_as(model: str) -> dict:
 
 
 def save(path: str | Path, *options: Options) -> None:
-    """Write options as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(as_dict(*options), indent=1) + "\n")
 

@@ -497,7 +497,6 @@ def to_json(value) -> str:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write records as JSON lines."""
     with replacing(path) as temporary, open(temporary, "w") as file:
         file.writelines(to_json(r) + "\n" for r in records)
 

@@ -13,7 +13,6 @@ Axes: B requests in a batch, N new tokens, L tokens in the cache, V vocabulary.
 import importlib.metadata
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,8 +30,8 @@ from torch import Tensor
 from backbone import check_chat, empty_model, head_size, parameter_names, read, read_config, rope_positions, see
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
-from data import Question, first_line
-from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare
+from data import Question, first_line, refusing
+from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare, say
 from tools import most_pictures
 
 # bounds on TorchEngine's memory
@@ -403,8 +402,8 @@ class VLLMEngine(Engine):
             max_num_batched_tokens=batch,
             **launcher,
         )  # fmt: skip
-        if device.type == "cuda" and dist.get_rank() == 0:
-            print("vLLM compiles the model and records CUDA graphs: a minute or two, or more at first", file=sys.stderr)
+        if device.type == "cuda":
+            say("vLLM compiles the model and records CUDA graphs: a minute or two, or more at first")
         try:
             self.llm = LLMEngine.from_engine_args(args)
         except (ValueError, RuntimeError, AssertionError) as error:  # out of memory is a RuntimeError
@@ -551,10 +550,8 @@ def _import_vllm(device):
         applies = wanted.name == "torch" and (wanted.marker is None or wanted.marker.evaluate())
         which = f"{names[0]} {found.version} needs torch {wanted.specifier}"
         need(not applies or installed in wanted.specifier, f"{which}, this is torch {installed}")
-    try:
+    with refusing("--engine vllm: vLLM cannot be imported", ImportError, RuntimeError):  # a library does not load
         from vllm import EngineArgs, LLMEngine
-    except (ImportError, OSError, RuntimeError) as error:  # a library that does not load
-        raise InputError(f"--engine vllm: vLLM cannot be imported ({first_line(error)})") from error
     return EngineArgs, LLMEngine
 
 
@@ -585,8 +582,11 @@ def engine_limits(folder, cfg: Config, device, questions: list[Question]) -> Lim
     return Limits(images, cfg.max_tokens, cfg.concurrency, block, blocks * block * token_bytes)
 
 
-def make_engine(folder: str, chat: Chat, cfg: Config, device, limits: Limits):
-    """The engine of the configuration for the model in `folder`. Weights have to be loaded into a `TorchEngine`."""
+def make_engine(folder: str, chat: Chat, cfg: Config, device, questions: list[Question]) -> Engine:
+    """The engine of the configuration for the model in `folder` and conversations about these questions. Weights have
+    to be loaded into a `TorchEngine`."""
+    limits = engine_limits(folder, cfg, device, questions)
+    say(f"engine {cfg.engine}: {limits}")
     if cfg.engine == "vllm":
         return VLLMEngine(folder, chat, cfg, device, limits)
     return TorchEngine(read_config(folder), chat, cfg, device)

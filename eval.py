@@ -21,11 +21,10 @@ import torch.distributed as dist
 import toy
 from backbone import read_model
 from chat import Chat, Episode, drop_overlong
-from checkpoint import say
 from config import Config, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, refusing, thinned
-from engines import Engine, engine_limits, make_engine
-from policy import all_gather, init_distributed, is_deterministic
+from engines import Engine, make_engine
+from policy import all_gather, init_distributed, is_deterministic, say
 from reward import extract_answer
 from rollout import Rollout, evaluate
 from search import check_questions, estimate, open_search
@@ -83,10 +82,7 @@ def load_rollout(folder: str, chat: Chat, cfg: Config, questions, world: toy.Toy
 
 
 def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question], device) -> Engine:
-    limits = engine_limits(folder, cfg, device, questions)
-    if cfg.engine != "torch":
-        say(f"engine {cfg.engine}: {limits}")
-    engine = make_engine(folder, chat, cfg, device, limits)
+    engine = make_engine(folder, chat, cfg, device, questions)
     if cfg.engine == "torch":  # vLLM has read the folder itself
         engine.load_weights(read_model(folder).named_parameters(), version=0)
     return engine
@@ -105,14 +101,13 @@ def asked_question(options: EvalOptions) -> Question:
 def ask(rollout: Rollout, question: Question, options: EvalOptions) -> Episode:
     """Roll out one conversation and print it turn by turn, with what the tools returned."""
     episode = rollout.run([question], temperature=options.eval_temperature, mode=options.mode)[0]
-    calls = list(episode.calls)
     print(f"question  {question.text}")
-    if options.mode == "pipeline" and calls:  # it searches before the model says anything
-        print_call(*calls.pop(0))
-    for number, response in enumerate(episode.responses, 1):
-        print(f"\nturn {number}    {response.strip()}")
-        if calls:
-            print_call(*calls.pop(0))
+    for number, response in enumerate(["", *episode.responses]):  # the pipeline searches before the model's first turn
+        if number:
+            print(f"\nturn {number}    {response.strip()}")
+        for turn, (call, result) in zip(episode.call_turns, episode.calls, strict=True):
+            if turn == number:
+                print_call(call, result)
     answer = extract_answer(episode.responses[-1]) if episode.responses else None
     print(f"\nanswer    {answer}   (stop: {episode.stop.value})")
     return episode
@@ -129,17 +124,24 @@ def print_call(call, result) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- question files
+def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config, mode: str = "agent") -> list[Question]:
+    """The questions of files whose prompts are not too long. Raises InputError if none is left."""
+    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
+    questions, dropped = drop_overlong(loaded, chat, mode)
+    if dropped:
+        say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")
+    need(questions, f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
+    return questions
+
+
 def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, world: toy.Toy, device) -> None:
     """Evaluate on question files; write the conversations and print the table."""
     from analysis.figures import summarize, table
     from analysis.results import ResultFile
 
     files = options.files or (str(world.val),)
-    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
-    questions, dropped = drop_overlong(loaded, chat, options.mode)
-    questions = thinned(questions, cfg.val_limit)
-    need(questions, "there is no question to evaluate on" + (f" ({dropped} over-long ones)" if dropped else ""))
     rank, samples, mode = dist.get_rank(), options.samples, options.mode
+    questions = thinned(load_prompts(files, "evaluation", chat, cfg, mode), cfg.val_limit)
     if mode != "direct":
         say(estimate(len(questions) * samples, cfg))
     temperature = options.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
@@ -161,8 +163,7 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
         held.close()
         print(table(summarize(records, cfg)))
         again = f", {len(done)} of them from before" if done else ""
-        left_out = f"; {dropped} over-long questions dropped" if dropped else ""
-        print(f"{len(records)} conversations in {out}{again}{left_out}")
+        print(f"{len(records)} conversations in {out}{again}")
 
 
 def header_of(folder, chat: Chat, cfg: Config, options: EvalOptions, files, temperature: float, world: toy.Toy) -> dict:

@@ -122,8 +122,8 @@ def policy_loss(
         stats = {
             "tokens": _count(logp),
             "ratio": ratio.sum(),
-            "clip_high": ((advantages > 0) & (ratio > 1 + clip_high)).sum().float(),
             "clip_low": ((advantages < 0) & (ratio < 1 - clip_low)).sum().float(),
+            "clip_high": ((advantages > 0) & (ratio > 1 + clip_high)).sum().float(),
             "approx_kl": _k3(token_log_ratio).sum(),
         }
     return loss, stats
@@ -219,14 +219,13 @@ def trusted_sequences(old_logp: Tensor, sampler_logp: Tensor, sequence_ids: Tens
 def mismatch(logp: Tensor, sampler_logp: Tensor) -> dict[str, Tensor]:
     """How far the trainer's log-probabilities of the sampled tokens are from those the sampler reported.
 
-    logp[S], sampler_logp[S]: float32. Returns sums, 0-d, to be added up and divided by `tokens`:
-        tokens   S
-        abs_sum  |logp - sampler_logp|
-        k3_sum   k3 estimate of KL(sampler || trainer)
+    logp[S], sampler_logp[S]: float32. Returns sums, 0-d, to be added up and divided by the number of tokens:
+        mismatch/mean  |logp - sampler_logp|
+        mismatch/k3    k3 estimate of KL(sampler || trainer)
     """
     _check_shapes(logp=logp, sampler_logp=sampler_logp)
     gap = logp - sampler_logp
-    return {"tokens": _count(logp), "abs_sum": gap.abs().sum(), "k3_sum": _k3(gap).sum()}
+    return {"mismatch/mean": gap.abs().sum(), "mismatch/k3": _k3(gap).sum()}
 
 
 def _k3(d: Tensor) -> Tensor:

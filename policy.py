@@ -23,6 +23,7 @@ N episodes, H hidden size, V vocabulary, P image patches, C vision tokens (merge
 
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -117,6 +118,12 @@ def all_max(value: float, device) -> float:
     flat = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(flat, dist.ReduceOp.MAX)
     return flat.item()
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all ranks; nothing if it is empty."""
+    if text and dist.get_rank() == 0:
+        print(text, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------- the model
@@ -311,11 +318,6 @@ class PackedBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
-    def split(self, values: Tensor) -> list[Tensor]:
-        """Values [S] as one tensor for each episode."""
-        lengths = torch.bincount(self.sequence, minlength=len(self.episodes))
-        return list(values.split(lengths.tolist()))
-
 
 def pack(episodes: list[Episode], chat: Chat, model, max_tokens: int, advantages=None) -> list[PackedBatch]:
     """Whole episodes in batches of at most max_tokens, in order, so that a question's samples meet: what they share
@@ -363,8 +365,9 @@ def pack_batch(episodes: list[Episode], advantages: list[float], places: list[li
         placeholders, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
         if placeholders != filled:
             raise ValueError(f"{episode.name}: {placeholders} placeholders, {filled} vision tokens")
-    if not pixels:  # the vision tower always runs
-        pixels, grids = backbone.blank_image(chat)
+    if not pixels:  # the vision tower always runs: on a picture of one vision token
+        patch, merge, frames = chat.sizes
+        pixels, grids = [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]
     known, segments = 0, []
     for found in places:
         if found[-1] >= known:  # an episode's new rows are its last ones
@@ -522,13 +525,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 class NonFinite(RuntimeError):
-    """A loss, a gradient or logits that are not finite; nothing was changed by the step. names: of the episodes, of all
-    ranks, that may be the cause."""
-
-    def __init__(self, message: str, names: list[str] = ()):
-        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-        super().__init__(f"{message} ({shown})" if names else message)
-        self.names = list(names)
+    """A loss, a gradient or logits that are not finite; nothing was changed by the step."""
 
 
 def imitation_loss(loss_norm: str, batch: PackedBatch, logp: Tensor, entropy: Tensor):
@@ -567,7 +564,9 @@ def update(model, optimizer, batches: list[PackedBatch], batch_loss: Callable, c
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if all_max(bool(bad) or not math.isfinite(norm), device):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm}", all_gather(bad) or all_gather(packed))
+        names = all_gather(bad) or all_gather(packed)  # of the episodes that may be the cause
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        raise NonFinite(f"loss {sums['loss']}, gradient norm {norm} ({shown})")
     if sums["count"]:
         optimizer.step()
     return {**sums, "grad_norm": norm}

@@ -475,7 +475,7 @@ class Refill:
         right, asked = [share_right for share_right, _ in self.outcomes.values()], max(1, len(self.outcomes))
         figures = {"always_right": right.count(1.0) / asked, "never_right": right.count(0.0) / asked}
         if self.cfg.refill_groups:
-            replaced = all_sum({"": self.replaced.total()}, device)[""]
+            replaced = sum(all_gather([self.replaced.total()]))
             figures["replaced_groups"] = replaced / (replaced + len(self.numbers))
             figures["refill_rounds"] = all_max(max(self.replaced.values(), default=0), device)
         return figures
@@ -519,6 +519,7 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
     done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED and s.reward is not None]
     called = [Counter(call.tool for call, _ in e.calls) for e, _ in done]
     results = [result for e in episodes for _, result in e.calls]
+    used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
     means = {
         "reward": sum(s.reward for _, s in done),
         "accuracy": sum(s.correct for _, s in done),
@@ -531,7 +532,10 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
     counts = {
         "tool_failures": sum(result.status == "error" for result in results),
         "results_cut": sum(e.results_cut for e in episodes),
-        **call_metrics(results),
+        **{f"errors/{kind}": sum(r.error_kind == kind for r in results) for kind in ERROR_KINDS},
+        "search/calls": len(results),
+        "seconds/search": used.pop("seconds"),  # waited for the web
+        **{f"search/{name}": value for name, value in used.items()},
         **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
         "done": len(done),
     }
@@ -539,17 +543,6 @@ def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, d
     sums["results_cut"] /= max(sums["search/calls"], 1.0)  # the share of calls
     n = max(sums.pop("done"), 1.0)
     return {name: value / n if name in means else value for name, value in sums.items()}
-
-
-def call_metrics(results: list[Result]) -> dict[str, float]:
-    """Sums: errors by kind, what was used, and seconds waited for the web."""
-    used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
-    return {
-        **{f"errors/{kind}": sum(r.error_kind == kind for r in results) for kind in ERROR_KINDS},
-        "search/calls": len(results),
-        "seconds/search": used.pop("seconds"),
-        **{f"search/{name}": value for name, value in used.items()},
-    }
 
 
 class SearchDown(Exception):

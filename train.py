@@ -32,16 +32,18 @@ from tqdm import tqdm
 import grpo
 import policy
 import toy
-from chat import Chat, Episode, drop_overlong
-from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb, say
+from chat import Chat, Episode
+from checkpoint import RunDir, Stopper, check_log, export_hf, input_ids, load_state, peak_memory_gb
 from config import Config, Options, need, parse, run_main
-from data import Question, Stop, load_questions, path_of, prompt_path, read_jsonl, thinned, write_jsonl
-from engines import Engine, EngineDied, engine_limits, make_engine
-from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack
+from data import Question, Stop, path_of, prompt_path, read_jsonl, thinned, write_jsonl
+from engines import Engine, EngineDied, make_engine
+from eval import load_prompts
+from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack, say
 from reward import record
 from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
 from search import check_questions, estimate, open_search, web_part
 
+NOT_PER_TOKEN = ("loss", "count", "grad_norm", "updates", "tokens", "stale/tokens")  # of an update; others are means
 MAX_MISMATCH = 0.1  # nats a token, on average, at the first step; a random tiny model in bf16 on a CPU has 0.02
 
 
@@ -65,17 +67,16 @@ def has_no_gradient(sample: Sample, cfg: Config) -> bool:
     return sample.advantage == 0 and not (cfg.kl_coef or cfg.entropy_coef or cfg.trust_bound)
 
 
-def advantage_metrics(samples: list[Sample], device) -> dict[str, float]:
+def advantage_metrics(samples: list[Sample]) -> dict[str, float]:
     """Over all ranks: the mean |advantage|, and the share of groups in which all earned the same."""
     groups = defaultdict(list)
     for sample in samples:
         if sample.advantage is not None:
             groups[sample.number].append(abs(sample.advantage))
-    sums = {"advantage": sum(map(sum, groups.values())), "n": sum(map(len, groups.values()))}
-    sums |= {"zero_variance": sum(not any(group) for group in groups.values()), "groups": len(groups)}
-    sums = all_sum(sums, device)
-    zero_variance = sums["zero_variance"] / max(sums["groups"], 1.0)
-    return {"advantage_abs": sums["advantage"] / max(sums["n"], 1.0), "zero_variance_groups": zero_variance}
+    groups = all_gather(list(groups.values()))
+    mean = sum(map(sum, groups)) / max(sum(map(len, groups)), 1)
+    zero_variance = sum(not any(group) for group in groups) / max(len(groups), 1)
+    return {"advantage_abs": mean, "zero_variance_groups": zero_variance}
 
 
 def rebalance(
@@ -143,9 +144,10 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     tokens, stale, means = totals["tokens"], totals["stale/tokens"], {}
     counts = {"stale": stale, "mismatch": tokens - stale}
-    for name in (name for name in PER_TOKEN if tokens and name in totals):
-        of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
-        means[name] = totals[name] / max(of, 1.0)
+    for name, total in totals.items():
+        if tokens and name not in NOT_PER_TOKEN:
+            of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
+            means[name] = total / max(of, 1.0)
     return {
         "loss": totals["loss"] / totals["updates"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
@@ -154,12 +156,6 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
         **gap_metrics([s.episode for s in samples]),
         "seconds/logprobs": seconds,
     }
-
-
-PER_TOKEN = (
-    "ratio", "clip_low", "clip_high", "approx_kl", "kl", "entropy", "mismatch/mean", "mismatch/k3", "mismatch/masked",
-    "mismatch/truncated", "stale/ratio", "stale/truncated",
-)  # fmt: skip
 
 
 def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
@@ -194,11 +190,10 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
         kl = grpo.kl_penalty(logp, batch.ref_logp, cfg.kl_kind)
         loss, stats["kl"] = loss + cfg.kl_coef * kl, kl.sum()
     loss = loss - cfg.entropy_coef * entropy
-    gap = grpo.mismatch(sampled_logp, batch.sampler_logp)
-    parts = zip(batch.split((old_logp - batch.sampler_logp).cpu()), batch.split(~stale.cpu()), strict=True)
-    for episode, (part, fresh) in zip(batch.episodes, parts, strict=True):
-        episode.logp_gap = part[fresh]
-    stats |= {"entropy": entropy.sum(), "mismatch/mean": gap["abs_sum"], "mismatch/k3": gap["k3_sum"]}
+    gaps, fresh, sequence = (old_logp - batch.sampler_logp).cpu(), ~stale.cpu(), batch.sequence.cpu()
+    for number, episode in enumerate(batch.episodes):
+        episode.logp_gap = gaps[fresh & (sequence == number)]
+    stats |= {"entropy": entropy.sum(), **grpo.mismatch(sampled_logp, batch.sampler_logp)}
     keep = None
     if cfg.trust_bound:
         keep = grpo.trusted_sequences(old_logp, batch.sampler_logp, batch.sequence, cfg.trust_bound)
@@ -225,13 +220,9 @@ def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
     gaps = np.concatenate([np.zeros(0, np.float32), *all_gather(here)])
     if not len(gaps):
         return {"mismatch/max": 0.0}
-    low, middle, high = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99)))
-    return {
-        "mismatch/max": float(np.abs(gaps).max()),
-        "mismatch/ratio_p1": float(low),
-        "mismatch/ratio_p50": float(middle),
-        "mismatch/ratio_p99": float(high),
-    }
+    names = ("mismatch/ratio_p1", "mismatch/ratio_p50", "mismatch/ratio_p99")
+    ratios = np.exp(np.quantile(gaps, (0.01, 0.5, 0.99))).tolist()
+    return {"mismatch/max": float(np.abs(gaps).max()), **dict(zip(names, ratios, strict=True))}
 
 
 def questions_of_step(questions: list, step: int, cfg: Config) -> list:
@@ -265,8 +256,6 @@ class Run:
         index = cfg.search_index or world.index
         self.search = open_search(cfg, index)
         val = self._load_data(recipe, imitation, world)
-        limits = engine_limits(folder, cfg, self.device, [*self.questions.values(), *self.val])
-        say(f"engine {cfg.engine}: {limits}")
         self.policy = policy.load_policy(folder, self.chat, cfg, self.device, offload=cfg.offload == "all")
         self.reference = self.policy if cfg.kl_coef else None  # without its adapters
         if cfg.kl_coef and not cfg.lora_rank:
@@ -275,7 +264,7 @@ class Run:
         self.optimizer = policy.adamw(self.policy, cfg, self.device)
         self.engine = Engine()  # does nothing, where there is nothing to roll out
         if cfg.loss != "sft" or self.val:
-            self.engine = make_engine(folder, self.chat, cfg, self.device, limits)
+            self.engine = make_engine(folder, self.chat, cfg, self.device, [*self.questions.values(), *self.val])
         ordered = policy.is_deterministic(cfg, self.device)
         self.rollout = Rollout(self.engine, self.search, self.chat, cfg, ordered, self.judge)
         self.checkpoint_seconds = 0.0
@@ -290,8 +279,7 @@ class Run:
         self.dir.prepare()
         self.web = web_part(self.search)
         if self.web:
-            spent = all_sum({"spent": self.dir.spent}, self.device)["spent"]
-            self.web.spent = math.ceil(spent / dist.get_world_size())
+            self.web.spent = math.ceil(sum(all_gather([self.dir.spent])) / dist.get_world_size())
         self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
         what = "conversations" if cfg.loss == "sft" else "training questions"
         say(f"{len(self.train)} {what} and {len(self.val)} validation questions; {self.dir.path}")
@@ -407,7 +395,7 @@ class Run:
         tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
         return {
             **rolled,
-            **advantage_metrics(samples, self.device),
+            **advantage_metrics(samples),
             **judged,
             **refill.metrics(self.device),
             **learned,
@@ -454,13 +442,10 @@ class Run:
             say(f"\na conversation; the policy is trained on what is between the brackets:\n{shown.bracketed()}\n")
         batches = pack(episodes, self.chat, self.policy, self.cfg.max_tokens_per_batch)
         batches = equal_counts(batches, self.chat, self.policy, self.device)
-        sums = Counter({"abs_sum": 0.0, "tokens": 0.0})
         logps = policy.logprobs(self.policy, batches, self.cfg.temperature, self.device)
-        for batch, logp in zip(batches, logps, strict=True):
-            gap = grpo.mismatch(logp, batch.sampler_logp)
-            sums.update({name: float(gap[name]) for name in sums})
-        sums = all_sum(sums, self.device)
-        mean = sums["abs_sum"] / max(sums["tokens"], 1.0)
+        gaps = torch.cat(logps) - torch.cat([batch.sampler_logp for batch in batches])
+        sums = all_sum({"gap": gaps.abs().sum().item(), "tokens": len(gaps)}, self.device)
+        mean = sums["gap"] / max(sums["tokens"], 1.0)
         what = f"sampler and trainer disagree about the same tokens by {mean:.3f} nats on average"
         check = "check that both have the same weights, dtype, image sizes and chat template"
         need(mean <= MAX_MISMATCH, f"{what} (at most {MAX_MISMATCH}): {check}")
@@ -468,8 +453,7 @@ class Run:
     def count_searches(self) -> None:
         """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
         if self.web:
-            spent = all_sum({"spent": self.web.spent}, self.device)["spent"]
-            self.dir.searches_spent(int(spent))
+            self.dir.searches_spent(sum(all_gather([self.web.spent])))
 
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
         """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
@@ -544,16 +528,6 @@ class Run:
     def export(self, name: str) -> None:
         """As a Hugging Face folder, in the type that log-probs were computed in."""
         export_hf(self.dir.path / name, self.policy, self.chat, policy.compute_dtype(self.cfg, self.device))
-
-
-def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config) -> list[Question]:
-    """The questions of files whose prompts are not too long. Raises InputError if none is left."""
-    loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
-    questions, dropped = drop_overlong(loaded, chat)
-    if dropped:
-        say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")
-    need(questions, f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
-    return questions
 
 
 def progress(metrics: dict) -> str:

@@ -1,6 +1,5 @@
 """Recorded conversations as episodes to imitate, for `train.py --loss sft`."""
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from chat import Chat, Episode
 from config import Config, Options, need, option
 from data import Call, Hit, Question, Result, Stop, picture_key
 from engines import Reply
+from policy import say
 from reward import score_episode
 from tools import parse_calls, run_tool
 
@@ -53,8 +53,7 @@ def load_conversations(
             except ValueError as error:
                 left_out[str(error)] += 1
     why = "; ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-    if why and dist.get_rank() == 0:
-        print(f"conversations left out: {why}", file=sys.stderr)
+    say(f"conversations left out: {why}" if why else "")
     need(episodes, f"no conversation to imitate in {', '.join(cfg.train_files)}" + (f" ({why})" if why else ""))
     return episodes
 

@@ -96,9 +96,8 @@ class Work:
         self.questions = [Question(f"{n}", "what is it called?", (picture,)) for n in range(most)]
         device = policy.init_distributed(self.cfg)
         self.weights = list(policy.full_weights(policy.load_policy(folder, self.chat, self.cfg, device)))
-        limits = engines.engine_limits(folder, self.cfg, device, self.questions)
         make = Asleep if engine == "asleep" else partial(engines.make_engine, str(folder))
-        self.engine = make(self.chat, self.cfg, device, limits)
+        self.engine = make(self.chat, self.cfg, device, self.questions)
 
 
 def always_search(text: str, dialect: str) -> list[Call]:

@@ -15,6 +15,8 @@ from search.service import RemoteSearch
 from search.web import is_web_url
 from tools import allowed_calls, limits, offered, results
 
+ASKS_WEB = ("live", "record")  # of --search: this process itself asks the web
+
 
 def open_search(cfg: Config, index: str | Path = ""):
     """The search that the configuration asks for; index: the offline one's file. Raises InputError."""
@@ -24,7 +26,7 @@ def open_search(cfg: Config, index: str | Path = ""):
         return search
     if cfg.search == "offline":
         return OfflineSearch(SearchDB(index), results(cfg))
-    web = WebSearch(cfg) if cfg.searches_web else None
+    web = WebSearch(cfg) if cfg.search in ASKS_WEB else None
     if web:
         web.check()
     if cfg.search == "live":
@@ -41,7 +43,7 @@ def web_part(search) -> WebSearch | None:
 
 def check_questions(questions: list[Question], cfg: Config) -> None:
     """Raise InputError if image search would be live and could not be shown a question's image."""
-    if not cfg.searches_web or cfg.image_host or "image_search" not in offered(cfg):
+    if cfg.search not in ASKS_WEB or cfg.image_host or "image_search" not in offered(cfg):
         return
     hidden = sum(bool(q.images) and not is_web_url(q.image_url) for q in questions)
     need(
@@ -54,7 +56,7 @@ def check_questions(questions: list[Question], cfg: Config) -> None:
 
 def estimate(conversations: int, cfg: Config) -> str:
     """What the searches of so many conversations may come to, at most, as a line; "" if none is live."""
-    if not cfg.searches_web:
+    if cfg.search not in ASKS_WEB:
         return ""
     engine, budget = engine_of(cfg), cfg.search_budget
     billed = sum(limits(cfg)[name] for name in engine.names)  # not what only reads a page

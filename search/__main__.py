@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from config import Config, InputError, Options, as_dict, need, option, parse, run_main
 from data import Call, Question, decode_image, first_line, load_questions
-from search import open_search
+from search import ASKS_WEB, open_search
 from search.cache import CACHE_ID, SearchCache, export, snapshot_rows
 from search.fvqa import fetching_client, import_fvqa
 from search.index import OfflineSearch, SearchDB, build, file_header
@@ -192,7 +192,7 @@ def serve(options, cfg):
     with SearchServer(options.address, open_search(cfg, cfg.search_index)) as server:
         budget = f", at most {cfg.search_budget:,} live searches" if cfg.search_budget else ""
         print(f"serving search ({cfg.search}{budget}) on http://{options.address}; Ctrl-C ends it", flush=True)
-        if cfg.searches_web and not cfg.image_host:
+        if cfg.search in ASKS_WEB and not cfg.image_host:
             print("image search only for questions with an image URL: no --image_host")
         server.serve_forever()
 

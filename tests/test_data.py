@@ -29,9 +29,9 @@ from chat import Cache, Chat, Episode, drop_overlong, final_size
 from config import PRESETS, InputError, parse
 from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
 from engines import Reply
+from eval import load_prompts
 from reward import MATCHES
 from toy.model import CHAT_TEMPLATE
-from train import load_prompts
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
 REAL = ROOT.parent / "shared/data/mini_data.pq"
@@ -1197,7 +1197,8 @@ def test_models_that_are_nowhere(cfg, monkeypatch, name):
 
 
 def test_a_saved_chat_is_the_same(chat, cfg, tmp_path):
-    chat.save(tmp_path)
+    chat.tokenizer.save_pretrained(tmp_path)
+    chat.processor.save_pretrained(tmp_path)
     again = Chat(tmp_path, cfg)
     asked = question(images=2, text="<image> or <image>?")
     assert again.prompt(asked) == chat.prompt(asked) and again.banned_ids(700) == chat.banned_ids(700)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import test_reward
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -15,6 +16,7 @@ from test_report import page_data
 
 import chat as chat_module
 import config
+import eval as evaluation
 import policy
 import reward
 import tools
@@ -27,7 +29,7 @@ from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, picture_key, write_jsonl, write_questions
 from engines import Reply
 from reward import record, score_episode
-from rollout import rollout_metrics, run
+from rollout import Rollout, rollout_metrics, run
 from search.index import OfflineSearch, SearchDB, build
 from tools import has_answer, parse_calls, run_tool
 from toy.lessons import ScriptedEngine
@@ -291,6 +293,16 @@ def test_limits_hold_for_each_call_of_a_turn(json_chat):
     assert episode.stop == Stop.ANSWERED and len(episode.calls) == 3
 
 
+def test_all_calls_of_a_turn_are_shown_below_it(json_chat, capsys):
+    turns = [called("image_search") + called("text_search", query="bako"), "<answer>bako</answer>"]
+    script = lambda prompt, *_: turns[prompt.count("<|im_start|>assistant") - 1]  # noqa: E731
+    rollout = Rollout(ScriptedEngine(json_chat, script), Search(), json_chat, json_chat.cfg)
+    evaluation.ask(rollout, ASKED, evaluation.EvalOptions())
+    printed = capsys.readouterr().out
+    places = [printed.index(part) for part in ("turn 1", "image search: ok", "text search for 'bako': ok", "turn 2")]
+    assert places == sorted(places)
+
+
 # --------------------------------------------------------------------------------------------- the template's render
 
 
@@ -393,7 +405,7 @@ def test_well_formed_turns_in_json(turn, kinds):
     ([R + SEARCH], 0.0, False, 1),
 ])  # fmt: skip
 def test_rewards_in_json(turns, right, ordered, searches):
-    score = reward.score(turns, ["bako"], dialect="json")
+    score = test_reward.score(turns, ["bako"], dialect="json")
     assert (score.reward, score.format_ok, score.searches) == (pytest.approx(right), ordered, searches)
 
 

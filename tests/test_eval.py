@@ -482,6 +482,7 @@ def test_the_searches_of_the_pipeline_are_shown_where_they_were_made(folder, cfg
     ("arguments", "said"),
     [
         (["--files", "nowhere.parquet"], "nowhere.parquet: no such file"),
+        (["--max_prompt_tokens=5"], "no evaluation question is left of"),
         (["--model", "no/such/model", "--files", "x"], "no/such/model"),
         (["--image", "nowhere.png", "--question", "what?"], "nowhere.png: cannot read it (No such file"),
         (["--image", "README.md", "--question", "what?"], "README.md: cannot read it (not a whole picture"),

@@ -760,7 +760,7 @@ def test_what_is_not_finite_stops_the_step(sharp_model, sharp_chat, episodes, wi
     with pytest.raises(policy.NonFinite, match="gradient norm nan") as caught:
         policy.update(sharp_model, optimizer, batches, broken, wide, device)
     suspects = [e.name for e in (batches[1].episodes if what == "loss" else episodes)]  # a gradient is everybody's
-    assert caught.value.names == suspects and str(caught.value).endswith(f" ({', '.join(suspects)})")
+    assert str(caught.value).endswith(f", gradient norm nan ({', '.join(suspects)})")
     assert all(torch.equal(p, b) for p, b in zip(sharp_model.parameters(), before, strict=True))
     assert all(map(torch.equal, [v for s in optimizer.state.values() for v in s.values()], state))
     assert all(p.grad is None for p in sharp_model.parameters())
@@ -1198,7 +1198,7 @@ def worker(folder, out):
         policy.update(model, optimizer, batches, broken, cfg, device)
     except policy.NonFinite as error:
         results["nan"] = [None, None]
-        dist.all_gather_object(results["nan"], error.names)
+        dist.all_gather_object(results["nan"], str(error))
     checkpoint.save_state(out / "checkpoint", model, optimizer, {"step": 1})
     checkpoint.export_hf(out / "export", model, chat)
     results["final"] = dict(policy.full_weights(model))
@@ -1252,7 +1252,8 @@ def test_two_ranks_are_one(two_ranks, folder, device, name, settings, ranks):
 
 
 def test_a_nan_on_one_rank_stops_all(two_ranks):
-    assert two_ranks[0]["nan"] == [[f"q{n} of step 0, sample 0" for n in (1, 3, 5)]] * 2  # both know whose it was
+    suspects = ", ".join(f"q{n} of step 0, sample 0" for n in (1, 3, 5))
+    assert all(said.endswith(f" ({suspects})") for said in two_ranks[0]["nan"])  # both know whose it was
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, model):

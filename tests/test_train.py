@@ -513,7 +513,7 @@ def test_an_aborted_conversation_leaves_its_group_s_baseline(arguments, tmp_path
     assert metrics["reward"] == pytest.approx((1.0 + 0.1 + 3.0) / 8)
 
     def fails(*_):
-        raise policy.NonFinite("loss nan", [])
+        raise policy.NonFinite("loss nan")
 
     monkeypatch.setattr(train, "update_policy", fails)
     (tmp_path / "run/rollouts/step-000000.jsonl").unlink()
@@ -893,7 +893,7 @@ def test_which_conversations_train(arguments, monkeypatch):
     monkeypatch.setattr(rollout, "score_episode", lambda e, *_: reward.Score(rewards[e.number], True, True, 0, "x"))
     advantages, kept = of()
     assert kept == list(advantages) == list(range(1, 12)) and advantages[3] < 0 < advantages[4]
-    assert train.advantage_metrics(samples, torch.device("cpu")) == {
+    assert train.advantage_metrics(samples) == {
         "advantage_abs": pytest.approx(sum(map(abs, advantages.values())) / 11), "zero_variance_groups": 0.25,
     }  # fmt: skip
     assert of("--leave_out=truncated") == (advantages, [i for i in kept if i != 3])
@@ -1393,7 +1393,8 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
         batches = policy.pack(held_out, chat, model, 4096)
         logps = policy.logprobs(model, batches, 1.0, device)
         pairs = zip(batches, logps, strict=True)
-        means.append([float(part.mean()) for batch, logp in pairs for part in batch.split(logp.cpu())])
+        parts = (logp[batch.sequence == n] for batch, logp in pairs for n in range(len(batch.episodes)))
+        means.append([float(part.mean()) for part in parts])
     assert len(means[0]) == len(held_out) > 3
     assert all(after > before + 0.2 for before, after in zip(*means, strict=True))
 
