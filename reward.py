@@ -9,7 +9,8 @@ search, 0 for a wrong one. So a conversation earns one of six values:
     else            right 0.9    right after a search 0.81    wrong 0
 
 A conversation is the list of what the model said, one string a turn, without what the tools returned. Which tools there
-are, and what they look like in a turn, is read off `tools.TOOLS`. To train on another reward, change `score_episode`.
+are, and what they look like in a turn, is read off `tools.TOOLS`. To train on another reward, write another function
+that returns a `Score` (`score_episode` is the one place that calls it).
 """
 
 import re
@@ -181,18 +182,37 @@ def economy(searches: int, penalty: float, per_search: bool) -> float:
     return (1 - penalty) ** (searches if per_search else min(searches, 1))
 
 
-def score_episode(episode: Episode, cfg: Config, penalty: float | None = None, correct: bool | None = None) -> Score:
-    """The reward of a conversation; one in which the model said nothing earns 0. penalty: instead of search_penalty;
-    correct: a judge's verdict, instead of the match."""
-    responses, answers = episode.responses, episode.question.answers
+def score(
+    responses: Sequence[str],
+    answers: Sequence[str],
+    *,
+    search_penalty: float = 0.1,
+    format_weight: float = 0.1,
+    match: str = "em",
+    per_search_penalty: bool = False,
+    any_order: bool = False,
+    dialect: str = "tags",
+    correct: bool | None = None,
+) -> Score:
+    """Score a conversation: what the model said, one string a turn (none at all earns 0), against the accepted answers.
+
+    search_penalty: a right answer that searched is multiplied by 1 - search_penalty, or by that once for each search
+    with per_search_penalty. match: a key of MATCHES. any_order: see `format_ok`. dialect: of the calls. correct: a
+    judge's verdict, instead of the match.
+    """
     answer = extract_answer(responses[-1]) if responses else None
-    correct = MATCHES[cfg.match](answer, answers) if correct is None else correct
-    well_formed = format_ok(responses, cfg.any_order, cfg.dialect)
-    searches = count_searches(responses, cfg.dialect)
+    correct = MATCHES[match](answer, answers) if correct is None else correct
+    well_formed, searches = format_ok(responses, any_order, dialect), count_searches(responses, dialect)
+    s = correct * economy(searches, search_penalty, per_search_penalty)
+    return Score((1 - format_weight) * s + format_weight * well_formed, correct, well_formed, searches, answer)
+
+
+def score_episode(episode: Episode, cfg: Config, penalty: float | None = None, correct: bool | None = None) -> Score:
+    """The reward of a conversation (module `reward`) under the configuration; penalty: instead of search_penalty;
+    correct: instead of the match."""
+    how = {n: getattr(cfg, n) for n in ("format_weight", "match", "per_search_penalty", "any_order", "dialect")}
     penalty = cfg.search_penalty if penalty is None else penalty
-    s = correct * economy(searches, penalty, cfg.per_search_penalty)
-    reward = (1 - cfg.format_weight) * s + cfg.format_weight * well_formed
-    return Score(reward, correct, well_formed, searches, answer)
+    return score(episode.responses, episode.question.answers, search_penalty=penalty, correct=correct, **how)
 
 
 def record(episode: Episode, score: Score) -> dict:

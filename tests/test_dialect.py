@@ -8,7 +8,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import test_reward
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -405,7 +404,7 @@ def test_well_formed_turns_in_json(turn, kinds):
     ([R + SEARCH], 0.0, False, 1),
 ])  # fmt: skip
 def test_rewards_in_json(turns, right, ordered, searches):
-    score = test_reward.score(turns, ["bako"], dialect="json")
+    score = reward.score(turns, ["bako"], dialect="json")
     assert (score.reward, score.format_ok, score.searches) == (pytest.approx(right), ordered, searches)
 
 

@@ -103,8 +103,8 @@ def test_a_tool_is_an_entry_a_function_and_a_prompt_file(copy, tmp_path):
 def test_a_reward_is_a_function_and_its_use(copy):
     path = copy / "reward.py"
     text = path.read_text()
-    start = text.index("    reward = (1 - cfg.format_weight)")
-    end = text.index("\n\n", start) + 1
+    start = text.index("    return score(episode.responses")
+    end = text.index("\n", start) + 1
     path.write_text(text[:start] + block("reward use") + text[end:])
     edit(path, "def score_episode(", f"{block('reward function')}\n\ndef score_episode(")
     perform(REWARD, copy)

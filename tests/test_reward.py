@@ -6,12 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import reward
-from config import Config
 from tools import TOOLS, has_answer, parse_calls
 
 IMG = "<search><img></search>"
@@ -20,12 +18,6 @@ IMAGE = f"<reason>I must look.</reason>{IMG}"
 TEXT = "<reason>I must read.</reason><text_search>capital of France</text_search>"
 SUB_MATCH = reward.MATCHES["sub_em"]
 KINDS = {"answer": ANSWER, "image_search": IMAGE, "text_search": TEXT, "broken": "Paris"}
-
-
-def score(responses, answers, penalty=None, **options):
-    """What such a conversation earns; the paper's penalty unless the options say otherwise."""
-    episode = SimpleNamespace(responses=responses, question=SimpleNamespace(answers=answers))
-    return reward.score_episode(episode, Config(**{"per_search_penalty": False, **options}), penalty)
 
 
 # --- matching -------------------------------------------------------------------------------------------------------
@@ -95,7 +87,7 @@ MENTIONED = "<reason>put it in <answer> tags</reason><answer>Paris</answer>"
 def test_the_reward_reads_the_answer_that_ended_the_conversation():
     """A tag that reasoning mentions confuses neither the rollout nor the reward; it only breaks the format."""
     assert has_answer(MENTIONED) and not parse_calls(MENTIONED)
-    assert score([MENTIONED], ["Paris"]) == reward.Score(0.9, True, False, 0, "Paris")
+    assert reward.score([MENTIONED], ["Paris"]) == reward.Score(0.9, True, False, 0, "Paris")
     pieces = ["<answer>", "</answer>", "<text_search>", "</text_search>", IMG, "Paris", " ", "<reason>", "</reason>"]
     rng, seen = random.Random(0), set()
     for _ in range(3000):
@@ -361,7 +353,7 @@ def test_every_turn_is_stripped():
 )
 def test_count_searches(responses, searches):
     assert reward.count_searches(responses) == searches
-    assert score(responses, ["Paris"]).searches == searches
+    assert reward.score(responses, ["Paris"]).searches == searches
 
 
 # --- the reward -----------------------------------------------------------------------------------------------------
@@ -393,17 +385,17 @@ BAD_ANSWER = "<answer>Paris</answer>"  # right, but without its reasoning
     ],
 )
 def test_reward(responses, answers, expected):
-    assert score(responses, answers).reward == pytest.approx(expected, abs=1e-12)
+    assert reward.score(responses, answers).reward == pytest.approx(expected, abs=1e-12)
 
 
 def test_score_says_why():
-    assert score([IMAGE, ANSWER], ["Lyon", "paris"]) == reward.Score(
+    assert reward.score([IMAGE, ANSWER], ["Lyon", "paris"]) == reward.Score(
         reward=pytest.approx(0.91), correct=True, format_ok=True, searches=1, answer="Paris"
     )
-    assert score(["Paris"], ["Paris"]) == reward.Score(0.0, False, False, 0, None)
-    assert score([], ["Paris"]) == reward.Score(0.0, False, False, 0, None)
-    assert score(["<answer> </answer>"], ["Paris"]).answer == ""
-    kept = score([ANSWER], ["Paris"])
+    assert reward.score(["Paris"], ["Paris"]) == reward.Score(0.0, False, False, 0, None)
+    assert reward.score([], ["Paris"]) == reward.Score(0.0, False, False, 0, None)
+    assert reward.score(["<answer> </answer>"], ["Paris"]).answer == ""
+    kept = reward.score([ANSWER], ["Paris"])
     assert [type(value) for value in vars(kept).values()] == [float, bool, bool, int, str]  # fit for JSON
     with pytest.raises(AttributeError):
         kept.reward = 2.0
@@ -411,21 +403,21 @@ def test_score_says_why():
 
 def test_what_normalises_to_nothing_is_never_right_or_is_compared_as_it_stands():
     turn = "<reason>?</reason><answer>The</answer>"
-    assert score([turn], ["the", "", "a."]).correct is False
+    assert reward.score([turn], ["the", "", "a."]).correct is False
     for match in ("em_unicode", "sub_em"):
-        assert score([turn], ["the", ""], match=match).correct is True
-        assert score([turn], ["", "a."], match=match).correct is False
+        assert reward.score([turn], ["the", ""], match=match).correct is True
+        assert reward.score([turn], ["", "a."], match=match).correct is False
 
 
 def test_match():
     turn = "<reason>?</reason><answer>the city of Paris</answer>"
-    assert not score([turn], ["Paris"]).correct
-    assert score([turn], ["Paris"], match="sub_em").reward == pytest.approx(1.0, abs=1e-12)
+    assert not reward.score([turn], ["Paris"]).correct
+    assert reward.score([turn], ["Paris"], match="sub_em").reward == pytest.approx(1.0, abs=1e-12)
 
 
 def test_per_search_penalty():
     def both(responses):
-        return [score(responses, ["Paris"], per_search_penalty=many).reward for many in (False, True)]
+        return [reward.score(responses, ["Paris"], per_search_penalty=many).reward for many in (False, True)]
 
     assert both([ANSWER]) == pytest.approx([1.0, 1.0], abs=1e-12)
     assert both([IMAGE, ANSWER]) == pytest.approx([0.91, 0.91], abs=1e-12)
@@ -435,12 +427,12 @@ def test_per_search_penalty():
 
 def test_the_options_reach_the_reward():
     searched = [TEXT, TEXT, ANSWER]
-    assert score(searched, ["Paris"], any_order=True).reward == pytest.approx(0.91, abs=1e-12)
-    assert score(searched, ["Paris"], search_penalty=0.0).reward == pytest.approx(0.9, abs=1e-12)
-    assert score(searched, ["Paris"], penalty=-0.1).reward == pytest.approx(0.99, abs=1e-12)
-    assert score(searched, ["Paris"], format_weight=0.0).reward == pytest.approx(0.9, abs=1e-12)
-    assert score([ANSWER], ["Lyon"], format_weight=0.25).reward == pytest.approx(0.25, abs=1e-12)
-    assert score([BAD_ANSWER], ["Paris"], format_weight=0.25).reward == pytest.approx(0.75, abs=1e-12)
+    assert reward.score(searched, ["Paris"], any_order=True).reward == pytest.approx(0.91, abs=1e-12)
+    assert reward.score(searched, ["Paris"], search_penalty=0.0).reward == pytest.approx(0.9, abs=1e-12)
+    assert reward.score(searched, ["Paris"], search_penalty=-0.1).reward == pytest.approx(0.99, abs=1e-12)
+    assert reward.score(searched, ["Paris"], format_weight=0.0).reward == pytest.approx(0.9, abs=1e-12)
+    assert reward.score([ANSWER], ["Lyon"], format_weight=0.25).reward == pytest.approx(0.25, abs=1e-12)
+    assert reward.score([BAD_ANSWER], ["Paris"], format_weight=0.25).reward == pytest.approx(0.75, abs=1e-12)
 
 
 def test_reward_against_the_formula():
@@ -453,10 +445,10 @@ def test_reward_against_the_formula():
             for _ in range(searches if many else min(searches, 1)):
                 s *= 1 - penalty
             expected = (1 - alpha) * s + (alpha if kinds in ACCEPTED else 0.0)
-            got = score(
+            got = reward.score(
                 [KINDS[kind] for kind in kinds],
                 ["Paris"],
-                penalty=penalty,
+                search_penalty=penalty,
                 format_weight=alpha,
                 per_search_penalty=many,
             )
@@ -470,7 +462,7 @@ def test_ramped_penalty():
     assert [reward.ramped_penalty(0.1, step, 0) for step in (0, 1, 50)] == [0.1, 0.1, 0.1]  # off
     assert reward.ramped_penalty(0.1, 0, 1) == -0.1 and reward.ramped_penalty(0.1, 1, 1) == 0.1
     bonus = reward.ramped_penalty(0.1, 0, 10)
-    assert score([IMAGE, ANSWER], ["Paris"], penalty=bonus).reward == pytest.approx(1.09, abs=1e-12)
+    assert reward.score([IMAGE, ANSWER], ["Paris"], search_penalty=bonus).reward == pytest.approx(1.09, abs=1e-12)
 
 
 def test_importing_the_reward_needs_no_torch():
