@@ -782,9 +782,10 @@ def test_logprobs_are_those_of_plain_transformers(engine, sharp, wide, monkeypat
     always_search(monkeypatch)
     episodes = rolled(engine, range(9), temperature=temperature)
     plain = Plain(sharp, wide)
-    least = 3 if temperature else 2  # greedy, a random model soon says one token for ever
-    assert max(len(e.turns) for e in episodes) >= least and sum(len(e.turns) for e in episodes) > 10
-    assert len({p.grid for e in episodes for p in e.images}) >= 4 and max(len(e.images) for e in episodes) > 3
+    assert sum(len(e.turns) for e in episodes) > 10
+    if temperature:  # greedy, a random model soon says one token for ever
+        assert max(len(e.turns) for e in episodes) == 3 and max(len(e.images) for e in episodes) > 3
+        assert len({p.grid for e in episodes for p in e.images}) > 4
     for episode in episodes:
         with torch.no_grad():
             logp = plain.logp(episode, temperature or 1.0)
