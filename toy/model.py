@@ -70,9 +70,10 @@ def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> 
 def save_random_model(
     path: Path, seed: int, crop: bool = False, json_calls: bool = False, backbone: str = "qwen2_5_vl"
 ) -> None:
-    """Tokenizer, image processor and a random model of a family: a Qwen2.5-VL of about 0.7 million parameters
-    (crop: 1.2 million), or a Qwen3-VL of one million. Like the real ones of its family, the latter has heads wider than hidden size / heads,
-    two layers of its vision tower that speak to the decoder's first (deepstack), and interpolated positions."""
+    """Tokenizer, image processor and a random model of a family: a Qwen2.5-VL of about 0.7 million parameters (crop:
+    1.2 million), or a Qwen3-VL of one million. Like the real ones of its family, the latter has heads wider than hidden
+    size / heads, two layers of its vision tower that speak to the decoder's first (deepstack), and interpolated
+    positions."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
