@@ -561,6 +561,18 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resume_with_fewer_steps_than_were_made_is_refused(arguments, copy, tmp_path, capfd, elsewhere):
+    """Its validation would be written down as that of an earlier step. As many steps as were made are none to make."""
+    where, before = [f"--run_dir={copy}", "--resume=auto"], everything_in(copy)
+    if elsewhere:
+        newest = sorted((copy / "checkpoints").iterdir())[-1]
+        where = [f"--run_dir={tmp_path / 'new'}", f"--resume={newest}"]
+    line = refused(capfd, *arguments, *where, "--steps=3")
+    assert "4 steps" in line and "steps=3" in line
+    assert everything_in(copy) == before and not (tmp_path / "new").exists()
+
+
 def everything_in(path):
     return {p: p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
