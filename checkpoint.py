@@ -217,7 +217,8 @@ class RunDir:
         self.used = self.path.is_dir() and any(p.name != "config.json.tmp" for p in self.path.iterdir())
         if self.used:
             self._check_used()
-        self.first_step = state.get("step", 0)
+        self.first_step = done = state.get("step", 0)
+        need(done <= cfg.steps, f"{self.resume_from} was made after {done} steps, and steps={cfg.steps} is fewer")
         self.keep_bytes = 0 if self.elsewhere else state.get("metrics_bytes", 0)  # of metrics.jsonl
         self.spent = 0  # live searches made so far, also those of steps that a resume makes again; 0 on other ranks
         if dist.get_rank() == 0:  # other nodes may not see the files

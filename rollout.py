@@ -2,7 +2,7 @@
 
 `converse` reads like the protocol. It yields what it needs, a turn of the model (`Generate`) or a call of a tool
 (`Call`), and is sent what came of it. `Rollout.run` drives all conversations at once: it steps the engine, hands
-finished turns to their conversations, answers calls on a thread pool and feeds each result back when it arrives, so a
+finished turns to their conversations, answers calls on threads and feeds each result back when it arrives, so a
 slow search delays only its own conversation.
 
 Training, validation, eval.py and its single questions all go through `Rollout.run`. Where several ranks share one
@@ -18,7 +18,7 @@ import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -34,7 +34,7 @@ from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
 from engines import Reply, Sampling
 from policy import all_gather, all_max, all_sum
 from reward import Score, economy, ramped_penalty, record, score_episode
-from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool
+from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool, spawn
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Rollout:
         self.conversations: dict[int, tuple[Group, Conversation]] = {}  # that have not ended
         self.waiting: deque[tuple[int, Generate | None]] = deque()  # to be admitted; None: they have not begun
         self.calling: dict[Future, int] = {}
-        self.numbers, self.pool = itertools.count(), ThreadPoolExecutor(self.cfg.concurrency)
+        self.numbers = itertools.count()
 
     def run(
         self, questions: list[Question], *, samples=1, step=0, temperature=1.0, mode="agent", progress=None,
@@ -218,8 +218,6 @@ class Rollout:
         try:
             self._drive()
         finally:
-            if quota is None:
-                self.close()
             self._command("abort", list(self.generating))  # Ctrl-C or an error: leave the engine empty
             if self.ranks:
                 dist.broadcast_object_list([None], group_src=0, group=self.ranks)  # the others leave `_follow`
@@ -228,10 +226,6 @@ class Rollout:
         done = [group for group in self.groups if len(group.episodes) == samples][:quota]
         self.groups = [group for group in self.groups if group not in done]
         return [episode for group in done for episode in sorted(group.episodes, key=lambda e: e.sample)]
-
-    def close(self) -> None:
-        """Call no more tools; one that hangs must not hold up the others."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _queue(self, question, of_step):
         self.groups.append(Group(question, of_step))
@@ -282,7 +276,7 @@ class Rollout:
     def _start(self, index, request):
         if isinstance(request, Call):
             question = self.conversations[index][0].question
-            self.calling[self.pool.submit(run_tool, request, question, self.search)] = index
+            self.calling[spawn(run_tool, request, question, self.search)] = index
         elif self.ending:
             self.waiting.appendleft((index, request))  # before what has not begun
         else:

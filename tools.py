@@ -25,7 +25,9 @@ import io
 import json
 import math
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from config import Config, need
@@ -277,3 +279,18 @@ def run_tool(call: Call, question: Question, search) -> Result:
     if problem := problem_with(call, question):
         return refused(problem, "malformed" if call.problem else "bad_call")
     return TOOLS[call.tool].answer(call, question, search)
+
+
+def spawn(function: Callable, *arguments) -> Future:
+    """The future of function(*arguments), on a daemon thread of its own: one that hangs takes no place in a pool, and
+    does not keep the process from ending."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future

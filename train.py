@@ -558,8 +558,6 @@ def main() -> None:
         sys.exit(message if dist.get_rank() == 0 else 1)
     except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
         sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
-    finally:
-        run.rollout.close()
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Recorded conversations as episodes to imitate, for `train.py --loss sft`."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from data import Call, Hit, Question, Result, Stop, picture_key
 from engines import Reply
 from policy import say
 from reward import score_episode
-from tools import parse_calls, run_tool
+from tools import limits, parse_calls, run_tool
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ def imitated(r: dict, question: Question, chat: Chat, search) -> Episode:
     said = [turn["text"] for turn in r["turns"] if turn["role"] == "model"]
     dialect, recorded = chat.cfg.dialect, iter(r["calls"])
     calls = [parse_calls(text, dialect) for text in said]  # more than one of a turn only in the dialect json
-    sound = r["stop"] == Stop.ANSWERED.value and sum(map(len, calls)) == len(r["calls"]) and all(calls[:-1])
+    called = [call.tool for asked in calls for call in asked]
+    sound = r["stop"] == Stop.ANSWERED.value and called == [call["tool"] for call in r["calls"]] and all(calls[:-1])
     need(sound, "ended without an answer, or speaks another dialect")
+    allowed = all(called.count(tool) <= most for tool, most in limits(chat.cfg).items())
+    need(allowed, "makes calls that tool_limits does not allow")
     episode = Episode.start(question, chat, r["sample"])
     for text, asked in zip(said, calls, strict=True):
         ids = [*chat.encode(text), chat.im_end]
@@ -89,7 +92,8 @@ def _recorded_call(recorded, episode, search):
     image = picture.data if picture and picture.data not in episode.question.images[:1] else None
     words = dict(query=recorded["query"], url=recorded.get("url", ""))
     call = Call(recorded["tool"], picture=name, box=tuple(box) if box else None, image=image, **words)
-    hits = tuple(Hit(**hit) for hit in recorded["hits"])  # `image` is the key of the picture
+    known = [{f.name: hit[f.name] for f in fields(Hit) if f.name in hit} for hit in recorded["hits"]]
+    hits = tuple(Hit(**hit) for hit in known)  # `image` is the key of the picture
     if not any(hit.image for hit in hits):
         return call, Result(recorded["status"], hits, recorded["error"], recorded["error_kind"])
     result = run_tool(call, episode.question, search)

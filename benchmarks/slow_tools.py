@@ -346,7 +346,6 @@ def step_seconds(work: Work, carry_over: int, slow: bool, seed: int, update: flo
         time.sleep(update)
         work.engine.load_weights(work.weights, step + 1)
         asked, seconds = now.stop, [*seconds, time.perf_counter() - started]
-    held.close()
     return seconds[warm:]
 
 

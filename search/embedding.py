@@ -4,6 +4,7 @@ The handmade one needs no download and is good at finding the same thing picture
 are also the thumbnails that an index and a cache keep.
 """
 
+import atexit
 import io
 import json
 import threading
@@ -77,6 +78,21 @@ def thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
     return buffer.getvalue()
 
 
+def one_at_a_time(encode: Callable) -> Callable:
+    """encode, which uses torch, for one thread at a time (a tokenizer that pads is not for two), and for none any more
+    when the process ends: a daemon thread that is in torch, if only to free a tensor, would abort it then."""
+    import torch
+
+    lock = threading.Lock()
+    atexit.register(lock.acquire)
+
+    def alone(what):
+        with lock, torch.inference_mode():
+            return np.array(encode(what))  # a copy, without a tensor behind it
+
+    return alone
+
+
 def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], np.ndarray]:
     """A vision encoder of transformers, by hub name or folder: a function from a picture to float32 [D] of length 1.
 
@@ -87,19 +103,17 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
 
     with refusing(f"image_embedding {name!r}: cannot load it", Exception):  # transformers raises about anything
         processor, model, device = _pretrained(AutoImageProcessor, name, building)
-    lock, see = threading.Lock(), getattr(model, "get_image_features", model)  # the first of models that also read text
+    see = getattr(model, "get_image_features", model)  # the first of models that also read text
 
     def encode(image):
-        pixels = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
-        with lock, torch.inference_mode():
-            out = see(pixel_values=pixels)
+        out = see(pixel_values=processor(images=image, return_tensors="pt")["pixel_values"].to(device))
         if not isinstance(out, torch.Tensor):
             pooled = getattr(out, "pooler_output", None)
             out = out.last_hidden_state.mean(1) if pooled is None else pooled
         vector = out.flatten().float().cpu().numpy()
         return vector / max(np.linalg.norm(vector), np.float32(1e-6))
 
-    return encode
+    return one_at_a_time(encode)
 
 
 def load_text_encoder(name: str, building: bool = False) -> tuple[Callable[[list[str]], np.ndarray], np.ndarray]:
@@ -109,13 +123,11 @@ def load_text_encoder(name: str, building: bool = False) -> tuple[Callable[[list
     import torch
     from transformers import AutoTokenizer
 
-    lock = threading.Lock()  # a tokenizer that pads is not for two threads at once
-
+    @one_at_a_time
     def encode(texts):
         how = {"padding": True, "padding_side": "right", "truncation": True, "max_length": limit}
-        with lock, torch.inference_mode():
-            inputs = tokenizer(texts, **how, return_tensors="pt").to(device)
-            states = model(**inputs).last_hidden_state
+        inputs = tokenizer(texts, **how, return_tensors="pt").to(device)
+        states = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"][..., None]
         vectors = states[:, 0] if first else (states * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
 from search.engine import ENGINES, MAX_TITLE, SearchEngine
 from search.text import PAGE_SENTENCES, clean, inline_text, passages, plain_text, sentences
 from search.web import IMAGE_TYPES, Client, Job, Limit, is_web_url, key_of, page_url, tokens_in
-from tools import picture_of, results
+from tools import picture_of, results, spawn
 
 READER_KEY, SUMMARIZER_KEY = "JINA_API_KEY", "SUMMARIZER_API_KEY"  # in the environment
 CALLS = 128  # at once, over all ranks; others wait for their turn, and their deadline begins with it
@@ -225,16 +225,15 @@ def _first(matches, count, hit):
     """hit(match) of the first `count` matches for which it succeeds, at once, one that fails replaced by the next; in
     the order of the matches. Raises Failure if there are matches and all fail."""
     hits, failures, rest = {}, [], iter(enumerate(matches))
-    with ThreadPoolExecutor(max(1, count)) as pool:
-        running = {pool.submit(hit, match): n for n, match in islice(rest, count)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                n = running.pop(future)
-                try:
-                    hits[n] = future.result()
-                except Exception as error:
-                    failures.append(failed(error))
-                    running |= {pool.submit(hit, match): n for n, match in islice(rest, 1)}
+    running = {spawn(hit, match): n for n, match in islice(rest, count)}
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+            n = running.pop(future)
+            try:
+                hits[n] = future.result()
+            except Exception as error:
+                failures.append(failed(error))
+                running |= {spawn(hit, match): n for n, match in islice(rest, 1)}
     if failures and not hits:
         kinds = [failure.error_kind for failure in failures]
         common = max(failures, key=lambda failure: kinds.count(failure.error_kind))

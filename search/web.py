@@ -25,7 +25,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -44,6 +43,7 @@ from urllib3.util.timeout import Timeout
 from config import need
 from search.calls import Failure
 from search.text import clean, plain_text
+from tools import spawn
 
 MAX_REDIRECTS = 4
 LONGEST_PAUSE = 30.0  # seconds between two attempts, at most, unless Retry-After asks for more
@@ -356,16 +356,7 @@ def page_url(url: str) -> str:
 
 def _in_time(job, function):
     """function(), or TimeoutError at the job's deadline: nothing else ends the wait for a name server."""
-    answer = Future()
-
-    def ask():
-        try:
-            answer.set_result(function())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answer.result(job.left())
+    return spawn(function).result(job.left())
 
 
 def is_public(address: str) -> bool:

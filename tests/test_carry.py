@@ -117,7 +117,6 @@ def test_nothing_is_lost_or_split_or_too_old_over_many_steps(cfg, folder, device
     assert any(call.picture for _, call in made)
     assert ages[0] and sum(ages.values()) - ages[0] > 100 and not rollout.groups and not rollout.conversations
     assert [[r["question_id"] for r in records] for records in validated] == [["q0", "q1", "q2"]] * 5
-    rollout.close()
 
 
 def test_at_the_deadline_the_oldest_groups_are_aborted_and_the_others_stay(cfg, folder):
@@ -140,7 +139,29 @@ def test_at_the_deadline_the_oldest_groups_are_aborted_and_the_others_stay(cfg, 
     (*second, last) = rollout.run(questions[4:5], samples=2, step=1, quota=2)
     assert [e.group for e in (*second, last)] == [(1, "q3")] * 2 + [(1, "q4")] * 2
     assert {e.stop for e in (*second, last)} == {Stop.ANSWERED} and Counter(hung) == {"q0": 2, "q3": 2}
-    rollout.close()
+
+
+@pytest.mark.parametrize("carry_over", [0, 2])
+def test_calls_that_hang_hold_up_neither_later_ones_nor_the_end_of_the_process(cfg, folder, carry_over):
+    """As many calls hang as there may be at once; at the deadline they are given up."""
+    cfg = replace(cfg, carry_over=carry_over, importance_cap=2.0, concurrency=4, rollout_deadline=0.4)
+    chat, released, threads = Chat(folder, cfg), threading.Event(), []
+
+    def hang(call, about):
+        threads.append(threading.current_thread())
+        if about.id in ("q0", "q1"):
+            released.wait(20)
+
+    engine = Versioned(chat, lambda prompt, *_: TEXT if "<information>" not in prompt else ANSWER)
+    rollout, questions = Rollout(engine, Search(hang), chat, cfg), numbered(4)
+    quota = 2 if carry_over else None
+    first = rollout.run(questions[:2], samples=2, quota=quota)
+    assert [e.stop for e in first] == [Stop.ABORTED] * 4 and len(threads) == 4
+    rollout.cfg = replace(cfg, rollout_deadline=10.0)
+    second = rollout.run(questions[2:], samples=2, step=1, quota=quota)
+    assert [e.stop for e in second] == [Stop.ANSWERED] * 4 and not released.is_set()
+    assert all(thread.daemon for thread in threads)  # for others Python waits, in the end
+    released.set()
 
 
 # ---------------------------------------------------------------------------------------------------- whole training
@@ -190,13 +211,11 @@ def test_a_run_that_is_interrupted_asks_again_what_was_carried(monkeypatch, tmp_
     whole.rollout._drive = interrupting
     with pytest.raises(Stopper.Stopped):
         whole.loop()
-    whole.rollout.close()
     whole.save()
     whole.dir.lock.close()
     (saved,) = (path / "checkpoints").glob("step-000003")
     elsewhere = carrying(monkeypatch, tmp_path / "other", world, f"--resume={saved}", "--prompts_per_step=4")
     assert elsewhere.state["carried"] == [] and elsewhere.first == 3
-    elsewhere.rollout.close()
     again = carrying(monkeypatch, path, world, "--eval_every=1", "--resume=auto")
     carried = again.state["carried"]
     assert len(carried) == 3 and again.first == 3
@@ -227,7 +246,6 @@ def two_ranks(rank, store, folder, results):
         trained += [(step, s.number, *s.episode.group, s.episode.sample) for s in here]
         run.state["carried"] = sorted(policy.all_gather([(g.step, g.question.id) for g in rollout.groups]))
         engine.load_weights([], step + 1)
-    rollout.close()
     results.put((rank, trained, run.state["carried"]))
     dist.destroy_process_group()
 

@@ -916,6 +916,32 @@ def text_encoder(tmp_path_factory):
     return make
 
 
+ENDS_BUSY = """
+import sys, time, tools
+from PIL import Image
+from search import embedding
+load, asked = (embedding.load_encoder, Image.new("RGB", (32, 32))), (embedding.load_text_encoder, ["w1 w2"] * 64)
+read, what = load if sys.argv[1] == "image" else asked
+encode = read(sys.argv[2])
+encode = encode[0] if isinstance(encode, tuple) else encode
+def work():
+    while True:
+        encode(what)
+for _ in range(8):
+    tools.spawn(work)
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_process_may_end_while_its_threads_encode(encoder, text_encoder, kind):
+    """A stopped run does not wait for its searches, and torch in a daemon thread would abort it."""
+    folder = encoder[0] if kind == "image" else text_encoder()[0]
+    command = [sys.executable, "-c", ENDS_BUSY, kind, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("pooling", [None, "mean_tokens", "cls_token"])
 def test_text_by_words_and_by_a_sentence_encoder(tmp_path, text_encoder, pooling):
     """Ranks are fused; a vector is that of title and text, cut to what the model takes, in batches as alone."""

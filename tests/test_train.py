@@ -561,6 +561,18 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
     assert "not a checkpoint" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'x'}", f"--resume={tmp_path}")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resume_with_fewer_steps_than_were_made_is_refused(arguments, copy, tmp_path, capfd, elsewhere):
+    """Its validation would be written down as that of an earlier step. As many steps as were made are none to make."""
+    where, before = [f"--run_dir={copy}", "--resume=auto"], everything_in(copy)
+    if elsewhere:
+        newest = sorted((copy / "checkpoints").iterdir())[-1]
+        where = [f"--run_dir={tmp_path / 'new'}", f"--resume={newest}"]
+    line = refused(capfd, *arguments, *where, "--steps=3")
+    assert "4 steps" in line and "steps=3" in line
+    assert everything_in(copy) == before and not (tmp_path / "new").exists()
+
+
 def everything_in(path):
     return {p: p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
@@ -1351,6 +1363,36 @@ def test_conversations_are_read_back_and_filtered_by_reward(world, talks):
     assert [[p.key for p in e.images] for e in read] == [[p.key for p in e.images] for e in right]
     everything, left_out = loaded(world, path / "train.jsonl", sft_min_reward=0.0)
     assert len(everything) == 60 and not left_out
+
+
+def test_conversations_that_this_run_could_not_have_are_left_out(world, talks, tmp_path):
+    """They call a tool that is not offered here, or too often, or another one than the record says; what a later
+    version may add to a result is ignored."""
+    header, records = results.read_results(talks[0] / "train.jsonl")
+    chosen = next(r for r in records if len(r["calls"]) == 2 and r["correct"])
+
+    def other(number, tag, tool, **more):
+        changed = json.loads(json.dumps(chosen)) | {"sample": number}
+        first = next(turn for turn in changed["turns"] if turn["role"] == "model")
+        first["text"] = f"<reason> hm.</reason>{tag}"
+        changed["calls"][0] |= {"tool": tool, "hits": [], **more}
+        return changed
+
+    hits = [hit | {"language": "en"} for hit in chosen["calls"][0]["hits"]]
+    image, text = "<search><img></search>", "<text_search> vero</text_search>"
+    sound = other(100, image, "image_search", hits=hits)
+    crop, page = "<crop>img_1 0 0 500 500</crop>", "<visit>https://a.example</visit>"
+    bad = [
+        other(101, crop, "crop"),
+        other(102, page, "visit"),
+        other(103, image, "crop"),
+        other(104, image, "text_search"),
+    ]
+    bad += [other(105, text, "text_search"), other(106, text, "text_search", status="error", error_kind="timeout")]
+    results.ResultFile(tmp_path / "x.jsonl", header).finish([sound, *bad])
+    world = world[0], replace(world[1], tool_limits=("text_search=1",)), world[2]
+    (read,), left_out = loaded(world, tmp_path / "x.jsonl", sft_min_reward=0.0)
+    assert read.sample == 100 and left_out == len(bad)
 
 
 def test_supervised_training_learns_what_the_model_said_and_nothing_else(world, talks, chat):
