@@ -731,7 +731,7 @@ def test_an_export_that_fails_leaves_nothing(model, chat, tmp_path, monkeypatch)
         (folder / "tokenizer.json").write_text("{")
         raise OSError("no space left")
 
-    monkeypatch.setattr(chat, "save", full)
+    monkeypatch.setattr(chat.tokenizer, "save_pretrained", full)
     with pytest.raises(InputError, match="no space left"):
         checkpoint.export_hf(tmp_path / "best", model, chat)
     assert not list(tmp_path.iterdir())
