@@ -529,7 +529,8 @@ def test_a_run_stops_when_most_verdicts_are_missing_and_resumes_without_asking_t
 
     whole.step = then_down
     message = main_of(monkeypatch, whole)
-    why = r"HTTP 503: busy with \*{3} 6" if how == "503" else r".*(RemoteDisconnected|no verdict in time) \d.*"
+    hung = r".*(RemoteDisconnected|TimeoutError|no verdict in time) \d.*"
+    why = r"HTTP 503: busy with \*{3} 6" if how == "503" else hung
     assert re.fullmatch(rf"error: step 1: 6 of 6 verdicts failed \({why}\); --resume auto .*", message)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
     assert len(logged(tmp_path / "run", "train")) == 1
