@@ -13,7 +13,7 @@ from toy.world import Thing, make_things, write_world
 
 
 def build(folder: str | Path, cfg: Config, recipe: Recipe, things: list[Thing] | None = None) -> Toy:
-    """Build the recipe's world in `folder`. Stages that are there are skipped; about 7 minutes on 2 slow cores.
+    """Build the recipe's world in `folder`. Stages that are there are skipped; 2 to 4 minutes on 2 cores.
 
     Of cfg only threads and device are taken: a world depends on its recipe alone, not on the options of a run. things:
     instead of the recipe's.
