@@ -108,6 +108,7 @@ def make_teacher(seed: str, folder: Path) -> None:
 
 def train_failing(share: str, *options: str) -> None:
     """train.py with these options; in its rollouts, not in its validations, a share of the searches fails."""
+    import rollout
     import train
     from config import run_main
     from data import Result
@@ -124,6 +125,7 @@ def train_failing(share: str, *options: str) -> None:
         with patch.object(OfflineSearch, "search", search_or_fail):
             return roll_out(self, *how)
 
+    rollout.MAX_FAILED_CALLS = 1.0  # where few calls are left, most of a step's may fail by chance: do not stop
     train.Run.roll_out, sys.argv = roll_out_failing, ["train.py", *options]
     run_main(train.main)
 
