@@ -50,7 +50,8 @@ class Lessons:
         self.pool = world.equally(self.familiar, self.unknown)
 
     def lesson(self, text: str, reply: str, *images: bytes) -> Episode:
-        episode = Episode.start(Question("lesson", text, images), self.chat, template="{question}")
+        sizes = () if self.crop else ((world.SIDE, world.SIDE),) * len(images)  # known: not decoded twice
+        episode = Episode.start(Question("lesson", text, images, sizes=sizes), self.chat, template="{question}")
         ids = [*self.chat.encode(f" {reply}"), self.chat.im_end]
         episode.add_reply(Reply("", ids, [0.0] * len(ids), "stop", 0))
         return episode
@@ -255,7 +256,7 @@ class SloppyPolicy:
         """pool: the thing is shown among three others of these."""
         looks = world.apart(thing.look, pool, rng) if pool else [thing.look]
         image = world.draw_four(looks, rng) if pool else world.draw(thing.look, rng)
-        key = self.chat.picture(image).key
+        key = self.chat.picture(image, size=None if pool else (world.SIDE, world.SIDE)).key
         self.asked[key], self.shown[key] = (thing, what), looks
         text = rng.choice(self.wordings[what]).format(*thing.look)
         return Question(id=f"warm-up {len(self.asked)}", text=text, images=(image,))

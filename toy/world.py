@@ -38,6 +38,7 @@ KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact
 CROP_KINDS = ("known alone", "known among others", "unknown alone", "unknown among others")  # with toy_crop
 CROP_WORDINGS = {"name": ("what is the {1} {0} called?", "what is the name of the {1} {0}?")}
 NUMBERS = ("one", "two", "three", "four")
+SIDE = 56  # of a picture of one thing, pixels
 CELLS = ("0 0 500 500", "500 0 1000 500", "0 500 500 1000", "500 500 1000 1000")  # of a picture of four, as crop boxes
 
 
@@ -116,20 +117,20 @@ def equally(known: list[Thing], unknown: list[Thing]) -> list[Look]:
     return [t.look for t in [*known * (len(unknown) // len(known)), *unknown]]
 
 
-def draw(look: Look, rng: random.Random, size: int = 56, noise: float = 10.0) -> bytes:
+def draw(look: Look, rng: random.Random, size: int = SIDE, noise: float = 10.0) -> bytes:
     """A picture, size x size pixels, as JPEG bytes; position, scale, light and noise differ each time."""
     return _jpeg(_paint(look, rng, size, noise))
 
 
 def draw_four(looks: list[Look], rng: random.Random) -> bytes:
     """A picture of four things, in the order of CELLS; each quarter is drawn like a picture of its own."""
-    image = Image.new("RGB", (112, 112))
+    image = Image.new("RGB", (2 * SIDE, 2 * SIDE))
     for cell, look in enumerate(looks):
-        image.paste(_paint(look, rng), (cell % 2 * 56, cell // 2 * 56))
+        image.paste(_paint(look, rng), (cell % 2 * SIDE, cell // 2 * SIDE))
     return _jpeg(image)
 
 
-def _paint(look, rng, size=56, noise=10.0):
+def _paint(look, rng, size=SIDE, noise=10.0):
     shape, color, ground, pattern = look
     scale, light = 2, rng.uniform(0.9, 1.1)
     image = Image.new("RGB", (size * scale,) * 2, COLORS[ground])
