@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -402,6 +402,7 @@ class OfflineSearch:
     def __init__(self, db: SearchDB, results: dict[str, int] | None = None):
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
+        self._image, self._text = map(lru_cache(256), (db.image, db.text))  # a question's samples ask alike
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
 
     def search(self, call: Call, question: Question) -> Result:
@@ -415,10 +416,10 @@ class OfflineSearch:
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
     def for_image_search(self, call, question):
-        return self.db.image(picture_of(call, question), self.results[call.tool])
+        return self._image(picture_of(call, question), self.results[call.tool])
 
     def for_text_search(self, call, question):
-        return self.db.text(call.query, self.results[call.tool])
+        return self._text(call.query, self.results[call.tool])
 
     def for_visit(self, call, question):
         parts = self.db.page(call.url.strip())

@@ -180,6 +180,8 @@ class Broken:
     def text(self, query, k):
         raise self.error
 
+    image = text
+
 
 def test_an_unreadable_file_is_an_error():
     result = OfflineSearch(Broken(sqlite3.OperationalError("disk I/O error"))).search(text("red"), ask())
