@@ -137,7 +137,7 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def _decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)  # without transformers' detours
 
     def decode_reply(self, ids: list[int]) -> str:
         """What the model said in a turn, without the token that ended it."""

@@ -99,8 +99,9 @@ def all_sum(values: dict[str, float], device) -> dict[str, float]:
 
 def all_gather(items: list) -> list:
     """The lists of all ranks, joined in the order of the ranks."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
+    parts = [items] * dist.get_world_size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, items)  # pickling a step's records is slow
     return [item for part in parts for item in part]
 
 
