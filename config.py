@@ -90,7 +90,9 @@ PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
     | dict(tool_limits=("text_search=0", "crop=1"), advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01)
-    | dict(steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),  # docs/toy.md
+    | dict(
+        lr=2e-4, steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160
+    ),  # docs/toy.md
     "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320, steps=120, eval_every=40),
     "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl", steps=120, eval_every=40),
     "qwen2.5-vl-3b": _3B,
@@ -112,7 +114,7 @@ class Config(Options):
     preset: str = option("toy", "values applied before the rest of the command line", tuple(PRESETS), marks="model")
     run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
-    steps: int = option(100, "optimisation steps", "at least 0", marks="resume")
+    steps: int = option(90, "optimisation steps", "at least 0", marks="resume")
     resume: str = option("", "'auto': the newest checkpoint in run_dir; or a checkpoint's path", marks="resume neutral")
     accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
@@ -201,7 +203,7 @@ class Config(Options):
     trust_bound: float = option(0.0, "mask conversations of a mean ratio beyond 1/x to x (0: off)", "0 or at least 1")
 
     # -- optimiser
-    lr: float = option(2e-4, "learning rate of AdamW", "above 0")
+    lr: float = option(3e-4, "learning rate of AdamW", "above 0")
     adam_beta2: float = option(0.99, "AdamW's beta 2 (beta 1 is 0.9)", "from 0 to below 1")
     weight_decay: float = option(0.0, "AdamW's weight decay", "at least 0")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "above 0")
@@ -211,7 +213,7 @@ class Config(Options):
     offload: str = option("none", "to CPU memory: the reference model, or all but activations", OFFLOADS)
 
     # -- evaluation and checkpoints
-    eval_every: int = option(50, "steps between validations (0: only before and after)", "at least 0", marks="resume")
+    eval_every: int = option(45, "steps between validations (0: only before and after)", "at least 0", marks="resume")
     val_limit: int = option(0, "validate on n questions, evenly spaced (0: all)", "at least 0", marks="resume")
     save_every: int = option(20, "steps between checkpoints (0: only at the end)", "at least 0", marks="resume")
     keep_last: int = option(2, "checkpoints kept", "above 0", marks="resume")
