@@ -89,10 +89,8 @@ _PAPER = dict(prompts_per_step=512, samples_per_prompt=8, updates_per_step=4, va
 PRESETS = {
     "toy": {},
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
-    | dict(tool_limits=("text_search=0", "crop=1"), advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01)
-    | dict(
-        lr=2e-4, steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160
-    ),  # docs/toy.md
+    | dict(tool_limits=("text_search=0", "crop=1"), advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01, lr=2e-4)
+    | dict(steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),  # docs/toy.md
     "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320, steps=120, eval_every=40),
     "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl", steps=120, eval_every=40),
     "qwen2.5-vl-3b": _3B,
