@@ -50,7 +50,7 @@ class Recipe(Options):
     toy_seed: int = option(0, "seed of the world: names, facts, pictures, which things are known", "at least 0")
     toy_pretrain_steps: int = option(320, "steps that teach the toy model to see and to copy", "above 0")
     toy_teach_steps: int = option(120, "steps that teach it the known things", "above 0")
-    toy_warmup_steps: int = option(200, "steps of supervised warm-up on scripted conversations", "above 0")
+    toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", "above 0")
     toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
     toy_crop: bool = option(False, "the world of the preset toy-crop: several things in a picture")
     toy_json: bool = option(False, "the world of the preset toy-json: the model calls tools in JSON")
