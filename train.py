@@ -415,12 +415,12 @@ class Run:
     def roll_out(self, questions: list[Question], step: int, refill: Refill | None = None) -> list[Episode]:
         """This rank's conversations of the step; with carry-over, of as many groups that are finished."""
         cfg, mine = self.cfg, share(questions, self.cfg)
-        total, quiet = len(mine) * cfg.samples_per_prompt, dist.get_rank() != 0
+        total = None if cfg.carry_over else len(mine) * cfg.samples_per_prompt  # with it, others end, too
         how = dict(samples=cfg.samples_per_prompt, step=step, temperature=cfg.temperature, refill=refill)
         if cfg.carry_over:
             how |= dict(quota=len(mine), refill=None)
             how["asked"], mine = self.questions_ahead(step, len(questions))
-        with tqdm(total=total, desc="rollout", leave=False, disable=quiet) as bar:
+        with tqdm(total=total, desc="rollout", leave=False, disable=dist.get_rank() != 0) as bar:
             return self.stopper.rollout(lambda: self.rollout.run(mine, **how, progress=lambda _: bar.update()))
 
     def questions_ahead(self, step: int, size: int) -> tuple[list[int], list[Question]]:

@@ -62,9 +62,9 @@ class Lessons:
         return [self.lesson(world.SEEING, description(look), world.draw(look, self.rng)) for look in looks]
 
     def looking(self, n: int) -> list[Episode]:
-        """n pictures of four things each: describe all, or look for one of them."""
+        """With toy_crop, n pictures of four things each: describe all, or look for one of them."""
         lessons = []
-        for i in range(n):
+        for i in range(n if self.crop else 0):
             look = self.rng.choice(self.looks)
             looks = world.apart(look, self.looks, self.rng)
             image = world.draw_four(looks, self.rng)
@@ -204,10 +204,9 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
-    more, few = (40, 16) if recipe.toy_crop else (0, 0)
     # iter(make, None) calls make() without end
-    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24) + first.looking(more), None)
-    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12) + second.looking(few), None)
+    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24) + first.looking(40), None)
+    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12) + second.looking(16), None)
     student.imitate("base model: seeing, copying", seeing_and_copying, recipe.toy_pretrain_steps, 4e-3, 6e-3)
     student.imitate("base model: known things", known_things, recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
@@ -310,14 +309,12 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Conf
             return policy.question(thing, "name", rng, lessons.pool if i % 4 < 2 else ())
         return policy.question(thing, "name" if i % 4 < 2 else rng.choice(world.FACTS), rng)
 
-    few = 8 if recipe.toy_crop else 0
-
     def batches():  # the index is opened here: a connection of SQLite must not be taken through a fork
         engine = ScriptedEngine(chat, policy)
         search = OfflineSearch(SearchDB(toy.index), tools.results(cfg))
         while True:
             episodes = run([ask(i) for i in range(32)], engine, search, chat, cfg, ordered=True)
-            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10) + lessons.looking(few)
+            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10) + lessons.looking(8)
 
     student.imitate("warm-up: a sloppy policy", batches(), recipe.toy_warmup_steps, 3e-3)
     export_hf(path, student.model, chat)
