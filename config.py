@@ -91,8 +91,8 @@ PRESETS = {
     "toy-crop": dict(run_dir="runs/toy-crop", prompts="prompts/toy-crop", toy_crop=True, max_pixels=112 * 112)
     | dict(tool_limits=("text_search=0", "crop=1"), advantage="dr_grpo", search_penalty=0.2, entropy_coef=0.01, lr=2e-4)
     | dict(steps=160, eval_every=40, toy_pretrain_steps=420, toy_teach_steps=180, toy_warmup_steps=160),  # docs/toy.md
-    "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320, steps=120, eval_every=40),
-    "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl", steps=120, eval_every=40),
+    "toy-json": dict(run_dir="runs/toy-json", dialect="json", toy_json=True, max_tokens=320),
+    "toy-qwen3": dict(run_dir="runs/toy-qwen3", toy_backbone="qwen3_vl"),
     "qwen2.5-vl-3b": _3B,
     "qwen2.5-vl-3b-24gb": _3B | _LORA | dict(run_dir="runs/qwen2.5-vl-3b-24gb", concurrency=16),
     "qwen2.5-vl-7b": _QWEN,
