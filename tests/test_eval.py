@@ -254,7 +254,7 @@ def test_an_export_brings_the_options_it_was_trained_with(here, export, tmp_path
     assert (found["max_pixels"], found["tool_limits"], found["lr"]) == (
         112 * 112,
         ["image_search=1", "text_search=1", "crop=0", "visit=0"],
-        Config.lr,
+        config.Config.lr,
     )
     assert found["prompts"] == str(folder / "prompts") and header["prompts_id"] == ours
     assert all("find" in r["turns"][0]["text"] for r in records)

@@ -550,7 +550,7 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
         assert "would delete" in refused(
             capfd, *arguments, f"--run_dir={used}", "--overwrite", f"--{name}={used / file}"
         )
-    was = f"was started with lr={Config.lr}"
+    was = f"was started with lr={config.Config.lr}"
     assert was in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capfd, *arguments, f"--run_dir={tmp_path / 'file' / 'run'}")
