@@ -14,7 +14,7 @@ from PIL import Image
 
 import tools
 from config import Config
-from data import Call, Question, Result, decode_image, load_questions
+from data import Call, Hit, Question, Result, decode_image, load_questions
 from search.index import OfflineSearch, SearchDB, build
 from tools import TOOLS, has_answer, parse_calls
 
@@ -169,6 +169,14 @@ def test_a_file_damaged_under_way_is_an_error_not_an_empty_result(path, db):
     result = OfflineSearch(db).search(text("red"), ask())
     assert (result.status, result.hits, result.error_kind) == ("error", (), "index")
     assert result.error.startswith("DatabaseError: ")
+
+
+def test_the_samples_of_a_question_cost_one_search(db, monkeypatch):
+    asked = []
+    monkeypatch.setattr(db, "text", lambda query, k: asked.append(query) or [Hit(query)])
+    search = OfflineSearch(db)
+    found = [search.search(text(query), ask()) for query in ("red", "red", "blue", "red")]
+    assert asked == ["red", "blue"] and [result.hits[0].title for result in found] == ["red", "red", "blue", "red"]
 
 
 class Broken:

@@ -38,7 +38,7 @@ PROMPTS = {  # it is warmed up with these
     "toy-crop": ("after_crop", "after_image_search", "question", "search_failed"),
 }
 PROMPTS["toy-json"] = PROMPTS["toy-qwen3"] = PROMPTS["toy"]
-VERSION = 5  # of the procedure: raise it when a change of the code makes another world
+VERSION = 6  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 

@@ -200,7 +200,7 @@ class _Packed(IterableDataset):
 
 def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, device: torch.device) -> None:
     """A random model learns to see and to copy, then the known things, with replay of both."""
-    save_random_model(path, recipe.toy_seed, recipe.toy_crop, recipe.toy_json, recipe.toy_backbone)
+    save_random_model(path, recipe.toy_seed, recipe.toy_crop, recipe.toy_json, recipe.toy_backbone, recipe.toy_beliefs)
     student = Student(path, cfg, device)
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)

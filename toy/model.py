@@ -68,12 +68,12 @@ def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> 
 
 
 def save_random_model(
-    path: Path, seed: int, crop: bool = False, json_calls: bool = False, backbone: str = "qwen2_5_vl"
+    path: Path, seed: int, crop=False, json_calls=False, backbone: str = "qwen2_5_vl", beliefs: bool = True
 ) -> None:
-    """Tokenizer, image processor and a random model of a family: a Qwen2.5-VL of about 0.7 million parameters (crop:
-    1.2 million), or a Qwen3-VL of one million. Like the real ones of its family, the latter has heads wider than hidden
-    size / heads, two layers of its vision tower that speak to the decoder's first (deepstack), and interpolated
-    positions."""
+    """Tokenizer, image processor and a random model of a family: a Qwen2.5-VL of about 0.7 million parameters (crop, or
+    no beliefs: 1.2 million), or a Qwen3-VL of one million. Like the real ones of its family, the latter has heads wider
+    than hidden size / heads, two layers of its vision tower that speak to the decoder's first (deepstack), and
+    interpolated positions."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -81,7 +81,7 @@ def save_random_model(
     tokenizer = transformers.Qwen2Tokenizer.from_pretrained(path)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
-    layers, width = (4, 384) if crop else (2, 256)  # with two, four in ten crops show the wrong quarter
+    layers, width = (4, 384) if crop or not beliefs else (2, 256)  # two layers are too few there: RESULTS.md
     text = dict(
         vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
