@@ -555,6 +555,6 @@ class Cache:
 
 def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:
     """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
-    template = chat.template(FIRST_PROMPTS[mode])
+    template = None if mode == "agent" else chat.template(FIRST_PROMPTS[mode])
     kept = [q for q in questions if len(chat.prompt(q, template)[0]) <= chat.cfg.max_prompt_tokens]
     return kept, len(questions) - len(kept)

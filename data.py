@@ -278,6 +278,9 @@ def write_questions(path: str | Path, questions: list[Question], columns: dict[s
         pq.write_table(table, temporary, row_group_size=256)
 
 
+HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can spell one, and UTF-8 cannot write it
+
+
 @contextmanager
 def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
     """Errors of a file and its form, and more kinds of them, become an InputError: what is refused, and why."""
@@ -309,6 +312,9 @@ def _read_row(numbered, label, folder, benchmark, match):
         answers, source = _answers(row.get("reward_model"), match), str(row.get("data_source") or "unknown")
         source = benchmark if benchmark in BENCHMARKS else source
         data_id = None if data_id is None else str(data_id)
+        texts = {"prompt": f"{system}{text}", "reward_model": "".join(answers), "data_source": source}
+        for name, value in (texts | {"data_id": data_id, "image_urls": url}).items():
+            need(not HALF.search(value or ""), f"field {name}: not valid Unicode")
         return number, Question(f"{label}:{number}", text, images, answers, source, data_id, url, system, sizes)
     except InputError as error:
         return number, str(error)
@@ -423,6 +429,7 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels
 
 def _decode(data, formats, max_pixels):
     image = Image.open(io.BytesIO(data), formats=formats)
+    format = image.format
     size = f"{image.width} x {image.height} pixels"
     need(image.width * image.height <= (max_pixels or Image.MAX_IMAGE_PIXELS), f"{size}: a decompression bomb?")
     need(max(image.size) <= MAX_ASPECT * min(image.size), f"{size}: narrower than 1:{MAX_ASPECT}")
@@ -438,7 +445,19 @@ def _decode(data, formats, max_pixels):
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.format = format  # Pillow forgets it
+    return image
+
+
+def encode_image(image: Image.Image, form: str, quality: int = 90, side: int = 0) -> bytes:
+    """A picture as a file (PNG knows no quality), no side longer than `side` (0: as it is)."""
+    file = io.BytesIO()
+    if side:
+        image = image.copy()
+        image.thumbnail((side, side))
+    image.save(file, form, quality=quality)
+    return file.getvalue()
 
 
 def _without_metadata(data):

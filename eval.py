@@ -147,6 +147,8 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     temperature = options.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
     name = "eval.jsonl" if mode == "agent" else f"eval-{mode}.jsonl"
     out = Path(options.out or (Path(folder) / name if Path(folder).is_dir() else name))
+    beside = ".jsonl" in out.name or out.parent.resolve() != Path(folder).resolve()
+    need(beside, f"{out}: in the model's folder, a name with .jsonl tells it from the model's files")
     header = header_of(folder, chat, cfg, options, files, temperature, world)
     file = ResultFile(out, header, rank, marked("neutral", Config, EvalOptions, toy.Recipe))
     held = lock(out) if rank == 0 else None  # two evaluations must not write one file

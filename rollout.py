@@ -9,7 +9,6 @@ Training, validation, eval.py and its single questions all go through `Rollout.r
 tensor-parallel vLLM, the first of them has the conversations and the others repeat its commands to the engine.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -30,11 +29,11 @@ from tqdm import tqdm
 import grpo
 from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
-from data import ERROR_KINDS, Call, Question, Result, Stop, Usage, key_of
+from data import ERROR_KINDS, Call, Question, Result, Stop, key_of
 from engines import Reply, Sampling
 from policy import all_gather, all_max, all_sum
 from reward import Score, economy, ramped_penalty, record, score_episode
-from tools import TOOLS, allowed_calls, ask_search, has_answer, limits, offered, parse_calls, refused, run_tool, spawn
+from tools import TOOLS, ask_search, has_answer, limits, parse_calls, refused, run_tool, spawn
 
 
 @dataclass(frozen=True)
@@ -507,38 +506,7 @@ def evaluate(
     return [found[q.id, sample] for q in questions for sample in range(samples)]
 
 
-# --------------------------------------------------------------------------------------------- figures of a step
-def rollout_metrics(episodes: list[Episode], scores: list[Score], cfg: Config, device) -> dict[str, float]:
-    """Global means over the step's conversations, aborted and unjudged ones counted and left out of the means."""
-    done = [(e, s) for e, s in zip(episodes, scores, strict=True) if e.stop != Stop.ABORTED and s.reward is not None]
-    called = [Counter(call.tool for call, _ in e.calls) for e, _ in done]
-    results = [result for e in episodes for _, result in e.calls]
-    used = {f.name: sum(getattr(r.usage, f.name) for r in results) for f in dataclasses.fields(Usage)}
-    means = {
-        "reward": sum(s.reward for _, s in done),
-        "accuracy": sum(s.correct for _, s in done),
-        "format": sum(s.format_ok for _, s in done),
-        "search_ratio": sum(c.total() for c in called) / max(1, allowed_calls(cfg)),
-        **{name: sum(c[name] > 0 for c in called) for name in offered(cfg)},
-        "turns": sum(len(e.turns) for e, _ in done),
-        "tokens": sum(len(e.tokens) for e, _ in done),
-    }
-    counts = {
-        "tool_failures": sum(result.status == "error" for result in results),
-        "results_cut": sum(e.results_cut for e in episodes),
-        **{f"errors/{kind}": sum(r.error_kind == kind for r in results) for kind in ERROR_KINDS},
-        "search/calls": len(results),
-        "seconds/search": used.pop("seconds"),  # waited for the web
-        **{f"search/{name}": value for name, value in used.items()},
-        **{f"stop/{stop.value}": sum(e.stop == stop for e in episodes) for stop in Stop},
-        "done": len(done),
-    }
-    sums = all_sum({**means, **counts}, device)
-    sums["results_cut"] /= max(sums["search/calls"], 1.0)  # the share of calls
-    n = max(sums.pop("done"), 1.0)
-    return {name: value / n if name in means else value for name, value in sums.items()}
-
-
+# ----------------------------------------------------------------------------------------------------- failures
 class SearchDown(Exception):
     """Most searches of a step failed, or a judge's verdicts: its conversations say nothing about the policy."""
 

@@ -21,7 +21,6 @@ In the dialect `json`, Qwen's own, a turn ends in one or several calls, or in an
     </tool_call>
 """
 
-import io
 import json
 import math
 import re
@@ -31,7 +30,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from config import Config, need
-from data import MAX_ASPECT, Call, Hit, Question, Result, decode_image
+from data import MAX_ASPECT, Call, Hit, Question, Result, decode_image, encode_image
 
 ANSWER = "answer"
 ANSWER_TAGS = ("<answer>", "</answer>")
@@ -87,9 +86,7 @@ def crop(call: Call, question: Question, search) -> Result:
     width, height = pixels[2] - pixels[0], pixels[3] - pixels[1]
     if left >= right or top >= bottom or max(width, height) > MAX_ASPECT * min(width, height):
         return refused("the box is empty or too narrow: left must be below right, top below bottom, inside 0 to 1000")
-    file = io.BytesIO()
-    image.crop(pixels).save(file, "PNG")
-    return Result("ok", (Hit("", image=file.getvalue(), full_size=True),))
+    return Result("ok", (Hit("", image=encode_image(image.crop(pixels), "PNG"), full_size=True),))
 
 
 def read_crop(content: str) -> dict:

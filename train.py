@@ -40,7 +40,7 @@ from engines import Engine, EngineDied, make_engine
 from eval import load_prompts
 from policy import NonFinite, PackedBatch, all_gather, all_sum, equal_counts, full_weights, pack, say
 from reward import record
-from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, rollout_metrics, share
+from rollout import Refill, Rollout, Sample, SearchDown, check_calls, evaluate, rate, share
 from search import check_questions, estimate, open_search, web_part
 
 NOT_PER_TOKEN = ("loss", "count", "grad_norm", "updates", "tokens", "stale/tokens")  # of an update; others are means
@@ -362,6 +362,8 @@ class Run:
 
     def step(self, step: int) -> dict:
         """One step of GRPO; returns its metrics."""
+        from analysis.figures import of_step
+
         cfg, started = self.cfg, time.monotonic()
         own = questions_of_step(self.train, step, cfg)
         refill = Refill(own, self.train, self.state["outcomes"], step, cfg)
@@ -385,12 +387,13 @@ class Run:
         except NonFinite:  # on all ranks; the conversations are kept, to be looked at
             self.write_rollouts(step, samples, mine)
             raise
-        refill.count(self.write_rollouts(step, samples, mine))
+        records = self.write_rollouts(step, samples, mine)
+        refill.count(records)
         self.optimizer.zero_grad(set_to_none=True)  # the rollout has other uses for the memory
         updated = time.monotonic()
         self.engine.load_weights(self.weights(), version=step + 1)
         self.engine.wake()
-        rolled = rollout_metrics(episodes, [s.score for s in samples], cfg, self.device)
+        rolled = of_step(records, cfg)
         finished = time.monotonic()
         tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
         return {

@@ -58,6 +58,7 @@ def _compare(a, b, options):
 
 
 def _judge(path, options):
+    need(options.judges, "judge: give --judges")
     with lock(path):
         header, records = read_results(path)
         records, missing = judge(records, questions_of(path, header, records), options, progress=True)

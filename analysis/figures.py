@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from config import Config
-from data import Usage
+from data import ERROR_KINDS, Stop, Usage
 from tools import TOOLS, allowed_calls, offered, title
 
 RESAMPLES = 2000  # of a bootstrap; its 2.5th percentile is then the 50th of 2000 values
@@ -120,6 +120,23 @@ def _figures(records, cfg):
         "cached": used["cached"] / max(len(calls), 1),
         "usage": used,
         "stops": dict(sorted(Counter(r["stop"] for r in records).items())),
+    }
+
+
+def of_step(records: list[dict], cfg: Config) -> dict[str, float]:
+    """The figures of a training step, as metrics.jsonl has them."""
+    figures, calls = _figures(records, cfg), sum(len(r["calls"]) for r in records)
+    used, means = figures["usage"], ("reward", "accuracy", "format", "search_ratio", *offered(cfg), "turns")
+    return {
+        **{name: figures[name] for name in means},
+        "tokens": sum(r["tokens"] for r in records if verdict(r) is not None) / max(figures["n"], 1),
+        "tool_failures": figures["tool_failures"],
+        "results_cut": sum(r["results_cut"] for r in records) / max(calls, 1),  # the share of calls
+        **{f"errors/{kind}": figures["errors"].get(kind, 0) for kind in ERROR_KINDS},
+        "search/calls": calls,
+        "seconds/search": used.pop("seconds"),  # waited for the web
+        **{f"search/{name}": value for name, value in used.items()},
+        **{f"stop/{stop.value}": figures["stops"].get(stop.value, 0) for stop in Stop},
     }
 
 

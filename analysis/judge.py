@@ -81,10 +81,13 @@ class JudgesOptions(JudgeOptions):
 def judge(
     records: list[dict], questions: dict[str, Question], options: JudgesOptions, progress: bool = False
 ) -> tuple[list[dict], Counter]:
-    """The records, each with `judged`: {judge: True, False or None (missing)} for each of options.judges, in their
-    order; and why judgings are missing: reason -> how many. questions: by id, for their pictures. Aborted
-    conversations have nothing to judge: None, and no reason. Raises InputError."""
-    judged, missing = [{**r, "judged": dict.fromkeys(options.judges)} for r in records], Counter()
+    """The records, each with `judged`: {judge: True, False or None (missing)} for those who have judged before and for
+    each of options.judges; and why judgings are missing: reason -> how many. questions: by id, for their pictures.
+    Aborted conversations have nothing to judge: None, and no reason. Raises InputError."""
+    before, missing = [r.get("judged") or {} for r in records], Counter()
+    names = dict.fromkeys(name for verdicts in before for name in verdicts)
+    again = dict.fromkeys(options.judges)
+    judged = [{**r, "judged": names | verdicts | again} for r, verdicts in zip(records, before, strict=True)]
     done = [r for r in judged if r["stop"] != "aborted"]
     for name in options.judges:
         if name != "llm":

@@ -44,7 +44,7 @@ CONVERSATION = {
     "question_id": str, "sample": int, "data_source": str, "question": str, "answers": [str], "pictures": ([str],),
     "turns": [{"role": str, "text": str}], "calls": [CALL], "answer": (str,), "stop": str, "correct": (bool,),
     "format_ok": bool, "reward": (float,), "tokens": (int,), "sampled_tokens": (int,), "judged": ({...: (bool,)},),
-    "images": ([str],), "mode": (str,), "advantage": (float,), "logp_gap": (float,),
+    "images": ([str],), "mode": (str,), "advantage": (float,), "logp_gap": (float,), "asked": (int,),
 }  # fmt: skip
 HEADER = {"config": {"mode": (str,), "files": ([str],)}}
 UNJUDGED = {"reward": None, "correct": None}  # the judge's verdict, which was to reward it, is missing
@@ -151,7 +151,8 @@ class ResultFile:
         self.part, self.file = Path(f"{path}.part{rank}"), None
 
     def parts(self) -> list[Path]:
-        return sorted(p for p in self.path.parent.glob(f"{self.path.name}.part*") if p.name[-1].isdigit())
+        found, ours = self.path.parent.glob("*.part*"), f"{self.path.name}.part"  # a name may hold [ or *
+        return sorted(p for p in found if p.name.startswith(ours) and p.name[-1].isdigit())
 
     def done(self) -> dict[tuple[str, int], dict]:
         """The conversations already there, by question id and sample. Raises InputError if they belong to another

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from config import Config, need, replacing
 from data import Call, Hit, Question, Result, Usage, decode_image, refusing
-from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
+from search.calls import MAX_QUERY, Failure, failed, method_for, query_of, shared
 from search.embedding import THUMBNAIL_SIDE
 from search.index import SQLiteFile, sha256
 from search.live import PAGE_CHARACTERS, WebSearch, engine_of, summarizer_prompt
@@ -243,7 +244,7 @@ class CachedSearch:
         """All that the answer to a call depends on, but the day: the key of the cache. Raises Failure (bad_call)."""
         asked = method_for(call, question, self)(call, question)
         engines = {**engine_of(self.cfg).names, "visit": "reader"}
-        asked |= {"kind": TOOLS[call.tool].key, "engine": engines[call.tool]}
+        asked |= {"kind": TOOLS[call.tool].key, "engine": engines.get(call.tool, "")}
         return {**asked, "k": self.results[call.tool], "language": self.cfg.search_language}
 
     def for_image_search(self, call, question):
@@ -267,25 +268,15 @@ class CachedSearch:
         """The answer to a call, kept or new; without an inner search what was not kept is an error that says so."""
         try:
             request = self.request(call, question)
-            return (self._shared if self.inner else self._answer)(request, call, question)
+            answer = partial(self._answer, request, call, question)
+            if self.inner is None:
+                return answer()
+            result, mine = shared(self._pending, canonical(request), answer)
+            return result if mine else dataclasses.replace(result, usage=Usage(cached=1))
         except sqlite3.ProgrammingError:  # ours, not the file's
             raise
         except (Failure, sqlite3.DatabaseError) as error:
             return failed(error)
-
-    def _shared(self, request, call, question):
-        """`_answer`, or that of a call which asks the same and is under way."""
-        key, mine = canonical(request), Future()
-        pending = self._pending.setdefault(key, mine)  # of dictionaries, one step for all threads
-        if pending is not mine:
-            return dataclasses.replace(pending.result(), usage=Usage(cached=1))
-        try:
-            mine.set_result(self._answer(request, call, question))
-        except BaseException as error:
-            mine.set_exception(error)
-        finally:
-            del self._pending[key]
-        return mine.result()
 
     def _answer(self, request, call, question):
         kept = self.cache.get(request, count=self.inner is not None)

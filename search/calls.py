@@ -7,6 +7,7 @@ that lacks what its tool needs (a picture, words), gives a result with status "e
 import sqlite3
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from config import InputError
@@ -36,6 +37,20 @@ def method_for(call: Call, question: Question, search) -> Callable:
     if problem:
         raise Failure("bad_call", problem)
     return getattr(search, f"for_{call.tool}")
+
+
+def shared(pending: dict[str, Future], key: str, make: Callable) -> tuple[object, bool]:
+    """make()'s value, or that of a call with this key that is under way on another thread, and whether it is ours."""
+    mine = Future()
+    first = pending.setdefault(key, mine)  # of dictionaries, one step for all threads
+    if first is mine:
+        try:
+            mine.set_result(make())
+        except BaseException as error:
+            mine.set_exception(error)
+        finally:
+            del pending[key]
+    return first.result(), first is mine
 
 
 def query_of(call: Call) -> str:

@@ -5,7 +5,6 @@ are also the thumbnails that an index and a cache keep.
 """
 
 import atexit
-import io
 import json
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from config import need
-from data import decode_image, refusing
+from data import decode_image, encode_image, refusing
 
 THUMBNAIL_SIDE = 336  # pixels, at most
 LOSSLESS_SIDE = 112  # pixels: thumbnails up to here are PNG, larger ones JPEG
@@ -72,10 +71,7 @@ def web_thumbnail(data: bytes) -> bytes:
 
 
 def thumbnail(image: Image.Image, format: str = "JPEG") -> bytes:
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(buffer, format, quality=90)  # PNG knows no quality
-    return buffer.getvalue()
+    return encode_image(image, format, side=THUMBNAIL_SIDE)
 
 
 def one_at_a_time(encode: Callable) -> Callable:

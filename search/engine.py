@@ -38,7 +38,8 @@ class SearchEngine:
     thumbnails: ClassVar[tuple[str, ...]]  # entries of a match that may have its thumbnail, the best first
 
     def __init__(self, cfg: Config, ranks: int = 1):
-        self.url, self.language = cfg.search_engine.partition("=")[2] or self.address, cfg.search_language
+        address = cfg.search_engine.partition("=")[2] or self.address
+        self.url, self.language = address.rstrip("/"), cfg.search_language
         limit, how = Limit(IN_FLIGHT, PER_SECOND / ranks), {"key_as": self.key_as, "quota": self.quota}
         self.client = Client(type(self).__name__, limit, key=key_of(self.key), **how)
 

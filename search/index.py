@@ -10,7 +10,6 @@ Legend: N pictures or documents of an index, D numbers of an embedding.
 
 import hashlib
 import json
-import re
 import secrets
 import sqlite3
 from collections import Counter, deque
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError, need
-from data import Call, Hit, Question, Result, decode_image, refusing
+from data import HALF, Call, Hit, Question, Result, decode_image, refusing
 from search.calls import Failure, failed, method_for
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
 from search.text import PAGE_SENTENCES, passages, terms
@@ -135,6 +134,7 @@ class SearchDB(SQLiteFile):
         first MAX_QUERY_TERMS count, in a large index without common ones if there are others. In an index with
         embeddings of the documents, those with embeddings close to the query's count as much. Raises
         sqlite3.DatabaseError if the file cannot be read or is damaged."""
+        query = HALF.sub("\ufffd", query)
         wanted = dict.fromkeys(terms(query))
         wanted = [term for term in wanted if term not in self._common] or list(wanted)
         if not wanted:
@@ -152,8 +152,8 @@ class SearchDB(SQLiteFile):
 
     def page(self, url: str) -> list[Hit]:
         """The documents with this url, as indexed: the parts of a page. Raises sqlite3.DatabaseError as `text` does."""
-        if re.search("[\ud800-\udfff]", url):
-            return []  # SQLite takes no halves of characters, and no document has one
+        if HALF.search(url):
+            return []  # SQLite takes none, and no document has one
         with self._connection() as db:
             found = db.execute("SELECT rowid FROM docs WHERE url = ? ORDER BY rowid", (url,)).fetchall()
             rows = [_row(db, "docs", rowid) for (rowid,) in found]
@@ -392,7 +392,7 @@ def _strings(row, *required):
     values.append(str(id))
     for field, value in zip((*required, "url", "id"), values, strict=True):
         need(isinstance(value, str), f"field {field}: expected a string, not {repr(value)[:40]}")
-        need(not re.search("[\ud800-\udfff]", value), f"field {field}: not valid Unicode")  # JSON can spell half a one
+        need(not HALF.search(value), f"field {field}: not valid Unicode")
     return values
 
 

@@ -9,7 +9,6 @@ search_deadline seconds.
 
 import dataclasses
 import hashlib
-import io
 import os
 import re
 import shlex
@@ -18,15 +17,13 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from config import Config, InputError, need
 from data import Call, Hit, Question, Result, Usage, decode_image, prompt_path, read_prompt
-from search.calls import MAX_QUERY, Failure, failed, method_for, query_of
+from search.calls import MAX_QUERY, Failure, failed, method_for, query_of, shared
 from search.embedding import WEB_IMAGE_BYTES, web_thumbnail
 from search.engine import ENGINES, MAX_TITLE, SearchEngine
 from search.text import PAGE_SENTENCES, clean, inline_text, passages, plain_text, sentences
@@ -49,7 +46,7 @@ class WebSearch:
     def __init__(self, cfg: Config):
         ranks = int(os.environ.get("WORLD_SIZE", 1))  # each has a share of what is limited for all
         self.cfg, self.prompt, self.results = cfg, summarizer_prompt(), results(cfg)
-        self.engine = engine_of(cfg)(cfg, ranks)
+        self.engine, self.summarizer_url = engine_of(cfg)(cfg, ranks), cfg.summarizer_url.rstrip("/")
         self.reader = Client("reader", Limit(READER_IN_FLIGHT, READER_PER_SECOND / ranks), key=key_of(READER_KEY))
         self.summarizer = Client("summariser", Limit(SUMMARIZER_IN_FLIGHT), key=key_of(SUMMARIZER_KEY))
         wanted = {"max_bytes": WEB_IMAGE_BYTES, "types": IMAGE_TYPES, "allow_hosts": cfg.allow_hosts}
@@ -58,6 +55,7 @@ class WebSearch:
         self.calls = threading.Semaphore(-(-CALLS // ranks))
         self.spent = 0  # searches that count against it; a resumed run sets what it had spent before
         self._uploaded: dict[str, str] = {}
+        self._uploading: dict[str, Future] = {}
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -71,9 +69,9 @@ class WebSearch:
             if self.reader.key:
                 asked = READER_KEY
                 self._read("https://example.com", job)
-            if cfg.summarizer_url:
+            if self.summarizer_url:
                 asked = f"summarizer_url, {SUMMARIZER_KEY}"
-                self.summarizer.fetch_json(f"{cfg.summarizer_url}/models", job)
+                self.summarizer.fetch_json(f"{self.summarizer_url}/models", job)
         except Failure as failure:
             unlisted = SUMMARIZER_KEY in asked and failure.reason in ("HTTP 404", "HTTP 405")  # some list no models
             advice = mixed_up(engine) if asked == engine.key and failure.kind == "refused" else ""
@@ -136,11 +134,11 @@ class WebSearch:
             return f"{host.rstrip('/')}/{name}"
         if not host:
             raise Failure("no_url", "the image is only bytes; --image_host makes it public")
-        if name not in self._uploaded:
-            self._uploaded[name] = self._upload(name, data, job)
-        return self._uploaded[name]
+        return shared(self._uploading, name, lambda: self._upload(name, data, job))[0]
 
     def _upload(self, name, data, job):
+        if name in self._uploaded:
+            return self._uploaded[name]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(data)
@@ -152,6 +150,7 @@ class WebSearch:
         url = (done.stdout.decode(errors="replace").split() or [""])[-1]
         if done.returncode or not is_web_url(url):
             raise Failure("no_url", f"image_host: exit code {done.returncode}, and no URL at the end of its output")
+        self._uploaded[name] = url
         return url
 
     # -- with words
@@ -189,12 +188,12 @@ class WebSearch:
 
     def _told(self, query, title, page, count, job):
         """What a page says about a query: `count` sentences of it, or what a summariser makes of it."""
-        if not (self.cfg.summarizer_url and query):
+        if not (self.summarizer_url and query):
             return passages(page, query, count)
         values = {"query": query, "title": title, "page": page}
         content = re.sub(r"\{(query|title|page)\}", lambda hole: values[hole[1]], self.prompt)
-        url, model = self.cfg.summarizer_url, self.cfg.summarizer_model
-        said = self.summarizer.chat(url, job, model, content, temperature=0, max_tokens=1024)
+        how = dict(temperature=0, max_tokens=1024)
+        said = self.summarizer.chat(self.summarizer_url, job, self.cfg.summarizer_model, content, **how)
         summary = clean(plain_text(said[: 10 * MAX_TEXT]), 10 * MAX_TEXT)
         if not summary:
             raise Failure("bad_response", "summariser: an empty message")
@@ -250,6 +249,5 @@ def summarizer_prompt() -> str:
 
 def picture_name(data: bytes) -> str:
     """The file name under which a picture is looked for at image_host: its sha256, and its format."""
-    decode_image(data)
-    format = Image.open(io.BytesIO(data)).format.lower()
+    format = decode_image(data).format.lower()
     return f"{hashlib.sha256(data).hexdigest()}.{'jpg' if format in ('jpeg', 'mpo') else format}"

@@ -266,7 +266,7 @@ def settings(server, **changes) -> dict:
     """Configuration values with which search goes to a local web."""
     address = server.url + ("/serper" if server.engine == "serper" else "")
     return {
-        "search": "live", "search_engine": f"{server.engine}={address}", "reader_url": f"{server.url}/read",
+        "search": "live", "search_engine": f"{server.engine}={address}/", "reader_url": f"{server.url}/read",
         "allow_hosts": (server.host,), "image_host": "https://pictures.example", "search_deadline": 60.0, **changes,
     }  # fmt: skip
 

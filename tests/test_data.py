@@ -31,6 +31,7 @@ from data import Call, Hit, Question, Result, Stop, decode_image, load_questions
 from engines import Reply
 from eval import load_prompts
 from reward import MATCHES
+from search.live import picture_name
 from toy.model import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # pytest has taken back what data.py filters
@@ -332,6 +333,25 @@ def test_columns_of_another_type_are_bad_rows(tmp_path):
     assert "field image_urls" in refused(load_one, tmp_path, image_urls={"url": "u"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", [{"role": "user", "content": "what \ud800?"}]),
+        ("reward_model", {"ground_truth": "bako", "candidate_answers": ["\udfff"]}),
+        ("data_source", "\ud800"),
+        ("data_id", "\ud800"),
+        ("image_urls", ["https://x.example/\udc00"]),
+    ],
+)
+def test_half_a_character_is_a_bad_row(tmp_path, field, value):
+    """JSON can spell one; no parquet file, no cache and no request can hold it."""
+    image = base64.b64encode(PNG).decode()
+    sound = {"prompt": [{"role": "user", "content": "?"}], "images": [image], "reward_model": {"ground_truth": "bako"}}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(sound | {field: value}))
+    assert f"row 0 of {path}: field {field}: not valid Unicode" in refused(load_questions, [str(path)])
+
+
 def test_all_bad_rows_are_counted(tmp_path, capsys):
     first = write(tmp_path / "a.pq", row("x", reward_model=None), row("y", reward_model=None))
     second = write(tmp_path / "b.pq", row(" "), row("z"))
@@ -541,7 +561,7 @@ def test_metadata_that_cannot_be_read_is_ignored(name):
     image, whole = noise(40, 30), encoded(noise(40, 30))
     start, end = whole[:33], whole[-12:]  # up to the pixels; IEND
     for file in (whole[:-12] + METADATA[name] + end, start + METADATA[name] + whole[33:]):
-        assert np.array_equal(decode_image(file), image)
+        assert np.array_equal(decode_image(file), image) and picture_name(file).endswith(".png")
     turned = start + chunk(b"eXIf", exif()[6:]) + METADATA[name] + whole[33:]
     assert decode_image(turned).size == (30, 40)  # what can be read is read
     for broken in (file[:-1500], file.replace(whole[60:70], bytes(10))):  # pixels stay checked

@@ -20,15 +20,16 @@ import policy
 import reward
 import tools
 import toy
+from analysis.figures import of_step
 from analysis.imitation import imitated
 from analysis.labels import label_of
 from analysis.report import ReportOptions, render
-from chat import Chat, Episode
+from chat import Chat, Episode, drop_overlong
 from config import InputError
 from data import Call, Hit, Question, Result, Stop, decode_image, picture_key, write_jsonl, write_questions
 from engines import Reply
 from reward import record, score_episode
-from rollout import Rollout, rollout_metrics, run
+from rollout import Rollout, run
 from search.index import OfflineSearch, SearchDB, build
 from tools import has_answer, parse_calls, run_tool
 from toy.lessons import ScriptedEngine
@@ -253,7 +254,7 @@ def test_crop_search_the_crop_read_the_page_answer(request, dialect, device):
 
     score = score_episode(episode, chat.cfg)
     assert (score.correct, score.format_ok, score.searches) == (True, True, 2)  # a visit is free
-    metrics = rollout_metrics([episode], [score], chat.cfg, device)
+    metrics = of_step([record(episode, score)], chat.cfg)
     assert [metrics[name] for name in tools.TOOLS] == [1, 0, 1, 1]
     r = json.loads(json.dumps({**record(episode, score)}))
     assert label_of(r) == "image_search+crop+visit"
@@ -282,6 +283,13 @@ def test_only_links_that_a_search_returned_are_visited(tags_chat, link):
     result = episode.calls[1][1]
     assert (result.error_kind, result.error) == ("bad_call", "no search has returned this link")
     assert len(search.calls) == 1 and result.error in tags_chat.show(episode.tokens)
+
+
+def test_declared_tools_are_a_part_of_the_prompt_that_has_to_fit(json_chat):
+    size = len(Episode.start(ASKED, json_chat).tokens)
+    for limit, kept in ((size, 1), (size - 1, 0)):
+        json_chat.cfg = replace(json_chat.cfg, max_prompt_tokens=limit)
+        assert len(drop_overlong([ASKED], json_chat)[0]) == kept
 
 
 def test_limits_hold_for_each_call_of_a_turn(json_chat):

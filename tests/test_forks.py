@@ -11,13 +11,13 @@ from conftest import ROOT
 TOOL = """
 import dataclasses, json, sys
 import torch, config, policy, toy
-from analysis.figures import summarize, table
+from analysis.figures import of_step, summarize, table
 from analysis.labels import label_of
 from analysis.report import ReportOptions, render
 from chat import Chat
 from data import Question, write_jsonl
 from reward import record, score_episode
-from rollout import rollout_metrics, run
+from rollout import run
 from toy.lessons import ScriptedEngine
 from toy.model import save_random_model
 from toy.world import draw
@@ -36,7 +36,7 @@ assert [call.tool for call, _ in episode.calls] == ["zoom"] and episode.stop.val
 assert [picture.thumbnail for picture in episode.images] == [False, False]  # both at question size
 score = score_episode(episode, cfg)
 assert (score.reward, score.format_ok, score.searches) == (1.0, True, 0)  # well-formed, and free
-metrics = rollout_metrics([episode], [score], cfg, device)
+metrics = of_step([record(episode, score)], cfg)
 assert metrics["zoom"] == 1 and metrics["image_search"] == 0
 assert label_of(record(episode, score)) == "zoom"
 written = {**record(episode, score), "step": 0, "advantage": 0.5, "logp_gap": 0.0}

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tokenize
 from graphlib import TopologicalSorter
 
 import pytest
@@ -21,16 +22,31 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__in
 
 # Lines, so that the house stays one that a reader gets through; lower them when it has shrunk.
 FILE, CORE_FILES, ALL_FILES, FUNCTION, README, OPTIONS = 600, 5549, 10577, 60, 160, 90
+CORE_CODE, ALL_CODE = 4000, 7500  # without blank lines, comments and docstrings
 
 
 def lines(path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
+def lines_of_code(path) -> int:
+    """Those that have a token of the program."""
+    text, found = path.read_text(encoding="utf-8"), set()
+    with open(path, "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.string.strip() and token.type not in (tokenize.COMMENT, tokenize.ENCODING):
+                found |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            found -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(found)
+
+
 def test_files_keep_their_budgets():
-    sizes = {name: lines(path) for name, path in FILES.items()}
+    sizes, code = ({name: count(path) for name, path in FILES.items()} for count in (lines, lines_of_code))
     assert not {name: size for name, size in sizes.items() if size > FILE}
     assert sum(sizes[name] for name in CORE) <= CORE_FILES and sum(sizes.values()) <= ALL_FILES
+    assert sum(code[name] for name in CORE) <= CORE_CODE and sum(code.values()) <= ALL_CODE
     assert lines(ROOT / "README.md") <= README and len(dataclasses.fields(config.Config)) <= OPTIONS
 
 

@@ -342,6 +342,15 @@ def test_verdicts_of_earlier_versions_are_found(serve):
         assert llm.verdict(asked, "bako") == (True, "") and not server.bodies
 
 
+def test_further_judges_keep_the_verdicts_of_earlier_ones(serve):
+    """Also where a resumed evaluation has added conversations that those have not seen."""
+    records = records_of(["bako", "tilo"], [question(0), question(1)])
+    records[0]["judged"] = {"llm": True, "em": None}
+    again, _ = judge.judge(records, {}, judge.JudgesOptions(judges=("em",)))
+    assert [r["judged"] for r in again] == [{"llm": True, "em": True}, {"llm": None, "em": False}]
+    assert "llm" in judge.judges_table(again, Counter())
+
+
 def test_aborted_conversations_are_not_judged(serve):
     server, options = serve(lambda *_: says("yes"))
     record = records_of(["bako"], [question(0)])[0] | {"stop": "aborted"}

@@ -78,7 +78,10 @@ def live(server, **changes):
 
 
 def summarized(server):
-    return {"summarizer_url": f"{server.url}/v1", "summarizer_model": "summariser"}
+    return {
+        "summarizer_url": f"{server.url}/v1/",
+        "summarizer_model": "summariser",
+    }  # with a slash at its end or without
 
 
 ONE_EACH = {"tool_results": ("image_search=1", "text_search=1")}
@@ -261,6 +264,12 @@ def test_an_upload_command_makes_a_picture_public(server, tmp_path):
     search = live(server, image_host=f"{sys.executable} '{script}'")
     assert search.search(IMAGE, question()).status == "ok"
     assert "url=https%3A%2F%2Fup.example%2F" in server.log[0][0]
+    with ThreadPoolExecutor(8) as pool:  # the samples of a group ask together: it is uploaded once
+        script.write_text(
+            f"import time; open({str(tmp_path / 'n')!r}, 'a').write('x'); time.sleep(0.3); print('https://a.b')"
+        )
+        assert {r.status for r in pool.map(lambda _: search.search(IMAGE, question(1)), range(8))} == {"ok"}
+        assert (tmp_path / "n").read_text() == "x"
     for body, kind in (("print('file:///etc/passwd')", "no_url"), ("raise SystemExit(3)", "no_url")):
         script.write_text(body)
         assert search.search(IMAGE, question(2)).error_kind == kind

@@ -69,6 +69,16 @@ def test_an_interrupted_file_resumes_and_ends_as_the_undisturbed_one(tmp_path):
     assert list(ResultFile(tmp_path / "r.jsonl", HEADER).done().values()) == records
 
 
+def test_a_name_may_hold_the_signs_of_a_pattern(tmp_path):
+    for name in ("ev[1].jsonl", "e*.jsonl", "ev1.jsonl"):
+        file = ResultFile(tmp_path / name, HEADER)
+        file.add(conversation(0, True))
+        file.close()
+        assert len(file.parts()) == len(file.done()) == 1
+    ResultFile(tmp_path / "e*.jsonl", HEADER).finish([])
+    assert len(list(tmp_path.iterdir())) == 3 and not (tmp_path / "e*.jsonl.part0").exists()
+
+
 @pytest.mark.parametrize("content", ["", '{"header": {"con'])
 def test_killed_before_the_first_line(tmp_path, content):
     (tmp_path / "r.jsonl.part0").write_text(content)

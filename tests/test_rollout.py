@@ -20,12 +20,13 @@ import config
 import engines
 import policy
 import rollout
+from analysis.figures import of_step
 from analysis.imitation import imitated
 from chat import Chat, Episode
 from config import InputError
 from data import Call, Hit, Question, Result, Stop
 from engines import Reply, Sampling, TorchEngine
-from reward import score_episode
+from reward import record, score_episode
 from rollout import Generate, converse, run, turn_seed
 from tools import TOOLS, Tool, picture_of
 from toy.lessons import ScriptedEngine
@@ -188,7 +189,7 @@ def test_after_searches_that_the_limits_allow_there_is_room_to_answer(cfg, folde
     long = Search(lambda *_: Result("ok", tuple(Hit("bako", text="It is a town. " * (length // 14)) for _ in range(5))))
     episode, _ = hold(cfg, folder, [TEXT, TEXT, ANSWER], long)
     assert episode.stop == Stop.ANSWERED and episode.results_cut == 2
-    figures = rollout.rollout_metrics([episode], [score_episode(episode, cfg)], cfg, torch.device("cpu"))
+    figures = of_step([record(episode, score_episode(episode, cfg))], cfg)
     assert figures["results_cut"] == 1.0
 
 

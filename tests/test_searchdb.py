@@ -963,6 +963,7 @@ def test_text_by_words_and_by_a_sentence_encoder(tmp_path, text_encoder, pooling
             assert [int(hit.url) for hit in both.text(query, 20)] == wanted[:20] != by_words[:20]
             assert both.text(query, 3) == both.text(query, 20)[:3]
         assert [hit.title for hit in both.text("nobody", 2)] and not words.text("nobody", 2) and not both.text("?!", 2)
+        assert both.text("\ud800 w7", 9) == both.text("\ufffd w7", 9) and words.text("\udfff w7", 1)  # JSON spells it
         assert both.stats()["vectors"] == 150 and list(both.verify()) == []
         with ThreadPoolExecutor(8) as pool:
             assert len(set(map(str, pool.map(lambda _: both.text("w0 w5", 9), range(40))))) == 1

@@ -30,14 +30,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PRESETS, Config, Options, as_dict, need, option
+from chat import agent_prompts
+from config import PRESETS, Config, Options, as_dict, from_dict, need, option
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = {  # it is warmed up with these
-    "toy": ("after_image_search", "after_text_search", "question", "search_failed"),
-    "toy-crop": ("after_crop", "after_image_search", "question", "search_failed"),
-}
-PROMPTS["toy-json"] = PROMPTS["toy-qwen3"] = PROMPTS["toy"]
 VERSION = 6  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -88,8 +84,8 @@ def locate(recipe: Recipe) -> Toy:
     """The folder of the recipe's world, built or not: named by VERSION, the options and the prompts that make it."""
     options = as_dict(recipe)
     folder = Path(options.pop("toy_dir"))
-    prompts = ROOT / PRESETS[recipe.preset].get("prompts", Config.prompts)
-    prompts = [(prompts / f"{name}.txt").read_text(encoding="utf-8") for name in PROMPTS[recipe.preset]]
+    cfg = from_dict(Config, PRESETS[recipe.preset])
+    prompts = [(ROOT / cfg.prompts / f"{name}.txt").read_text(encoding="utf-8") for name in sorted(agent_prompts(cfg))]
     content = json.dumps([VERSION, options, prompts])
     return Toy(folder / hashlib.sha256(content.encode()).hexdigest()[:10])
 
@@ -118,8 +114,8 @@ def answers_searches(cfg: Config) -> bool:
     InputError for another preset, which has to name one."""
     if cfg.search != "offline" or cfg.search_index:
         return False
-    builds = "`python -m search index` builds one"
-    need(cfg.preset in PROMPTS, f"preset {cfg.preset} needs --search_index ({builds}), or another --search")
+    what = f"preset {cfg.preset} needs --search_index (`python -m search index` builds one), or another --search"
+    need("model" not in PRESETS[cfg.preset], what)
     return True
 
 

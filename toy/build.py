@@ -18,7 +18,7 @@ def build(folder: str | Path, cfg: Config, recipe: Recipe, things: list[Thing] |
     Of cfg only threads and device are taken: a world depends on its recipe alone, not on the options of a run. things:
     instead of the recipe's.
     """
-    options = PRESETS[recipe.preset] | dict(threads=cfg.threads, device=cfg.device)
+    options = PRESETS[recipe.preset] | dict(threads=cfg.threads, device=cfg.device, dtype="fp32")
     toy, cfg = Toy(Path(folder)), from_dict(Config, options)
     device = init_distributed(cfg)
     things = things or make_things(random.Random(f"world {recipe.toy_seed}"), recipe.toy_named, recipe.toy_crop)

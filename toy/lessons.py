@@ -136,14 +136,13 @@ class Muon(torch.optim.AdamW):
                 updates = orthogonal(torch.stack([self._momentum(p) for p in matrices]))
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, change in zip(matrices, updates, strict=True):
-                    whole(p).add_(change, alpha=-lr)
+                    p.add_(change, alpha=-lr)
                     p.grad = None  # AdamW leaves it alone
         super().step()
 
     def _momentum(self, p, momentum=0.95):
-        grad = whole(p.grad)
-        average = self.state[p].setdefault("average", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
-        return grad.lerp(average, momentum)  # Nesterov's
+        average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)  # Nesterov's
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -154,11 +153,6 @@ def orthogonal(x: Tensor) -> Tensor:
         gram = wide @ wide.mT
         wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
     return wide if x.shape[1] <= x.shape[2] else wide.mT
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """FSDP's shard is the whole tensor where there is one process, and the world is built by one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Student:

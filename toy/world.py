@@ -1,6 +1,5 @@
 """The toy world's things, their pictures, the questions about them, and the index that a search looks them up in."""
 
-import io
 import itertools
 import random
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from data import Question, write_questions
+from data import Question, encode_image, write_questions
 from search.index import build
 from toy import Recipe
 
@@ -119,7 +118,7 @@ def equally(known: list[Thing], unknown: list[Thing]) -> list[Look]:
 
 def draw(look: Look, rng: random.Random, size: int = SIDE, noise: float = 10.0) -> bytes:
     """A picture, size x size pixels, as JPEG bytes; position, scale, light and noise differ each time."""
-    return _jpeg(_paint(look, rng, size, noise))
+    return encode_image(_paint(look, rng, size, noise), "JPEG", 95)
 
 
 def draw_four(looks: list[Look], rng: random.Random) -> bytes:
@@ -127,7 +126,7 @@ def draw_four(looks: list[Look], rng: random.Random) -> bytes:
     image = Image.new("RGB", (2 * SIDE, 2 * SIDE))
     for cell, look in enumerate(looks):
         image.paste(_paint(look, rng), (cell % 2 * SIDE, cell // 2 * SIDE))
-    return _jpeg(image)
+    return encode_image(image, "JPEG", 95)
 
 
 def _paint(look, rng, size=SIDE, noise=10.0):
@@ -144,12 +143,6 @@ def _paint(look, rng, size=SIDE, noise=10.0):
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     pixels = pixels * light + torch.randn(len(pixels), generator=generator) * noise
     return Image.frombytes("RGB", (size, size), pixels.clamp(0, 255).byte().numpy().tobytes())
-
-
-def _jpeg(image):
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
 
 
 def _draw_shape(pen, shape, x, y, r):
