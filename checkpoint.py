@@ -33,7 +33,7 @@ from backbone import plain_config
 from chat import Chat
 from config import Config, InputError, Options, lock, need, replacing
 from data import Question, file_id, first_line, path_of, picture_key, prompt_path, refusing, to_json
-from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, all_max, full_weights, say, whole
+from policy import LORA_ALPHA, NonFinite, adapted_layers, all_gather, full_weights, say, whole
 from tools import limits, results
 
 
@@ -163,6 +163,8 @@ def export_hf(path: Path, model, chat: Chat, dtype: torch.dtype | None = None) -
             save_trained_as(temporary, chat)
             if adapters:
                 save_adapters(temporary / "adapters", model, adapters, chat)
+            for results in path.glob("*.jsonl*"):  # of evaluations, which eval.py writes there
+                shutil.copy2(results, temporary)
             put_in_place(temporary, path)
         except Exception as error:  # safetensors and tokenizers have their own classes
             shutil.rmtree(temporary, ignore_errors=True)
@@ -259,7 +261,7 @@ class RunDir:
         inputs = [now.get(name) for name in names]
         files = (*cfg.train_files, *cfg.val_files, *now.get("sft_questions", ()))
         for read in filter(None, (*inputs, *map(path_of, files))):
-            doomed = cfg.overwrite and path.resolve() in Path(read).resolve().parents
+            doomed = cfg.overwrite and Path(read).resolve().is_relative_to(path.resolve())
             need(not doomed, f"--overwrite would delete {read}, which this run reads: give another --run_dir")
 
     def _check_begun(self, before):
@@ -399,9 +401,9 @@ class Stopper:
     class Interrupted(BaseException):  # no `except Exception` may swallow it
         """This rank's rollout is left."""
 
-    def __init__(self, device, at_once: bool = True):
+    def __init__(self, at_once: bool = True):
         """at_once: whether a rollout may be left in the middle; ranks that share an engine have to finish it."""
-        self.device, self.at_once, self.asked, self.in_rollout = device, at_once, False, False
+        self.at_once, self.asked, self.in_rollout = at_once, False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -418,7 +420,8 @@ class Stopper:
         value, failed = None, False
         try:
             self.in_rollout = self.at_once
-            if not self.asked:
+            # ranks that share an engine begin together, or not at all
+            if not (self.asked if self.at_once else any(all_gather([self.asked]))):
                 value = run()
         except self.Interrupted:
             pass
@@ -426,8 +429,8 @@ class Stopper:
             failed = True
         finally:
             self.in_rollout = False
-        if all_max(self.asked, self.device):
+        if any(all_gather([self.asked])):
             raise self.Stopped
-        if all_max(failed, self.device):
+        if any(all_gather([failed])):
             raise NonFinite("the policy's logits are not finite while sampling")
         return value

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import toy
 from backbone import read_model
-from chat import Chat, Episode, drop_overlong
+from chat import Chat, drop_overlong
 from config import Config, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, refusing, thinned
 from engines import Engine, make_engine
@@ -98,9 +98,12 @@ def asked_question(options: EvalOptions) -> Question:
     return Question(id="asked", text=options.question, images=(data,))
 
 
-def ask(rollout: Rollout, question: Question, options: EvalOptions) -> Episode:
-    """Roll out one conversation and print it turn by turn, with what the tools returned."""
-    episode = rollout.run([question], temperature=options.eval_temperature, mode=options.mode)[0]
+def ask(rollout: Rollout, question: Question, options: EvalOptions) -> None:
+    """Roll out one conversation; rank 0 prints it turn by turn, with what the tools returned."""
+    episodes = rollout.run([question], temperature=options.eval_temperature, mode=options.mode)
+    if dist.get_rank() != 0:
+        return  # a rank that follows another's engine has none
+    (episode,) = episodes
     print(f"question  {question.text}")
     for number, response in enumerate(["", *episode.responses]):  # the pipeline searches before the model's first turn
         if number:
@@ -110,7 +113,6 @@ def ask(rollout: Rollout, question: Question, options: EvalOptions) -> Episode:
                 print_call(call, result)
     answer = extract_answer(episode.responses[-1]) if episode.responses else None
     print(f"\nanswer    {answer}   (stop: {episode.stop.value})")
-    return episode
 
 
 def print_call(call, result) -> None:

@@ -143,13 +143,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """
     _check_shapes(logp=logp, ref_logp=ref_logp)
     d = ref_logp.detach() - logp
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return 0.5 * d.square()
-    if kind == "k3":
-        return _k3(d).clamp(-MAX_KL, MAX_KL)
-    raise ValueError(f"kl kind must be k1, k2 or k3, not {kind!r}")
+    return {"k1": -d, "k2": 0.5 * d.square(), "k3": _k3(d).clamp(-MAX_KL, MAX_KL)}[kind]
 
 
 def token_weights(sequence_ids: Tensor, kind: str, keep: Tensor | None = None, budget=1) -> tuple[Tensor, Tensor]:

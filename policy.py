@@ -115,12 +115,6 @@ def all_to_all(outbox: list[list]) -> list[list]:
     return inbox
 
 
-def all_max(value: float, device) -> float:
-    flat = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(flat, dist.ReduceOp.MAX)
-    return flat.item()
-
-
 def say(text: str) -> None:
     """Print a line on stderr, once for all ranks; nothing if it is empty."""
     if text and dist.get_rank() == 0:
@@ -405,9 +399,9 @@ def pack_batch(episodes: list[Episode], advantages: list[float], places: list[li
     )
 
 
-def equal_counts(batches: list[PackedBatch], chat: Chat, model, device) -> list[PackedBatch]:
+def equal_counts(batches: list[PackedBatch], chat: Chat, model) -> list[PackedBatch]:
     """Fill up with empty batches, so that all ranks run equally many, and at least one."""
-    most = max(1, int(all_max(len(batches), device)))
+    most = max(1, *all_gather([len(batches)]))
     return batches + [pack_batch([], [], [], chat, model) for _ in range(most - len(batches))]
 
 
@@ -563,7 +557,7 @@ def update(model, optimizer, batches: list[PackedBatch], batch_loss: Callable, c
     torch._foreach_mul_([p.grad for p in parameters], scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if all_max(bool(bad) or not math.isfinite(norm), device):
+    if any(all_gather([bool(bad) or not math.isfinite(norm)])):
         optimizer.zero_grad(set_to_none=True)
         names = all_gather(bad) or all_gather(packed)  # of the episodes that may be the cause
         shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")

@@ -31,9 +31,9 @@ from chat import FIRST_PROMPTS, Chat, Episode, Picture
 from config import Config
 from data import ERROR_KINDS, Call, Question, Result, Stop, key_of
 from engines import Reply, Sampling
-from policy import all_gather, all_max, all_sum
-from reward import Score, economy, ramped_penalty, record, score_episode
-from tools import TOOLS, ask_search, has_answer, limits, parse_calls, refused, run_tool, spawn
+from policy import all_gather, all_sum
+from reward import Score, economy, extract_answer, ramped_penalty, record, score_episode
+from tools import TOOLS, ask_search, limits, parse_calls, refused, run_tool, spawn
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def converse(
         calls = parse_calls(text, cfg.dialect)
         left.subtract(call.tool for call in calls)
         if not calls:
-            episode.stop = Stop.ANSWERED if has_answer(text, cfg.dialect) else Stop.NO_ACTION
+            episode.stop = Stop.NO_ACTION if extract_answer(text) is None else Stop.ANSWERED
         elif len(episode.turns) == cfg.max_turns:
             episode.stop = Stop.MAX_TURNS
         elif any(left[call.tool] < 0 for call in calls if call.tool in TOOLS):
@@ -134,7 +134,7 @@ def converse_always_searching(
         if episode.stop:
             return episode
         call = Call("text_search", query_in(text, cfg.dialect) or question.text)
-    episode.stop = Stop.ANSWERED if has_answer(text, cfg.dialect) else Stop.NO_ACTION
+    episode.stop = Stop.NO_ACTION if extract_answer(text) is None else Stop.ANSWERED
     return episode
 
 
@@ -470,7 +470,7 @@ class Refill:
         if self.cfg.refill_groups:
             replaced = sum(all_gather([self.replaced.total()]))
             figures["replaced_groups"] = replaced / (replaced + len(self.numbers))
-            figures["refill_rounds"] = all_max(max(self.replaced.values(), default=0), device)
+            figures["refill_rounds"] = max(all_gather([0, *self.replaced.values()]))
         return figures
 
 

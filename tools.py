@@ -188,11 +188,6 @@ def parse_calls(text: str, dialect: str = "tags") -> list[Call]:
     return actions[-1:] if dialect == "tags" else [action for action in actions if isinstance(action, Call)]
 
 
-def has_answer(text: str, dialect: str = "tags") -> bool:
-    """True if the last complete action of a turn is an answer."""
-    return isinstance(next(reversed(find_actions(text, dialect)), None), str)
-
-
 # ---------------------------------------------------------------------------------------------- limits and calls
 def limits(cfg: Config) -> dict[str, int]:
     """Tool -> how often it may be called in a conversation. Raises InputError."""

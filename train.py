@@ -164,7 +164,7 @@ def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, devic
     skipped = [s for s in samples if has_no_gradient(s, cfg)]
     episodes, advantages = [s.episode for s in active], [s.advantage for s in active]
     batches = pack(episodes, chat, model, cfg.max_tokens_per_batch, advantages)
-    batches = equal_counts(batches, chat, model, device)
+    batches = equal_counts(batches, chat, model)
     batches[0].extra_count = len(skipped)
     if cfg.loss_norm == "tokens":
         batches[0].extra_count = sum(sum(s.episode.trained) for s in skipped)
@@ -205,12 +205,11 @@ def batch_loss(cfg: Config, step: int, batch: PackedBatch, logp: torch.Tensor, e
     return (loss * weights).sum(), count + batch.extra_count, stats
 
 
-def age_metrics(samples: list[Sample], step: int, device) -> dict[str, float]:
+def age_metrics(samples: list[Sample], step: int) -> dict[str, float]:
     """How old the conversations to train on are, over all ranks: steps since their first turn was drawn."""
-    ages = [step - s.episode.turns[0].version for s in samples]
-    sums = all_sum({"age": sum(ages), "carried": sum(age > 0 for age in ages), "n": len(ages)}, device)
-    n, oldest = max(sums["n"], 1.0), policy.all_max(max(ages, default=0), device)
-    return {"stale/share": sums["carried"] / n, "stale/steps": sums["age"] / n, "stale/steps_max": oldest}
+    ages = all_gather([step - s.episode.turns[0].version for s in samples]) or [0]
+    share, mean = sum(age > 0 for age in ages) / len(ages), sum(ages) / len(ages)
+    return {"stale/share": share, "stale/steps": mean, "stale/steps_max": max(ages)}
 
 
 def gap_metrics(episodes: list[Episode]) -> dict[str, float]:
@@ -280,7 +279,7 @@ class Run:
         self.web = web_part(self.search)
         if self.web:
             self.web.spent = math.ceil(sum(all_gather([self.dir.spent])) / dist.get_world_size())
-        self.stopper = Stopper(self.device, cfg.tensor_parallel == 1)
+        self.stopper = Stopper(cfg.tensor_parallel == 1)
         what = "conversations" if cfg.loss == "sft" else "training questions"
         say(f"{len(self.train)} {what} and {len(self.val)} validation questions; {self.dir.path}")
         say(estimate(self._conversations_to_come(), cfg))
@@ -395,14 +394,14 @@ class Run:
         self.engine.wake()
         rolled = of_step(records, cfg)
         finished = time.monotonic()
-        tokens = rolled["tokens"] * sum(rolled[f"stop/{stop.value}"] for stop in Stop)
+        tokens = sum(r["tokens"] for r in records)
         return {
             **rolled,
             **advantage_metrics(samples),
             **judged,
             **refill.metrics(self.device),
             **learned,
-            **(age_metrics(mine, step, self.device) if cfg.carry_over else {}),
+            **(age_metrics(mine, step) if cfg.carry_over else {}),
             "seconds/rollout": rolled_out - started,
             "seconds/tools": self.rollout.waited,
             "seconds/update": updated - rolled_out - learned["seconds/logprobs"],
@@ -444,7 +443,7 @@ class Run:
             shown = max(episodes, key=lambda e: len(e.turns))
             say(f"\na conversation; the policy is trained on what is between the brackets:\n{shown.bracketed()}\n")
         batches = pack(episodes, self.chat, self.policy, self.cfg.max_tokens_per_batch)
-        batches = equal_counts(batches, self.chat, self.policy, self.device)
+        batches = equal_counts(batches, self.chat, self.policy)
         logps = policy.logprobs(self.policy, batches, self.cfg.temperature, self.device)
         gaps = torch.cat(logps) - torch.cat([batch.sampler_logp for batch in batches])
         sums = all_sum({"gap": gaps.abs().sum().item(), "tokens": len(gaps)}, self.device)
@@ -475,9 +474,10 @@ class Run:
     def imitate(self, step: int) -> dict:
         """One supervised step; returns its metrics."""
         cfg, started = self.cfg, time.monotonic()
+        self.stopper.rollout(lambda: None)  # there is nothing to leave, but one may be asked to stop
         mine = questions_of_step(self.train, step, cfg)[dist.get_rank() :: dist.get_world_size()]
         batches = pack(mine, self.chat, self.policy, cfg.max_tokens_per_batch)
-        batches = equal_counts(batches, self.chat, self.policy, self.device)
+        batches = equal_counts(batches, self.chat, self.policy)
         if self.device.type == "cuda":
             self.engine.sleep()
         plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature

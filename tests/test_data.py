@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import pickle
 import random
@@ -27,7 +28,7 @@ import data
 from analysis.results import questions_about
 from chat import Cache, Chat, Episode, drop_overlong, final_size
 from config import PRESETS, InputError, parse
-from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key
+from data import Call, Hit, Question, Result, Stop, decode_image, load_questions, picture_key, thinned
 from engines import Reply
 from eval import load_prompts
 from reward import MATCHES
@@ -1462,3 +1463,10 @@ def test_questions_written_are_questions_read(tmp_path):
     rows = pq.read_table(tmp_path / "a.pq").to_pylist()
     assert {name: [r[name] for r in rows] for name in columns} == columns
     assert "cannot write" in refused(data.write_questions, tmp_path / "no" / "a.pq", asked, {})
+
+
+def test_thinned_items_are_as_many_as_wanted_and_evenly_spaced():
+    for n, limit in ((300, 256), (100, 99), (240, 120), (3, 5), (0, 4), (7, 0)):
+        kept = thinned(list(range(n)), limit)
+        assert len(kept) == (min(n, limit) or n) and kept == sorted(set(kept))
+        assert {b - a for a, b in itertools.pairwise(kept)} <= {n // max(len(kept), 1), n // max(len(kept), 1) + 1}

@@ -176,7 +176,7 @@ def step(model, episodes, chat, cfg, device, kind="tokens", packed=range(6), lr=
     """One SGD step; (what update returned, gradients). packed: the numbers of the episodes, for their advantages."""
     advantages = [ADVANTAGES[number] for number in packed][: len(episodes)]
     batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch, advantages)
-    batches = policy.equal_counts(batches, chat, model, device)
+    batches = policy.equal_counts(batches, chat, model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     return policy.update(model, optimizer, batches, reinforce(kind), cfg, device), gradients(model)
 
@@ -774,7 +774,7 @@ def test_a_step_without_conversations_changes_nothing(sharp_model, sharp_chat, e
     batches = policy.pack(episodes, sharp_chat, sharp_model, 1000, ADVANTAGES)
     policy.update(sharp_model, optimizer, batches, reinforce("tokens"), wide, device)
     before = [p.clone() for p in sharp_model.parameters()]
-    batches = policy.equal_counts(policy.pack([], sharp_chat, sharp_model, 1000), sharp_chat, sharp_model, device)
+    batches = policy.equal_counts(policy.pack([], sharp_chat, sharp_model, 1000), sharp_chat, sharp_model)
     assert len(batches) == 1
     sums = policy.update(sharp_model, optimizer, batches, reinforce("tokens"), wide, device)
     assert sums == {"loss": 0.0, "count": 0.0, "tokens": 0.0, "grad_norm": 0.0}
@@ -826,9 +826,9 @@ def test_a_reference_is_the_policy_s_copy_and_not_read_again(sharp, sharp_chat, 
 
 
 def test_ranks_get_equally_many_batches(chat, model, device, monkeypatch):
-    monkeypatch.setattr(policy, "all_max", lambda value, _: max(value, 3))
+    monkeypatch.setattr(policy, "all_gather", lambda items: [*items, 3])
     batch = policy.pack_batch([], [], [], chat, model)
-    batches = policy.equal_counts([batch], chat, model, device)
+    batches = policy.equal_counts([batch], chat, model)
     assert len(batches) == 3 and batches[0] is batch
     assert all(len(b.target) == 0 and b.episodes == [] for b in batches[1:])
 
@@ -1169,7 +1169,7 @@ def run_scenario(folder, settings, mine, device):
     if cfg.lora_rank:  # before it, A has no gradient
         step(model, chosen, chat, cfg, device, cfg.loss_norm, mine, lr=0.1)
     sums, grads = step(model, chosen, chat, cfg, device, cfg.loss_norm, mine)
-    batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model, device)
+    batches = policy.equal_counts(policy.pack(chosen, chat, model, 130), chat, model)
     policy.logprobs(model, batches, 1.0, device)  # leaves nothing behind that full_weights would trip over
     return {"sums": sums, "grads": grads, "weights": dict(policy.full_weights(model))}
 

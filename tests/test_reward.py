@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reward
-from tools import TOOLS, has_answer, parse_calls
+from tools import TOOLS, find_actions, parse_calls
 
 IMG = "<search><img></search>"
 ANSWER = "<reason>I know it.</reason><answer>Paris</answer>"
@@ -86,17 +86,16 @@ MENTIONED = "<reason>put it in <answer> tags</reason><answer>Paris</answer>"
 
 def test_the_reward_reads_the_answer_that_ended_the_conversation():
     """A tag that reasoning mentions confuses neither the rollout nor the reward; it only breaks the format."""
-    assert has_answer(MENTIONED) and not parse_calls(MENTIONED)
+    assert reward.extract_answer(MENTIONED) == "Paris" and not parse_calls(MENTIONED)
     assert reward.score([MENTIONED], ["Paris"]) == reward.Score(0.9, True, False, 0, "Paris")
     pieces = ["<answer>", "</answer>", "<text_search>", "</text_search>", IMG, "Paris", " ", "<reason>", "</reason>"]
     rng, seen = random.Random(0), set()
     for _ in range(3000):
         turn = "".join(rng.choices(pieces, k=rng.randrange(9)))
-        if has_answer(turn):
-            assert reward.extract_answer(turn) is not None, turn
-        elif not parse_calls(turn):
-            assert reward.extract_answer(turn) is None, turn
-        seen.add((has_answer(turn), not parse_calls(turn)))
+        ends_in_answer = isinstance(next(reversed(find_actions(turn)), None), str)
+        if ends_in_answer or not parse_calls(turn):
+            assert ends_in_answer == (reward.extract_answer(turn) is not None), turn
+        seen.add((ends_in_answer, not parse_calls(turn)))
     assert seen == {(True, True), (False, True), (False, False)}
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 import tools
 from config import Config
 from data import Call, Hit, Question, Result, decode_image, load_questions
+from reward import extract_answer
 from search.index import OfflineSearch, SearchDB, build
-from tools import TOOLS, has_answer, parse_calls
+from tools import TOOLS, parse_calls
 
 IMAGE, ANSWER = Call("image_search"), "answer"
 IMG = "<search><img></search>"
@@ -82,7 +83,8 @@ def text(query):
 )
 def test_parse_call(turn, action):
     assert parse_calls(turn) == ([action] if isinstance(action, Call) else [])
-    assert has_answer(turn) == (action == ANSWER)
+    if not parse_calls(turn):
+        assert (extract_answer(turn) is not None) == (action == ANSWER)
 
 
 @pytest.mark.parametrize("piece", ["<text_search>", "</text_search>", "<answer>", IMG[:-1], "<text_search>a</answer>"])

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import backbone
 import checkpoint
 import config
+import eval as evaluation
 import policy
 import reward
 import rollout
@@ -550,6 +551,7 @@ def test_bad_run_directories(arguments, undisturbed, tmp_path, capfd):
         assert "would delete" in refused(
             capfd, *arguments, f"--run_dir={used}", "--overwrite", f"--{name}={used / file}"
         )
+    assert "would delete" in refused(capfd, f"--toy_dir={used}", f"--run_dir={used}", "--overwrite")
     was = f"was started with lr={config.Config.lr}"
     assert was in refused(capfd, *arguments, f"--run_dir={used}", "--resume=auto", "--lr=1")
     (tmp_path / "file").write_text("")
@@ -736,6 +738,39 @@ def test_an_export_that_fails_leaves_nothing(model, chat, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="no space left"):
         checkpoint.export_hf(tmp_path / "best", model, chat)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_new_export_keeps_the_results_of_evaluations(model, chat, tmp_path):
+    checkpoint.export_hf(tmp_path / "final", model, chat)
+    for name in ("eval.jsonl", "eval-direct.jsonl.part0"):
+        (tmp_path / "final" / name).write_text("paid for")
+    (tmp_path / "final" / "adapters").mkdir()
+    checkpoint.export_hf(tmp_path / "final", model, chat)
+    kept = {path.name for path in (tmp_path / "final").iterdir()}
+    assert kept >= {"eval.jsonl", "eval-direct.jsonl.part0", "model.safetensors"} and "adapters" not in kept
+
+
+def stop_worker(rank, store, folder, results):
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    stopper = checkpoint.Stopper(at_once=False)
+    assert stopper.rollout(lambda: all_sum_of(rank)) == 1
+    stopper.asked = rank == 1  # the signal has reached this one alone
+    try:
+        stopper.rollout(lambda: all_sum_of(rank))
+    except checkpoint.Stopper.Stopped:
+        results.put((rank, "stopped"))
+    answered = SimpleNamespace(run=lambda *_, **__: [] if rank else [SimpleNamespace(
+        responses=["<answer>bako</answer>"], call_turns=[], calls=[], stop=Stop.ANSWERED)])  # fmt: skip
+    evaluation.ask(answered, question(1), evaluation.EvalOptions())  # a rank that follows has no conversation
+    dist.destroy_process_group()
+
+
+def all_sum_of(rank):
+    return policy.all_sum({"rank": rank}, torch.device("cpu"))["rank"]
+
+
+def test_ranks_that_share_an_engine_stop_together(folder, tmp_path):
+    assert on_two_ranks(stop_worker, folder, tmp_path) == [(0, "stopped"), (1, "stopped")]
 
 
 def test_odd_names_in_a_run_are_left_alone(arguments, copy):
@@ -1425,7 +1460,11 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
         code, _ = run_train(sft, f"--run_dir={run_dir}", *more)
         assert code == 0, run_dir.with_suffix(".log").read_text()
     assert_same_run(whole, parts)
-    assert type(started(monkeypatch, *sft, f"--run_dir={tmp_path / 'x'}").engine) is Engine  # nothing is sampled
+    run = started(monkeypatch, *sft, f"--run_dir={tmp_path / 'x'}")
+    assert type(run.engine) is Engine  # nothing is sampled
+    run.stopper.asked = True  # as by Ctrl-C
+    with pytest.raises(checkpoint.Stopper.Stopped):
+        run.loop()
     nll = [line["nll"] for line in metrics(whole)]
     assert len(nll) == 6 and nll[-1] < nll[0]
     held_out, _ = loaded(world, path / "test.jsonl")

@@ -66,7 +66,7 @@ class Search:
 def gap(episodes, model, chat, cfg, device):
     """Largest |difference| of the sampler's and the trainer's log-probs of the sampled tokens."""
     batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
-    logps = policy.logprobs(model, policy.equal_counts(batches, chat, model, device), cfg.temperature, device)
+    logps = policy.logprobs(model, policy.equal_counts(batches, chat, model), cfg.temperature, device)
     gaps = [(logp - batch.sampler_logp).abs().max().item() for logp, batch in zip(logps, batches, strict=False)]
     return max(gaps, default=0.0)
 
@@ -76,7 +76,7 @@ def learn(model, optimizer, episodes, chat, cfg, device):
         return -logp.sum(), torch.tensor(float(len(logp))), {}
 
     batches = policy.pack(episodes, chat, model, cfg.max_tokens_per_batch)
-    batches = policy.equal_counts(batches, chat, model, device)
+    batches = policy.equal_counts(batches, chat, model)
     policy.update(model, optimizer, batches, batch_loss, cfg, device)
 
 
