@@ -522,7 +522,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 def thinned(items: list, limit: int) -> list:
     """At most `limit` of the items, evenly spaced; 0: all."""
-    return [items[i * len(items) // limit] for i in range(min(limit, len(items)))] if limit else items
+    return [items[i * len(items) // limit] for i in range(limit)] if 0 < limit < len(items) else items
 
 
 def key_of(record: dict) -> tuple[str, int]:

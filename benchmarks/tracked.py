@@ -126,6 +126,7 @@ def as_on_a_gpu(config) -> ExitStack:
         (policy, "HEAD_LOGITS", {"cpu": policy.HEAD_LOGITS["cuda"]}),
         (policy, "head_logits", logits),
         (policy, "all_sum", lambda values, device: {name: 1.0 for name in values}),
+        (policy, "all_gather", lambda items: items),
         (dist, "init_device_mesh", mesh),
         (torch.distributed.tensor._sharding_prop, "detect_fake_mode", lambda: None),  # or its whole tensors would count
         (torch.optim, "AdamW", lambda *a, fused=None, **options: adamw(*a, fused=True, **options)),

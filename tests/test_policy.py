@@ -302,6 +302,7 @@ def test_shared_beginnings_change_neither_logprobs_nor_gradients(
     sums = policy.update(
         sharp_model, torch.optim.SGD(sharp_model.parameters(), 0.0), batches, reinforce("tokens"), loose, device
     )
+    plain.model.double()  # in float32 the reference is 1.3e-5 from this on some CPUs, twice as far as what is tested
     for episode, advantage in zip(episodes, advantages, strict=True):
         (-(plain.sampled_logp(episode) * advantage).sum() / sums["count"]).backward()
     assert sums["count"] == sum(sum(e.sampled) for e in episodes)

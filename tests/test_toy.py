@@ -360,7 +360,8 @@ def test_editing_a_comment_does_not_rebuild_the_world(tmp_path):
     """The folder's name, asked of a copy of the code whose files are edited one after the other."""
     shutil.copytree(ROOT / "toy", tmp_path / "toy")
     shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
-    shutil.copy(ROOT / "config.py", tmp_path)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
 
     def name():
         script = "import toy; print(toy.locate(toy.Recipe()).folder.name)"
@@ -488,7 +489,7 @@ def test_a_world_depends_on_its_recipe_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_build, "make_base", lambda path, things, recipe, cfg, device: used.append(cfg))
     monkeypatch.setattr(toy_build, "warm_up", lambda path, toy, things, recipe, cfg, device: used.append(cfg))
     toy_build.build(tmp_path / "w", Config(threads=1, device="cpu", max_pixels=112 * 112, lr=1.0, seed=7), Recipe())
-    assert used == [Config(threads=1, device="cpu")] * 2
+    assert used == [Config(threads=1, device="cpu", dtype="fp32")] * 2
     toy_build.build(tmp_path / "w", Config(threads=1), Recipe())
     assert len(used) == 2  # all stages are there
 
