@@ -29,7 +29,7 @@ from analysis import picture_url
 from analysis.figures import accuracy, aligned, by_question, interval
 from chat import Episode
 from config import Config, InputError, Options, check_url, need, option
-from data import Question, Stop
+from data import Question, Stop, refusing
 from search.calls import Failure
 from search.text import clean
 from search.web import Client, Job, Limit, key_of
@@ -150,7 +150,7 @@ class LLMJudge:
             if failure.reason in ("HTTP 401", "HTTP 403"):
                 raise InputError(f"judge_url={self.url}: refuses the key in {KEY} ({failure.said})") from None
         path, columns = options.judge_cache, "key TEXT PRIMARY KEY, verdict INTEGER, model TEXT, said TEXT"
-        try:
+        with refusing(f"judge_cache={path}: cannot use it", sqlite3.Error):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             self.db.execute("BEGIN IMMEDIATE")  # waits for other processes; fails where nothing can be written
@@ -158,8 +158,6 @@ class LLMJudge:
             self.db.execute("COMMIT")
             with suppress(sqlite3.OperationalError):  # does not wait; the last of those that come together can
                 self.db.execute("PRAGMA journal_mode = WAL")
-        except (OSError, sqlite3.Error) as error:
-            raise InputError(f"judge_cache={path}: cannot use it ({error})") from None
         self.lock, self.reasons, self.used = threading.Lock(), {}, Counter()
         self.asked: dict[tuple, AsyncResult] = {}
         self.pool = ThreadPool(options.judge_threads)  # daemon threads: a judge that hangs does not keep us running

@@ -6,7 +6,7 @@ that lacks what its tool needs (a picture, words), gives a result with status "e
 
 import sqlite3
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def method_for(call: Call, question: Question, search) -> Callable:
     return getattr(search, f"for_{call.tool}")
 
 
-def shared(pending: dict[str, Future], key: str, make: Callable) -> tuple[object, bool]:
+def shared(pending: dict[Hashable, Future], key: Hashable, make: Callable) -> tuple[object, bool]:
     """make()'s value, or that of a call with this key that is under way on another thread, and whether it is ours."""
     mine = Future()
     first = pending.setdefault(key, mine)  # of dictionaries, one step for all threads

@@ -14,6 +14,7 @@ import secrets
 import sqlite3
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from config import InputError, need
 from data import HALF, Call, Hit, Question, Result, decode_image, refusing
-from search.calls import Failure, failed, method_for
+from search.calls import Failure, failed, method_for, shared
 from search.embedding import LOSSLESS_SIDE, embed_image, load_encoder, load_text_encoder, thumbnail
 from search.text import PAGE_SENTENCES, passages, terms
 from tools import TOOLS, picture_of
@@ -402,7 +403,8 @@ class OfflineSearch:
     def __init__(self, db: SearchDB, results: dict[str, int] | None = None):
         """results: tool -> hits of a call, at most (None: the tools' own numbers)."""
         self.db = db
-        self._image, self._text = map(lru_cache(256), (db.image, db.text))  # a question's samples ask alike
+        self._image, self._text = map(lru_cache(256), (db.image, db.text))  # a question's samples ask alike,
+        self._pending: dict[tuple, Future] = {}  # and most of them at once
         self.results = results or {name: tool.results for name, tool in TOOLS.items()}
 
     def search(self, call: Call, question: Question) -> Result:
@@ -416,10 +418,12 @@ class OfflineSearch:
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")
 
     def for_image_search(self, call, question):
-        return self._image(picture_of(call, question), self.results[call.tool])
+        asked = picture_of(call, question), self.results[call.tool]
+        return shared(self._pending, asked, lambda: self._image(*asked))[0]
 
     def for_text_search(self, call, question):
-        return self._text(call.query, self.results[call.tool])
+        asked = call.query, self.results[call.tool]
+        return shared(self._pending, asked, lambda: self._text(*asked))[0]
 
     def for_visit(self, call, question):
         parts = self.db.page(call.url.strip())

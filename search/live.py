@@ -83,22 +83,19 @@ class WebSearch:
     def search(self, call: Call, question: Question) -> Result:
         """The answer to a call, whatever happens: never an exception."""
         with self.calls:
-            return self._search(call, question)
-
-    def _search(self, call, question):
-        started, job = time.monotonic(), Job(self.cfg.search_deadline)
-        try:
-            hits = method_for(call, question, self)(call, question, job)
-            result = Result("ok", tuple(hits)) if hits else Result("no_results")
-        except Exception as error:  # hostile answers find mistakes in code: these are counted, and end no rollout
-            result = failed(error)
-        used, seconds = job.used, time.monotonic() - started
-        with self._lock:
-            self.spent += max(0, used["searches"] - 1)  # the first is counted; the engine was asked again
-        millions = (used["page_tokens"] * READER_PRICE + used["tokens"] * SUMMARIZER_PRICE) / 1e6
-        cost = round(used["cost"] + millions, 9)
-        usage = Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
-        return dataclasses.replace(result, usage=usage)
+            started, job = time.monotonic(), Job(self.cfg.search_deadline)
+            try:
+                hits = method_for(call, question, self)(call, question, job)
+                result = Result("ok", tuple(hits)) if hits else Result("no_results")
+            except Exception as error:  # hostile answers find mistakes in code: these are counted, and end no rollout
+                result = failed(error)
+            used, seconds = job.used, time.monotonic() - started
+            with self._lock:
+                self.spent += max(0, used["searches"] - 1)  # the first is counted; the engine was asked again
+            millions = (used["page_tokens"] * READER_PRICE + used["tokens"] * SUMMARIZER_PRICE) / 1e6
+            cost = round(used["cost"] + millions, 9)
+            usage = Usage(used["searches"], used["pages"], used["bytes"], used["tokens"], cost=cost, seconds=seconds)
+            return dataclasses.replace(result, usage=usage)
 
     def _spend(self):
         with self._lock:

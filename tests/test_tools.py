@@ -181,6 +181,24 @@ def test_the_samples_of_a_question_cost_one_search(db, monkeypatch):
     assert asked == ["red", "blue"] and [result.hits[0].title for result in found] == ["red", "red", "blue", "red"]
 
 
+def test_samples_that_ask_at_once_share_a_search_and_its_failure(db, monkeypatch):
+    asked = []
+
+    def slow(data, k):
+        asked.append(data)
+        time.sleep(0.2)
+        if len(asked) == 1:
+            raise sqlite3.DatabaseError("damaged")
+        return [Hit("red")]
+
+    monkeypatch.setattr(db, "image", slow)
+    search, about = OfflineSearch(db), ask(picture("red"))
+    with ThreadPoolExecutor(8) as pool:
+        for calls, status in ((1, "error"), (2, "ok"), (2, "ok")):  # what failed is tried again
+            found = {result.status for result in pool.map(lambda _: search.search(IMAGE, about), range(8))}
+            assert found == {status} and len(asked) == calls
+
+
 class Broken:
     """A database whose searches raise."""
 
