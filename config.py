@@ -112,7 +112,7 @@ class Config(Options):
     preset: str = option("toy", "values applied before the rest of the command line", tuple(PRESETS), marks="model")
     run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
-    steps: int = option(80, "optimisation steps", "at least 0", marks="resume")
+    steps: int = option(75, "optimisation steps", "at least 0", marks="resume")
     resume: str = option("", "'auto': the newest checkpoint in run_dir; or a checkpoint's path", marks="resume neutral")
     accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
