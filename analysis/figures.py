@@ -94,7 +94,8 @@ def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
     by_source = defaultdict(list)
     for r in records:
         by_source[r["data_source"]].append(r)
-    return {name: _figures(part, cfg) for name, part in [*sorted(by_source.items()), ("all", records)]}
+    parts = [*sorted(by_source.items()), ("all", records)]
+    return {name: _figures(part, cfg) | accuracy(by_question(part)) | several(part) for name, part in parts}
 
 
 def _figures(records, cfg):
@@ -106,8 +107,7 @@ def _figures(records, cfg):
     errors = Counter(call["error_kind"] for call in calls if call.get("error_kind"))
     return {
         "n": len(done),
-        **accuracy(by_question(records)),
-        **several(records),
+        "accuracy": sum(r["correct"] for r in done) / n,
         "reward": sum(r["reward"] for r in done) / n,
         "search_ratio": sum(c.total() for c in called) / (n * max(allowed_calls(cfg), 1)),
         **{name: sum(c[name] > 0 for c in called) / n for name in offered(cfg)},

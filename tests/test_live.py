@@ -78,10 +78,7 @@ def live(server, **changes):
 
 
 def summarized(server):
-    return {
-        "summarizer_url": f"{server.url}/v1/",
-        "summarizer_model": "summariser",
-    }  # with a slash at its end or without
+    return {"summarizer_url": f"{server.url}/v1/", "summarizer_model": "summariser"}  # a slash at the end is no matter
 
 
 ONE_EACH = {"tool_results": ("image_search=1", "text_search=1")}
