@@ -98,8 +98,8 @@ def head_size(text) -> int:
 
 def check_chat(config, chat: Chat) -> None:
     """Raises InputError if tokenizer or image processor are not this model's."""
-    vision, vocabulary = config.vision_config, config.text_config.vocab_size
-    need(len(chat) <= vocabulary, f"the tokenizer has {len(chat)} tokens, the model only {vocabulary}")
+    vision, vocabulary, tokens = config.vision_config, config.text_config.vocab_size, len(chat.tokenizer)
+    need(tokens <= vocabulary, f"the tokenizer has {tokens} tokens, the model only {vocabulary}")
     sizes = [vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size]
     need(sizes == chat.sizes, f"{chat.folder}: the image processor's sizes are {chat.sizes}, the model's {sizes}")
 
@@ -152,8 +152,7 @@ def linear_layers(model, vision: bool) -> dict[str, torch.nn.Linear]:
 def plain_config(model):
     """The model's configuration as transformers knows it, for building another one of its kind."""
     config = copy.deepcopy(model.config)
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation_internal = "sdpa"
+    config._attn_implementation = "sdpa"
     config.use_cache = True
     return config
 

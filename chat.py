@@ -119,9 +119,6 @@ class Chat:
         sound = self._decode(ids) == text and set(ids).isdisjoint(self._special.values())
         need(sound, f"it cannot write this as plain text: {text}")
 
-    def __len__(self):
-        return len(self.tokenizer)
-
     def banned_ids(self, vocab_size: int) -> list[int]:
         """Ids the policy may not say: vision tokens, and rows of the embedding that no token has."""
         return sorted(self.vision_ids | set(range(vocab_size)).difference(self.tokenizer.get_vocab().values()))
@@ -297,7 +294,7 @@ class Chat:
         """The picture at its final size: any Qwen-VL image processor resizes it by identity."""
         image = decode_image(picture.data)
         height, width = self._size(image.size, picture.thumbnail)
-        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def _size(self, size, thumbnail):
         cfg = self.cfg
@@ -427,9 +424,7 @@ class Episode:
         if not self.chat.vision_ids.isdisjoint(reply.ids):  # they would stand for an image that is not there
             raise ValueError("reply with a vision token: the sampler must ban them")
         start = len(self.tokens)
-        self.tokens += reply.ids
-        self.sampled += [True] * len(reply.ids)
-        self.logprobs += reply.logprobs
+        self._append(reply.ids, [], reply.logprobs)
         self.turns.append(Turn(start, len(self.tokens), reply.version))
 
     def add_result(self, call: Call, result: Result, template: str | None = None, more: bool = False) -> bool:
@@ -455,10 +450,10 @@ class Episode:
         self._append(ids, [])
         return True
 
-    def _append(self, ids, images):
+    def _append(self, ids, images, logprobs=None):  # logprobs: of ids that the policy sampled
         self.tokens += ids
-        self.sampled += [False] * len(ids)
-        self.logprobs += [0.0] * len(ids)
+        self.sampled += [logprobs is not None] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
         self.images += images
 
     def bracketed(self) -> str:
@@ -553,8 +548,7 @@ class Cache:
         return self.values[key]
 
 
-def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> tuple[list[Question], int]:
-    """The questions whose prompt fits max_prompt_tokens, and how many do not. Nothing is cut."""
+def drop_overlong(questions: list[Question], chat: Chat, mode: str = "agent") -> list[Question]:
+    """The questions whose prompt fits max_prompt_tokens. Nothing is cut."""
     template = None if mode == "agent" else chat.template(FIRST_PROMPTS[mode])
-    kept = [q for q in questions if len(chat.prompt(q, template)[0]) <= chat.cfg.max_prompt_tokens]
-    return kept, len(questions) - len(kept)
+    return [q for q in questions if len(chat.prompt(q, template)[0]) <= chat.cfg.max_prompt_tokens]

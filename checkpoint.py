@@ -310,11 +310,12 @@ class RunDir:
         """Bytes of metrics.jsonl so far (rank 0's to know: other nodes may not see the file)."""
         return self.metrics.stat().st_size if dist.get_rank() == 0 and self.metrics.exists() else 0
 
-    def searches_spent(self, total: int) -> None:
-        """Write down the live searches made so far."""
-        if dist.get_rank() == 0:
+    def count_searches(self, web) -> None:
+        """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
+        spent = all_gather([web.spent] if web else [])
+        if spent and dist.get_rank() == 0:
             with replacing(self.path / "searches_spent") as temporary:
-                temporary.write_text(f"{total}\n")
+                temporary.write_text(f"{sum(spent)}\n")
 
     def save(self, step: int, policy, optimizer, state: dict) -> None:
         """A checkpoint after `step` steps, unless it is there; all but the last keep_last and the best are removed."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, get_args, get_type_hints
+from typing import IO, get_args
 
 
 class InputError(ValueError):
@@ -63,9 +63,8 @@ class Options:
     """Base of the frozen dataclasses that `parse` reads. Raises InputError for a value of the wrong type or range."""
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = _checked(f.name, getattr(self, f.name), hints[f.name], f.metadata["allowed"])
+            value = _checked(f.name, getattr(self, f.name), f.type, f.metadata["allowed"])
             object.__setattr__(self, f.name, value)
 
 
@@ -275,11 +274,10 @@ def _check_combinations(c):
     timed = c.deterministic and c.rollout_deadline
     need(not timed, "deterministic and rollout_deadline exclude each other: a clock never stops twice at one token")
     need(c.reward == "match" or not c.refill_groups, "refill_groups needs --reward match: verdicts may come too late")
-    sequence, cap = c.ratio == "sequence", "to correct for the weights that sampled; 2 is usual"
-    clashes = dict(deterministic=c.deterministic, refill_groups=c.refill_groups, ratio=sequence)
+    clashes = dict(deterministic=c.deterministic, refill_groups=c.refill_groups, ratio=c.ratio == "sequence")
     for name, given in (clashes | dict(loss=c.loss == "sft", reward=c.reward == "judge")).items():
         need(not (c.carry_over and given), f"carry_over and {name}={getattr(c, name)} exclude each other")
-    need(c.importance_cap or not c.carry_over, f"carry_over needs --importance_cap, {cap}")
+    need(c.importance_cap or not c.carry_over, "carry_over needs --importance_cap, for older weights; 2 is usual")
     need(not (c.resume and c.overwrite), "resume and overwrite exclude each other")
     fast = c.attention in ("flash", "varlen")
     need(not fast or c.device != "cpu", f"attention={c.attention} needs a GPU, and device is cpu")
@@ -316,13 +314,13 @@ def parse(argv: list[str] | None = None, *kinds: type[Options], as_trained: bool
     program = Path(sys.argv[0])
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
     layout = partial(argparse.HelpFormatter, max_help_position=34, width=120)
-    usage = f"{name} [--key value | --key=value] ..."
-    parser = _Parser(usage=usage, allow_abbrev=False, formatter_class=layout, argument_default=argparse.SUPPRESS)
+    style = dict(usage=f"{name} [--key value | --key=value] ...", formatter_class=layout)
+    parser = argparse.ArgumentParser(**style, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = partial(need, False)
     for kind in kinds:
-        hints = get_type_hints(kind)
         group = parser.add_argument_group(kind.__doc__.split(".")[0])
         for f in dataclasses.fields(kind):
-            group.add_argument(f"--{f.name}", help=_help(f), **_reading(hints[f.name]))
+            group.add_argument(f"--{f.name}", help=_help(f), **_reading(f.type))
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word, names = unknown[0].split("=")[0], [f.name for kind in kinds for f in dataclasses.fields(kind)]
@@ -429,11 +427,6 @@ def run_main(main) -> None:
     said = " ".join(message.splitlines())
     print("error:" if rank == "0" else f"error (rank {rank}):", said, file=sys.stderr)
     sys.exit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
 
 
 def _reading(kind):

@@ -215,8 +215,7 @@ class TorchEngine(Engine):
         groups, device = list(alike.values()), self.device
         new = [group[0].pending() for group in groups]  # (ids, pictures among them)
         width = max(len(ids) for ids, _ in new)
-        padded = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new])
-        ids = padded.to(device)
+        ids = torch.tensor([ids + [self.chat.im_end] * (width - len(ids)) for ids, _ in new], device=device)
         seen = self._see(ids, [p for _, pictures in new for p in pictures])
         lengths = torch.tensor([len(ids) for ids, _ in new])
         starts = torch.tensor([group[0].length for group in groups])
@@ -488,9 +487,8 @@ class VLLMEngine(Engine):
             self.llm.collective_rpc("reload_weights", kwargs=weights)
             model = self._model()  # a tied head is tied again by now
             check_none_missing({name for name, _ in model.named_parameters()} - model.what_loaded)
-        text = model.language_model
-        head = text.lm_head
-        if self.device.type == "cpu" and head.weight is text.model.embed_tokens.weight:
+        head = model.language_model.lm_head
+        if self.device.type == "cpu" and head.weight is model.language_model.model.embed_tokens.weight:
             head.quant_method.process_weights_after_loading(head)  # a tied head has a packed copy, which got stale
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()

@@ -23,7 +23,7 @@ from backbone import read_model
 from chat import Chat, drop_overlong
 from config import Config, Options, as_dict, lock, marked, need, option, parse, run_main
 from data import Question, decode_image, file_id, load_questions, path_of, refusing, thinned
-from engines import Engine, make_engine
+from engines import make_engine
 from policy import all_gather, init_distributed, is_deterministic, say
 from reward import extract_answer
 from rollout import Rollout, evaluate
@@ -65,8 +65,8 @@ def main() -> None:
         for name, given in (("samples", options.samples > 1), ("out", options.out), ("overwrite", cfg.overwrite)):
             need(not given, f"{name} is for question files: a question that is asked is answered once, on the screen")
         questions = [asked_question(options)]
-        kept, _ = drop_overlong(questions, chat, options.mode)
-        need(kept, f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
+        fits = drop_overlong(questions, chat, options.mode)
+        need(fits, f"the question has more than max_prompt_tokens={cfg.max_prompt_tokens} tokens")
         ask(load_rollout(folder, chat, cfg, questions, world, options.mode, device), questions[0], options)
     else:
         evaluate_files(folder, chat, cfg, options, world, device)
@@ -78,14 +78,10 @@ def load_rollout(folder: str, chat: Chat, cfg: Config, questions, world: toy.Toy
     if mode != "direct":
         check_questions(questions, cfg)
         search = open_search(cfg, cfg.search_index or world.index)
-    return Rollout(load_engine(folder, chat, cfg, questions, device), search, chat, cfg, is_deterministic(cfg, device))
-
-
-def load_engine(folder: str, chat: Chat, cfg: Config, questions: list[Question], device) -> Engine:
     engine = make_engine(folder, chat, cfg, device, questions)
     if cfg.engine == "torch":  # vLLM has read the folder itself
         engine.load_weights(read_model(folder).named_parameters(), version=0)
-    return engine
+    return Rollout(engine, search, chat, cfg, is_deterministic(cfg, device))
 
 
 # ------------------------------------------------------------------------------------------------------ one question
@@ -129,9 +125,9 @@ def print_call(call, result) -> None:
 def load_prompts(files: tuple[str, ...], what: str, chat: Chat, cfg: Config, mode: str = "agent") -> list[Question]:
     """The questions of files whose prompts are not too long. Raises InputError if none is left."""
     loaded = load_questions(files, skip_bad_rows=cfg.skip_bad_rows, progress=dist.get_rank() == 0, match=cfg.match)
-    questions, dropped = drop_overlong(loaded, chat, mode)
-    if dropped:
-        say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}")
+    questions = drop_overlong(loaded, chat, mode)
+    dropped = len(loaded) - len(questions)
+    say(f"dropped {dropped} {what} questions over max_prompt_tokens={cfg.max_prompt_tokens}" if dropped else "")
     need(questions, f"no {what} question is left of {len(loaded)} in {', '.join(files)}")
     return questions
 
@@ -149,8 +145,8 @@ def evaluate_files(folder: str, chat: Chat, cfg: Config, options: EvalOptions, w
     temperature = options.eval_temperature or (cfg.temperature if samples > 1 else 0.0)
     name = "eval.jsonl" if mode == "agent" else f"eval-{mode}.jsonl"
     out = Path(options.out or (Path(folder) / name if Path(folder).is_dir() else name))
-    beside = ".jsonl" in out.name or out.parent.resolve() != Path(folder).resolve()
-    need(beside, f"{out}: in the model's folder, a name with .jsonl tells it from the model's files")
+    distinct = ".jsonl" in out.name or out.parent.resolve() != Path(folder).resolve()
+    need(distinct, f"{out}: in the model's folder, a name with .jsonl tells it from the model's files")
     header = header_of(folder, chat, cfg, options, files, temperature, world)
     file = ResultFile(out, header, rank, marked("neutral", Config, EvalOptions, toy.Recipe))
     held = lock(out) if rank == 0 else None  # two evaluations must not write one file

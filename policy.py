@@ -78,10 +78,10 @@ def init_distributed(cfg: Config) -> torch.device:
 
 
 def is_deterministic(cfg: Config, device: torch.device) -> bool:
-    """Whether a run with these options is repeated to the bit: what the clock, the web or vLLM decide never is."""
+    """Whether a run with these options is repeated to the bit: what clock, web, vLLM or a judge decide never is."""
     if cfg.deterministic is not None:
         return cfg.deterministic
-    repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay")
+    repeatable = cfg.engine == "torch" and cfg.search in ("offline", "replay") and cfg.reward == "match"
     return device.type == "cpu" and repeatable and not cfg.rollout_deadline and not cfg.carry_over
 
 
@@ -158,8 +158,7 @@ def prepare(model, chat: Chat, cfg: Config) -> None:
     available = cfg.attention != "flash" or backbone.has_flash_attn()
     need(available, "attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
     backbone.register_attention(cfg.attention)
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config._attn_implementation_internal = backbone.ATTENTION
+    model.config._attn_implementation = backbone.ATTENTION
     model.config.use_cache, vocabulary = False, model.config.text_config.vocab_size
     backbone.check_chat(model.config, chat)
     model.banned_ids = torch.zeros(vocabulary, dtype=torch.bool)
@@ -555,8 +554,7 @@ def update(model, optimizer, batches: list[PackedBatch], batch_loss: Callable, c
     parameters = [p for p in model.parameters() if p.grad is not None]
     scale = dist.get_world_size() / max(sums["count"], 1.0)  # FSDP averages over ranks: undo it
     torch._foreach_mul_([p.grad for p in parameters], scale)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)))
     if any(all_gather([bool(bad) or not math.isfinite(norm)])):
         optimizer.zero_grad(set_to_none=True)
         names = all_gather(bad) or all_gather(packed)  # of the episodes that may be the cause

@@ -70,7 +70,6 @@ THOUSANDS = re.compile(r"(?<=\d)(?<!\b0),(?=(?:\d\d,)*\d{3}(?!\d))")  # also of 
 NEGATIVE = re.compile(r"\b[a-z]{1,2}-(?!\S*\w)")  # AB- and Cl- are not AB and Cl; a word's hyphen is nothing
 NOTHING = "'\"`\u02b9\u02bb\u02bc\u02bd\u2032\u2033."  # with quotes and invisible characters: O’Brien is OBrien
 WRITTEN_AS = str.maketrans("\u00b4\u066b\u066c", "'.,")  # an acute accent for a quote; Arabic points
-ARTICLES = ("a", "an", "the")
 
 
 def normalize_unicode(text: str) -> str:
@@ -98,7 +97,7 @@ def normalize_unicode(text: str) -> str:
         else:
             written += " "
     words = written.split()
-    words = [word for word in words[:-1] if word not in ARTICLES] + words[-1:]
+    words = [word for word in words[:-1] if word not in ("a", "an", "the")] + words[-1:]
     return " ".join(words) or " ".join(text.split())
 
 

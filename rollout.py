@@ -300,8 +300,7 @@ class Rollout:
         busy = self.generating or may_start
         patience = max(0.0, deadline - started)
         if self.ordered:
-            due = self.due if busy else self.calling
-            done, _ = wait(due, patience)
+            done, _ = wait(self.due if busy else self.calling, patience)
             self.due = [future for future in self.calling if future not in done]
         else:
             done, _ = wait(self.calling, 0 if busy else patience, FIRST_COMPLETED)
@@ -394,9 +393,8 @@ def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -
     """float32 [N], of the kind that --advantage names (docs/training.md). They sum to 0 in each group."""
     kind, weight = cfg.advantage, cfg.format_weight
     penalty = ramped_penalty(cfg.search_penalty, step, cfg.penalty_ramp_steps)
-    right = torch.tensor([s.correct for s in scores], dtype=torch.float64)
-    well_formed = torch.tensor([s.format_ok for s in scores], dtype=torch.float64)
-    saved = torch.tensor([economy(s.searches, penalty, cfg.per_search_penalty) for s in scores], dtype=torch.float64)
+    rows = [(s.reward, s.correct, s.format_ok, economy(s.searches, penalty, cfg.per_search_penalty)) for s in scores]
+    rewards, right, well_formed, saved = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).T
     if kind in ("decoupled", "mastered"):
         accuracy = (1 - weight) * right + weight * well_formed
         saving = grpo.mastered(right, groups) if kind == "mastered" else right > 0
@@ -405,7 +403,6 @@ def advantages(scores: list[Score], groups: list[int], step: int, cfg: Config) -
         parts = ((1 - weight, right), (weight, well_formed), (cfg.economy_weight, saved))
         values = sum(part_weight * grpo.group_advantages(part, groups) for part_weight, part in parts)
     else:
-        rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
         normalize = kind in ("grpo", "bn_grpo")
         values = grpo.group_advantages(rewards, groups, normalize=normalize, leave_one_out=kind == "rloo")
     if kind in ("gdpo", "bn_grpo"):
@@ -463,7 +460,7 @@ class Refill:
             right = sum(r["correct"] for r in group) / len(group)
             self.outcomes[id] = [right, max(rewards) - min(rewards)]
 
-    def metrics(self, device) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Of the questions asked so far, and of this step's groups on all ranks."""
         right, asked = [share_right for share_right, _ in self.outcomes.values()], max(1, len(self.outcomes))
         figures = {"always_right": right.count(1.0) / asked, "never_right": right.count(0.0) / asked}

@@ -124,7 +124,7 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
     mini_batches = []
     for part in range(cfg.updates_per_step):
         chosen = [s for s in samples if s.number * cfg.updates_per_step // count == part]
-        mini_batches.append(make_mini_batch(chosen, model, chat, cfg, device))
+        mini_batches.append(make_mini_batch(chosen, model, chat, cfg))
     started = time.monotonic()
     for number, batches in enumerate(mini_batches):
         # In a step's first update the old log-probs are the new ones, detached; those of others are computed before it.
@@ -158,7 +158,7 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
     }
 
 
-def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config, device) -> list[PackedBatch]:
+def make_mini_batch(samples: list[Sample], model, chat: Chat, cfg: Config) -> list[PackedBatch]:
     """Pack samples; those without a gradient count in the denominator, but are not run."""
     active = [s for s in samples if not has_no_gradient(s, cfg)]
     skipped = [s for s in samples if has_no_gradient(s, cfg)]
@@ -367,7 +367,7 @@ class Run:
         own = questions_of_step(self.train, step, cfg)
         refill = Refill(own, self.train, self.state["outcomes"], step, cfg)
         episodes = self.roll_out(refill.questions, step, refill)
-        self.count_searches()
+        self.dir.count_searches(self.web)
         check_calls(episodes, self.device)
         rolled_out = time.monotonic()
         numbers = refill.numbers
@@ -399,7 +399,7 @@ class Run:
             **rolled,
             **advantage_metrics(samples),
             **judged,
-            **refill.metrics(self.device),
+            **refill.metrics(),
             **learned,
             **(age_metrics(mine, step) if cfg.carry_over else {}),
             "seconds/rollout": rolled_out - started,
@@ -452,11 +452,6 @@ class Run:
         check = "check that both have the same weights, dtype, image sizes and chat template"
         need(mean <= MAX_MISMATCH, f"{what} (at most {MAX_MISMATCH}): {check}")
 
-    def count_searches(self) -> None:
-        """Write down what the live searches of all ranks add up to: a resumed run counts on from there."""
-        if self.web:
-            self.dir.searches_spent(sum(all_gather([self.web.spent])))
-
     def write_rollouts(self, step: int, samples: list[Sample], trained_here: list[Sample]) -> list[dict]:
         """Write all ranks' conversations to rollouts/step-N.jsonl; returns them. trained_here: has log-prob gaps."""
         episodes = [s.episode for s in trained_here if s.episode.logp_gap is not None and len(s.episode.logp_gap)]
@@ -483,9 +478,6 @@ class Run:
         plain = replace(cfg, temperature=1.0)  # what a model says is imitated as it is, whatever the temperature
         loss = partial(policy.imitation_loss, cfg.loss_norm)
         sums = policy.update(self.policy, self.optimizer, batches, loss, plain, self.device)
-        if self.val:
-            self.engine.load_weights(self.weights(), version=step + 1)
-            self.engine.wake()
         seconds = time.monotonic() - started
         return {
             "loss": sums["loss"] / max(sums["count"], 1.0),
@@ -503,6 +495,9 @@ class Run:
         if not self.val:
             return
         entry, records, started = {"step": step, "phase": "eval"}, [], time.monotonic()
+        if self.cfg.loss == "sft" and step > self.first:  # other steps need the engine, and load what they have learned
+            self.engine.load_weights(self.weights(), version=step)
+            self.engine.wake()
         for name, temperature in (("greedy", 0.0), ("sampled", self.cfg.temperature)):
             if name == "sampled" and 0 < step < self.cfg.steps:
                 continue
@@ -510,7 +505,7 @@ class Run:
             part = evaluate(self.rollout, self.val, **how, progress=f"validation, {name}")
             entry[name] = summarize(part, self.cfg)
             records += [{"mode": name, **r} for r in part]
-        self.count_searches()
+        self.dir.count_searches(self.web)
         judged = self.judge.figures() if self.judge else {}
         self.dir.log(entry | judged | {"seconds/evaluation": time.monotonic() - started})
         if dist.get_rank() == 0:
@@ -550,17 +545,16 @@ def main() -> None:
     try:
         run.loop()
     except Stopper.Stopped:
-        run.count_searches()
+        run.dir.count_searches(run.web)
         if run.state["step"]:
             run.save()
         say(f"\nstopped after {run.state['step']} steps; --resume auto continues from there")
-    except (NonFinite, SearchDown) as error:  # on all ranks
+    except (NonFinite, SearchDown, EngineDied, OSError) as error:  # OSError: a file of the run cannot be written
         if isinstance(error, SearchDown) and run.state["step"]:
             run.save()
+        alone = isinstance(error, EngineDied | OSError)  # the others come on all ranks
         message = f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint"
-        sys.exit(message if dist.get_rank() == 0 else 1)
-    except (EngineDied, OSError) as error:  # on this rank alone; OSError: a file of the run cannot be written
-        sys.exit(f"error: step {run.state['step']}: {error}; --resume auto continues from the last checkpoint")
+        sys.exit(message if alone or dist.get_rank() == 0 else 1)
     run.engine.close()
     if dist.is_initialized():  # vLLM ends it by itself
         dist.destroy_process_group()

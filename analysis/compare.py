@@ -1,7 +1,6 @@
 """Two result files side by side: what does B get right that A does not?
 
-Every figure counts questions: the conversations about one question are not independent, so an interval comes from
-drawing questions anew. Nothing here needs torch.
+Every figure counts questions, as those of figures.py do. Nothing here needs torch.
 """
 
 from collections import defaultdict

@@ -36,9 +36,7 @@ def by_question(records: list[dict], judge: str = "", key: str = "question_id") 
 
 def bootstrap(sums: list[float], counts: list[float]) -> tuple[float, float]:
     """95 % interval of sum(sums) / sum(counts), one of each a question: percentiles over 2,000 resamples of
-    the questions with replacement (Efron 1979). The resamples are the same in every run. (0, 1) without data."""
-    if not sums:
-        return 0.0, 1.0
+    the questions with replacement (Efron 1979). The resamples are the same in every run."""
     rng = np.random.default_rng(0)
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     n, values = len(sums), []
@@ -91,11 +89,11 @@ def several(records: list[dict], judge: str = "") -> dict:
 def summarize(records: list[dict], cfg: Config) -> dict[str, dict]:
     """Figures of each data_source, and over all of them under "all". Aborted conversations, and those without the
     verdict that was to reward them, are in no share."""
-    by_source = defaultdict(list)
-    for r in records:
-        by_source[r["data_source"]].append(r)
-    parts = [*sorted(by_source.items()), ("all", records)]
-    return {name: _figures(part, cfg) | accuracy(by_question(part)) | several(part) for name, part in parts}
+    summary = {}
+    for source in [*sorted({r["data_source"] for r in records}), "all"]:
+        part = [r for r in records if source in ("all", r["data_source"])]
+        summary[source] = _figures(part, cfg) | accuracy(by_question(part)) | several(part)
+    return summary
 
 
 def _figures(records, cfg):
@@ -158,7 +156,7 @@ def interval(figures: dict) -> str:
 def table(summary: dict[str, dict]) -> str:
     """The summary as text, one line for each data source. calls: share of those allowed; then shares of conversations
     that called each tool, and several of them; cost: of a question's searches; cached: share of recorded answers."""
-    shares = [*_tools_in(summary["all"]), "combined", "format"]
+    shares = [*filter(summary["all"].__contains__, TOOLS), "combined", "format"]
     head = ["", "n", "accuracy (95 %)", "calls", *map(title, shares), "turns", "failed", "cost", "cached", "stops"]
     rows, passed = [head], []
     for source, f in summary.items():
@@ -172,10 +170,6 @@ def table(summary: dict[str, dict]) -> str:
     return "\n".join([*aligned(rows, "<" + ">" * (len(head) - 2) + "<"), *passed])
 
 
-def _tools_in(figures):
-    return [name for name in TOOLS if name in figures]
-
-
 def before_and_after(log: list[dict]) -> str:
     """The table at the end of a run: first and last validation, by kind of question."""
     lines = []
@@ -183,7 +177,7 @@ def before_and_after(log: list[dict]) -> str:
         of_mode = [entry[mode] for entry in log if mode in entry]
         if of_mode:
             first, last = of_mode[0], of_mode[-1]
-            names = ("accuracy", *_tools_in(last["all"]), "format")
+            names = ("accuracy", *filter(last["all"].__contains__, TOOLS), "format")
             rows = [[mode, *map(title, names)]]
             for kind in filter(last.__contains__, first):  # the questions may have changed in between
                 rows.append([kind, *(f"{first[kind][name]:.2f} -> {last[kind][name]:.2f}  " for name in names)])

@@ -118,20 +118,12 @@ def judges_table(records: list[dict], missing: Counter) -> str:
             figures = accuracy(by_question(part, name))
             rows.append([source, name, str(judged), str(len(part) - judged), interval(figures)])
     lines = aligned(rows, "<<>>>")
-    for (a, b), (same, n) in agreement(records).items():
-        lines.append(f"{a} and {b} agree on {same} of {n} ({same / max(n, 1):.3f})")
+    for a, b in combinations(records[0]["judged"], 2):
+        same = [r["judged"][a] == r["judged"][b] for r in records if None not in (r["judged"][a], r["judged"][b])]
+        lines.append(f"{a} and {b} agree on {sum(same)} of {len(same)} ({sum(same) / max(len(same), 1):.3f})")
     if missing:
         lines.append("not judged: " + ", ".join(f"{why} {n}" for why, n in sorted(missing.items())))
     return "\n".join(lines)
-
-
-def agreement(records: list[dict]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(judge, judge) -> (in how many conversations they agree, of how many that both have judged)."""
-    found = {}
-    for a, b in combinations(records[0]["judged"], 2):
-        same = [r["judged"][a] == r["judged"][b] for r in records if None not in (r["judged"][a], r["judged"][b])]
-        found[a, b] = sum(same), len(same)
-    return found
 
 
 class LLMJudge:

@@ -112,8 +112,7 @@ def measure(config, dtype: torch.dtype) -> Sizes:
     with torch.device("meta"):
         model = empty_model(config).to(dtype)
     AttentionInterface.register(FUSED, fused_attention)
-    for part in (model.config, model.config.text_config, model.config.vision_config):
-        part._attn_implementation_internal = FUSED
+    model.config._attn_implementation = FUSED
     text, vision = model.model.language_model, model.model.visual
     units = [_parameters(block) for block in [*vision.blocks, *text.layers]]
     hidden, words = text.config.hidden_size, text.config.vocab_size

@@ -68,7 +68,7 @@ def render(runs: list[str | Path], options: ReportOptions) -> Path:
             keys, earned = c.get("pictures") or [], reward_parts(c, cfg.format_weight)
             conversations.append({**c, "run": number, "pictures": keys, "parts": earned})
     if pictures.left_out:
-        notes.append(f"{pictures.left_out} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
+        notes.append(f"{len(pictures.left_out)} pictures left out: the others have {PICTURE_BYTES >> 20} MiB already")
     page = dict(runs=parts, conversations=conversations, pictures=pictures.urls, notes=notes)
     page |= dict(defaults=as_dict(Config(), toy.Recipe(), JudgeOptions()), tools=list(TOOLS))
     out = Path(options.out or runs[0] / "report.html")
@@ -127,17 +127,18 @@ class Pictures:
 
     def __init__(self):
         self.urls: dict[str, str] = {}
-        self.left_out, self._bytes = 0, 0
+        self.left_out: set[str] = set()  # keys of those there is no room for
+        self._bytes = 0
 
     def add(self, data: bytes, side: int) -> str:
         """Put an encoded picture on the page if there is room and it can be decoded. Returns its key."""
         key = picture_key(data)
-        if key in self.urls:
+        if key in self.urls or key in self.left_out:
             return key
         with suppress(InputError):
             url = picture_url(data, side, "webp", quality=82)  # of a file from the web, only the pixels get here
             if self._bytes + len(url) > PICTURE_BYTES:
-                self.left_out += 1
+                self.left_out.add(key)
             else:
                 self.urls[key] = url
                 self._bytes += len(url)
@@ -181,8 +182,7 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
             with closing(SearchDB(index)) as db:
                 found = {picture_key(t): t for t in db.thumbnails({(hit["title"], hit["url"]) for hit in hits})}
             for key in sorted(wanted & found.keys()):
-                pictures.add(found[key], THUMBNAIL_SIDE)
-                sources[key] = found[key]
+                sources[pictures.add(found[key], THUMBNAIL_SIDE)] = found[key]
             if lost := wanted - found.keys():
                 problems.append(f"{len(lost)} pictures of results are not in {index}, and not shown")
     except (ValueError, sqlite3.Error) as error:

@@ -89,7 +89,7 @@ class Work:
         )  # fmt: skip
         toy_model.save_random_model(folder, seed=0)
         self.chat = Chat(folder, self.cfg)
-        self.chat.stop_ids = (*self.chat.stop_ids, *range(300, 300 + len(self.chat) // STOP_SHARE))
+        self.chat.stop_ids = (*self.chat.stop_ids, *range(300, 300 + len(self.chat.tokenizer) // STOP_SHARE))
         rollout.parse_calls = always_search
         Image.new("RGB", (60, 50), "teal").save(folder / "picture.png")
         picture = (folder / "picture.png").read_bytes()

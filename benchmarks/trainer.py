@@ -166,7 +166,7 @@ def conversation(rng, chat, prompt, thumbnails, length) -> tuple[list[int], list
 
 def words(rng, chat, count) -> list[int]:
     """Random text: ids that are no special tokens, from the whole vocabulary."""
-    return [rng.randrange(len(chat), VOCABULARY) for _ in range(count)]
+    return [rng.randrange(len(chat.tokenizer), VOCABULARY) for _ in range(count)]
 
 
 def placeholders(chat, pictures) -> list[int]:

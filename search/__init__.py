@@ -20,18 +20,14 @@ ASKS_WEB = ("live", "record")  # of --search: this process itself asks the web
 
 def open_search(cfg: Config, index: str | Path = ""):
     """The search that the configuration asks for; index: the offline one's file. Raises InputError."""
-    if "://" in cfg.search:
-        search = RemoteSearch(cfg)
-        search.check()
-        return search
     if cfg.search == "offline":
         return OfflineSearch(SearchDB(index), results(cfg))
-    web = WebSearch(cfg) if cfg.search in ASKS_WEB else None
-    if web:
-        web.check()
-    if cfg.search == "live":
-        return web
-    return CachedSearch(SearchCache(cfg.search_cache, write=web is not None), web, cfg)
+    asked = RemoteSearch(cfg) if "://" in cfg.search else WebSearch(cfg) if cfg.search in ASKS_WEB else None
+    if asked:
+        asked.check()
+    if cfg.search in ("record", "replay"):
+        return CachedSearch(SearchCache(cfg.search_cache, write=asked is not None), asked, cfg)
+    return asked
 
 
 def web_part(search) -> WebSearch | None:

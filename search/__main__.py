@@ -49,8 +49,12 @@ class CopyOptions(FileOptions):
 
 def stats(options):
     path = Path(options.file)
-    if _kind(path) is SearchDB:
-        return print(_index_line(path))
+    if file_header(path)[0] != CACHE_ID:
+        with closing(SearchDB(path)) as db:
+            count = db.stats()
+            vectors = f" with vectors of {db.text_embedding}" if count["vectors"] else ""
+        size = f"{count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
+        return print(f"{path}: {count['docs']:,} documents{vectors}, {size}")
     with closing(SearchCache(path)) as cache:
         s = cache.stats()
     counts = ", ".join(f"{n:,} {name}" for name, n in s["counts"].items()) or "empty"
@@ -61,24 +65,13 @@ def stats(options):
     )
 
 
-def _kind(path):
-    return SearchCache if file_header(path)[0] == CACHE_ID else SearchDB
-
-
-def _index_line(path):
-    with closing(SearchDB(path)) as db:
-        count = db.stats()
-        vectors = f" with vectors of {db.text_embedding}" if count["vectors"] else ""
-    size = f"{count['images']:,} images, {count['bytes'] / 1e6:.1f} MB"
-    return f"{path}: {count['docs']:,} documents{vectors}, {size}"
-
-
 def verify(options):
     path, problems = Path(options.file), 0
     if file_header(path) == (0, 0):
         deque(snapshot_rows(path), maxlen=0)  # which checks them
     else:
-        with closing(_kind(path)(path)) as store:
+        kind = SearchCache if file_header(path)[0] == CACHE_ID else SearchDB
+        with closing(kind(path)) as store:
             for line in store.verify():
                 print(line)
                 problems += 1
@@ -146,7 +139,7 @@ def index(options):
     out, docs, images = (how.pop(name) for name in ("out", "docs", "images"))
     if bad := build(out, docs or (), images or (), **how):
         print(f"left out {bad:,} bad rows")
-    print(_index_line(options.out))
+    stats(FileOptions(options.out))
 
 
 @dataclass(frozen=True)
@@ -162,12 +155,9 @@ class AskOptions(FileOptions):
 def ask(options):
     asked = bool(options.text or options.url) != bool(options.image)
     need(asked, "give --text WORDS, --image FILE, or --url URL [--text GOAL]")
-    if options.url:
-        call = Call("visit", options.text, url=options.url)
-    elif options.image:
-        call = Call("image_search", image=Path(options.image).read_bytes())
-    else:
-        call = Call("text_search", options.text)
+    tool = "visit" if options.url else "image_search" if options.image else "text_search"
+    image = Path(options.image).read_bytes() if options.image else None
+    call = Call(tool, options.text, url=options.url, image=image)
     with closing(SearchDB(options.file)) as db:
         result = OfflineSearch(db, {call.tool: options.count}).search(call, Question("asked", ""))
     need(result.status != "error", result.error)
@@ -207,15 +197,14 @@ class ImagesOptions(Options):
 
 
 def images(options):
-    out, written = Path(options.out), set()
+    out = Path(options.out)
     questions = load_questions(options.files, skip_bad_rows=options.skip_bad_rows, match="em_unicode")  # any answers
     out.mkdir(parents=True, exist_ok=True)
-    for question in tqdm(questions, desc="images", disable=None):
-        for image in question.images[:1]:
-            name = picture_name(image)
-            (out / name).write_bytes(image)
-            written.add(name)
-    print(f"{len(written)} pictures in {out}; serve it and give its URL as --image_host")
+    first = [question.images[0] for question in questions if question.images]
+    named = {picture_name(image): image for image in tqdm(first, desc="images", disable=None)}
+    for name, image in named.items():
+        (out / name).write_bytes(image)
+    print(f"{len(named)} pictures in {out}; serve it and give its URL as --image_host")
 
 
 COMMANDS = {

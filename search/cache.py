@@ -2,8 +2,7 @@
 
 `--search record` fills one, `--search replay` answers from one. It is in WAL mode: any number of threads and processes
 of one machine may use it (a network file system's locks are not enough for that: `python -m search serve` is for
-several machines), and one that is killed leaves it sound. All that is read is compared with its hash. `export` writes
-one as a parquet file, to publish, and `snapshot_rows` reads that.
+several machines), and one that is killed leaves it sound. All that is read is compared with its hash.
 """
 
 import dataclasses
@@ -184,13 +183,13 @@ def _load_result(db, request, status, content, hash):
 def export(cache: SearchCache, path: str | Path) -> int:
     """Write a cache as plain parquet: request, created, status, error, error_kind, hits [{title, url, text, image,
     full_size}], with the checksums of its pages. Returns the number of rows."""
-    text, count = pa.string(), 0
+    text, kept, count = pa.string(), cache.rows(), 0
     hit = pa.struct({"title": text, "url": text, "text": text, "image": pa.binary(), "full_size": pa.bool_()})
     names = ("request", "status", "error", "error_kind")
     schema = pa.schema({**dict.fromkeys(names, text), "created": pa.float64(), "hits": pa.list_(hit)})
     options = {"compression": "zstd", "write_page_checksum": True}
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
-        for part in batches(cache.rows(), 256):
+        while part := list(islice(kept, 256)):
             rows = [{"request": q, "created": at, **vars(r), "hits": [*map(vars, r.hits)]} for q, at, r in part]
             writer.write_table(pa.Table.from_pylist(rows, schema))
             count += len(rows)
@@ -217,13 +216,6 @@ def _row(row):
         texts = (str(hit[name]) for name in ("title", "url", "text"))
         hits.append(Hit(*texts, hit["image"], bool(hit.get("full_size"))))
     return row["request"], float(row["created"]), Result(row["status"], tuple(hits), row["error"], row["error_kind"])
-
-
-def batches(rows: Iterable, size: int) -> Iterator[list]:
-    """Lists of so many rows; the last may be shorter."""
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
 
 
 class CachedSearch:
@@ -273,8 +265,6 @@ class CachedSearch:
                 return answer()
             result, mine = shared(self._pending, canonical(request), answer)
             return result if mine else dataclasses.replace(result, usage=Usage(cached=1))
-        except sqlite3.ProgrammingError:  # ours, not the file's
-            raise
         except (Failure, sqlite3.DatabaseError) as error:
             return failed(error)
 

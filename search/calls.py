@@ -31,11 +31,10 @@ class Failure(Exception):
 
 def method_for(call: Call, question: Question, search) -> Callable:
     """The method of a search that answers a call. Raises Failure (bad_call)."""
-    problem = problem_with(call, question)
-    if not problem and not hasattr(search, f"for_{call.tool}"):
-        problem = f"this search has no answer to {title(call.tool)}"
-    if problem:
+    if problem := problem_with(call, question):
         raise Failure("bad_call", problem)
+    if not hasattr(search, f"for_{call.tool}"):
+        raise Failure("bad_call", f"this search has no answer to {title(call.tool)}")
     return getattr(search, f"for_{call.tool}")
 
 
@@ -64,6 +63,8 @@ def query_of(call: Call) -> str:
 def failed(error: Exception) -> Result:
     """The result of a call that failed; an InputError is about its picture, one of SQLite about the file searched, any
     other a mistake in this code."""
+    if isinstance(error, sqlite3.ProgrammingError):  # ours, not the file's
+        raise error
     said, kind = str(error), error.kind if isinstance(error, Failure) else "bad_call"
     if isinstance(error, sqlite3.DatabaseError):
         said, kind = f"{type(error).__name__}: {error}", "index"

@@ -94,7 +94,6 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
 
     It runs on the CPU, so that searching takes no memory of a training GPU; building an index may use one.
     """
-    import torch
     from transformers import AutoImageProcessor
 
     with refusing(f"image_embedding {name!r}: cannot load it", Exception):  # transformers raises about anything
@@ -103,10 +102,8 @@ def load_encoder(name: str, building: bool = False) -> Callable[[Image.Image], n
 
     def encode(image):
         out = see(pixel_values=processor(images=image, return_tensors="pt")["pixel_values"].to(device))
-        if not isinstance(out, torch.Tensor):
-            pooled = getattr(out, "pooler_output", None)
-            out = out.last_hidden_state.mean(1) if pooled is None else pooled
-        vector = out.flatten().float().cpu().numpy()
+        pooled = getattr(out, "pooler_output", None)
+        vector = (out.last_hidden_state.mean(1) if pooled is None else pooled).flatten().float().cpu().numpy()
         return vector / max(np.linalg.norm(vector), np.float32(1e-6))
 
     return one_at_a_time(encode)

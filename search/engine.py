@@ -19,8 +19,7 @@ class SearchEngine:
     with the attributes below and the methods
 
         check(job)                   for how many searches the account lasts at least (None: unknown)
-        look_for_picture(url, job)   matches: what looks like the picture at a public URL
-        look_for_words(query, job)   matches: pages about the query
+        look_for(tool, what, job)    matches: of the picture at a public URL, or pages about the query
         listed(answer, field, bill)  what an answer lists, [] if it says that there is nothing; bill() counts a search
 
     which raise Failure, `check` if the key is refused.
@@ -85,18 +84,13 @@ class SerpApi(SearchEngine):
         left = self.client.fetch_json(self._url("account.json", {}), job).get("total_searches_left")
         return left if isinstance(left, int) else None
 
-    def look_for_picture(self, url: str, job: Job) -> list[dict]:
-        return self._search("image_search", {"type": "visual_matches", "url": url}, job)
-
-    def look_for_words(self, query: str, job: Job) -> list[dict]:
-        return self._search("text_search", {"q": query}, job)
+    def look_for(self, tool: str, what: str, job: Job) -> list[dict]:
+        asked = {"image_search": {"type": "visual_matches", "url": what}, "text_search": {"q": what}}[tool]
+        url = self._url("search.json", {"engine": self.names[tool], **asked, "hl": self.language})
+        return self.ask(tool, url, job, again="&no_cache=true")  # past SerpApi's own cache
 
     def _url(self, path, asked):
         return f"{self.url}/{path}?{urlencode({**asked, 'api_key': self.client.key})}"
-
-    def _search(self, tool, asked, job):
-        url = self._url("search.json", {"engine": self.names[tool], **asked, "hl": self.language})
-        return self.ask(tool, url, job, again="&no_cache=true")  # past SerpApi's own cache
 
     def listed(self, answer: dict, field: str, bill: Callable):
         meta, error = answer.get("search_metadata"), answer.get("error")
@@ -129,11 +123,9 @@ class Serper(SearchEngine):
         left = self.client.fetch_json(f"{self.url}/account", job).get("balance")
         return left // LENS_CREDITS if isinstance(left, int) else None
 
-    def look_for_picture(self, url: str, job: Job) -> list[dict]:
-        return self.ask("image_search", f"{self.url}/lens", job, {"url": url, "hl": self.language})
-
-    def look_for_words(self, query: str, job: Job) -> list[dict]:
-        return self.ask("text_search", f"{self.url}/search", job, {"q": query, "hl": self.language})
+    def look_for(self, tool: str, what: str, job: Job) -> list[dict]:
+        path, field = {"image_search": ("lens", "url"), "text_search": ("search", "q")}[tool]
+        return self.ask(tool, f"{self.url}/{path}", job, {field: what, "hl": self.language})
 
     def listed(self, answer: dict, field: str, bill: Callable):
         bill()

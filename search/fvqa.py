@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from config import InputError, need
 from data import Hit, Result, refusing
-from search.cache import SearchCache, batches, canonical
+from search.cache import SearchCache, canonical
 from search.calls import Failure
 from search.embedding import WEB_IMAGE_BYTES, WEB_PIXELS, thumbnail, web_thumbnail
 from search.text import clean
@@ -62,7 +63,8 @@ def import_fvqa(path: str | Path, cache: SearchCache, client: Client | None = No
             yield request, now, Result("ok" if hits else "no_results", tuple(hits))
 
     with ThreadPoolExecutor(16) as pool:
-        for part in batches(rows(pool), 64):  # what was fetched is kept, should the rest be interrupted
+        made = rows(pool)
+        while part := list(islice(made, 64)):  # what was fetched is kept, should the rest be interrupted
             cache.put_all(part)
     return len(entries), missing
 

@@ -10,12 +10,13 @@ Legend: N pictures or documents of an index, D numbers of an embedding.
 
 import hashlib
 import json
+import os
 import secrets
 import sqlite3
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -148,8 +149,7 @@ class SearchDB(SQLiteFile):
             if self._embed_texts:
                 close = _nearest(*self._vectors, self._embed_texts([query])[0], depth)
                 best = _fused(best, close)[:k]
-            rows = [_row(db, "docs", rowid) for rowid in best]
-        return [Hit(title, url, text) for title, url, _, text in rows]
+            return [_hit(db, "docs", rowid) for rowid in best]
 
     def page(self, url: str) -> list[Hit]:
         """The documents with this url, as indexed: the parts of a page. Raises sqlite3.DatabaseError as `text` does."""
@@ -157,8 +157,7 @@ class SearchDB(SQLiteFile):
             return []  # SQLite takes none, and no document has one
         with self._connection() as db:
             found = db.execute("SELECT rowid FROM docs WHERE url = ? ORDER BY rowid", (url,)).fetchall()
-            rows = [_row(db, "docs", rowid) for (rowid,) in found]
-        return [Hit(title, url, text) for title, url, _, text in rows]
+            return [_hit(db, "docs", rowid) for (rowid,) in found]
 
     def image(self, data: bytes, k: int) -> list[Hit]:
         """The k pictures that look most like the encoded picture `data`, with thumbnails, best first (equals: in the
@@ -170,15 +169,14 @@ class SearchDB(SQLiteFile):
         fits = len(query) == embeddings.shape[1]
         need(fits, f"image_embedding {self.embedding!r}: not the model that {self.path} was built with")
         with self._connection() as db:
-            rows = [_row(db, "images", rowid) for rowid in _nearest(rowids, embeddings, query, k)]
-        return [Hit(title, url, image=thumbnail) for title, url, _, thumbnail in rows]
+            return [_hit(db, "images", rowid) for rowid in _nearest(rowids, embeddings, query, k)]
 
     def thumbnails(self, pages: set[tuple[str, str]]) -> Iterator[bytes]:
         """The thumbnails of all pictures with one of these (title, url). Raises sqlite3.DatabaseError like `text`."""
         with self._connection() as db:
             rows = [row for row, *page in db.execute("SELECT rowid, title, url FROM images") if tuple(page) in pages]
             for row in rows:  # apart from the pages: most thumbnails need not be read
-                yield _row(db, "images", row)[3]
+                yield _hit(db, "images", row).image
 
     def stats(self) -> dict[str, int]:
         """How much there is: docs, vectors (of documents), images, bytes (of the file)."""
@@ -199,12 +197,12 @@ class SearchDB(SQLiteFile):
 COLUMNS = "title, url, id, content, sha256"  # of both tables: the row, and its hash
 
 
-def _row(db, table, rowid):
-    """title, url, id, and text or thumbnail"""
+def _hit(db, table, rowid):
     row = db.execute(f"SELECT {COLUMNS} FROM {table} WHERE rowid = ?", (rowid,)).fetchone()
     if row is None or _row_sum(row[:4]) != row[4]:
         raise sqlite3.DatabaseError(f"row {rowid} of {table} is damaged; build the index again")
-    return row[:4]
+    title, url, _, content, _ = row
+    return Hit(title, url, content) if table == "docs" else Hit(title, url, image=content)
 
 
 def _row_sum(row):
@@ -281,7 +279,8 @@ def build(
     need(sound, f"{path}: exists and is not a search index; choose another name")
     need(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
     embedder = load_encoder(image_embedding, building=True) if image_embedding else embed_image
-    settings = {"image_embedding": _from_anywhere(image_embedding), "text_embedding": _from_anywhere(text_embedding)}
+    models = {"image_embedding": image_embedding, "text_embedding": text_embedding}
+    settings = {kind: str(Path(name).absolute()) if os.path.isdir(name) else name for kind, name in models.items()}
     encode, probe = load_text_encoder(text_embedding, building=True) if text_embedding else (None, np.empty(0))
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
@@ -307,34 +306,22 @@ def build(
     return bad
 
 
-def _from_anywhere(name):
-    """A model's name; a folder's as an absolute path."""
-    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
-
-
-def _rows(source, name):
-    """(where it stands, row) of all rows: dictionaries, or lines of a JSONL file that are not blank."""
-    if not isinstance(source, str | Path):
-        yield from ((f"{name} row {n}", row) for n, row in enumerate(source, 1))
-        return
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{source}, line {number}", line
-
-
 def _insert(source, name, add, skip_bad_rows):
-    bad = 0
-    for where, row in tqdm(_rows(source, name), f"index {name}", unit=" rows", leave=False, disable=None):
-        try:
-            with refusing("not JSON"):
-                row = json.loads(row) if isinstance(row, bytes) else row
-            need(isinstance(row, dict), "expected a JSON object")
-            add(row)
-        except InputError as error:
-            if not skip_bad_rows:
-                raise InputError(f"{where}: {error}") from None
-            bad += 1
+    """Add rows: dictionaries, or the lines of a JSONL file that are not blank; returns how many were bad."""
+    bad, in_file = 0, isinstance(source, str | Path)
+    place = f"{source}, line" if in_file else f"{name} row"
+    with open(source, "rb") if in_file else nullcontext(source) as rows:
+        for number, row in enumerate(tqdm(rows, f"index {name}", unit=" rows", leave=False, disable=None), 1):
+            if in_file and not row.strip():
+                continue
+            try:
+                with refusing("not JSON"):
+                    row = json.loads(row) if in_file else row
+                need(isinstance(row, dict), "expected a JSON object")
+                add(row)
+            except InputError as error:
+                need(skip_bad_rows, f"{place} {number}: {error}")
+                bad += 1
     return bad
 
 
@@ -388,9 +375,8 @@ def _embed_documents(db, encode):
 
 def _strings(row, *required):
     """The row's required fields, url and id."""
-    optional = ("" if row.get(field) is None else row[field] for field in ("url", "id"))
-    *values, id = *(row.get(field) for field in required), *optional
-    values.append(str(id))
+    given = {"url": "", "id": ""} | {name: value for name, value in row.items() if value is not None}
+    values = [*map(given.get, required), given["url"], str(given["id"])]
     for field, value in zip((*required, "url", "id"), values, strict=True):
         need(isinstance(value, str), f"field {field}: expected a string, not {repr(value)[:40]}")
         need(not HALF.search(value), f"field {field}: not valid Unicode")
@@ -411,8 +397,6 @@ class OfflineSearch:
         """The answer to a call. What one has to expect to fail (the file, the picture) gives status "error"."""
         try:
             hits = method_for(call, question, self)(call, question)
-        except sqlite3.ProgrammingError:  # ours, not the file's
-            raise
         except (Failure, InputError, sqlite3.DatabaseError) as error:
             return failed(error)
         return Result("ok", hits=tuple(hits)) if hits else Result("no_results")

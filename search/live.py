@@ -117,7 +117,7 @@ class WebSearch:
             job.add(pages=1)
             return Hit(match["title"], match["link"], image=thumbnail)
 
-        return _first(self.engine.look_for_picture(url, job), self.results[call.tool], hit)
+        return _first(self.engine.look_for("image_search", url, job), self.results[call.tool], hit)
 
     def public_url(self, call: Call, question: Question, job: Job) -> str:
         """Where the search engine can see the picture that a call is about. Raises Failure."""
@@ -161,7 +161,7 @@ class WebSearch:
             text = self._told(query, match["title"], page, MAX_SENTENCES, job)
             return Hit(match["title"], match["link"], clean(text, MAX_TEXT))
 
-        return _first(self.engine.look_for_words(query, job), self.results[call.tool], hit)
+        return _first(self.engine.look_for("text_search", query, job), self.results[call.tool], hit)
 
     def for_visit(self, call, question, job):
         url, goal = page_url(call.url), clean(call.query, MAX_QUERY)

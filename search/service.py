@@ -162,7 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = _call_from_json(body)
         if asked:
             result = self.server.search.search(*asked)
-            self.server.calls[result.error_kind or result.status] += 1
+            with self.server.lock:
+                self.server.calls[result.error_kind or result.status] += 1
             return result_to_json(result)
 
     def _send(self, answer, status=404):

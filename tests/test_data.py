@@ -121,7 +121,7 @@ def test_the_five_real_rows(chat):
         assert max(decode_image(image).size) <= 800
         ids, (shown,) = chat.prompt(q)
         assert ids.count(chat.image_pad) == shown.tokens <= chat.cfg.max_pixels // 784
-    assert drop_overlong(questions, chat) == (questions, 0)
+    assert drop_overlong(questions, chat) == questions
 
 
 def test_a_row_becomes_a_question(tmp_path):
@@ -447,15 +447,14 @@ def test_a_loaded_file_leaves_only_its_pictures_in_memory(tmp_path):
     assert 60 < float(done.stdout) < 110, done.stderr
 
 
-def test_overlong_prompts_are_dropped_and_counted_never_cut(chat):
+def test_overlong_prompts_are_dropped_never_cut(chat):
     questions = [question(n, "what? " * n) for n in (1, 400, 2, 40, 300)]
     sizes = [len(chat.prompt(q)[0]) for q in questions]
     assert sizes == sorted(sizes[:1]) + sizes[1:] and len(set(sizes)) == 5
     for limit in {*sizes, *(size - 1 for size in sizes)}:
         chat.cfg = replace(chat.cfg, max_prompt_tokens=limit, max_tokens=10_000, max_tokens_per_batch=10_000)
-        kept, dropped = drop_overlong(questions, chat)
+        kept = drop_overlong(questions, chat)
         assert kept == [q for q, size in zip(questions, sizes, strict=True) if size <= limit]
-        assert dropped == len(questions) - len(kept)
         assert [len(Episode.start(q, chat).tokens) for q in kept] == [s for s in sizes if s <= limit]
 
 
@@ -658,7 +657,7 @@ def test_the_pictures_of_a_file_are_decoded_once(tmp_path, chat, monkeypatch):
         [write(tmp_path / "a.pq", row("<image> or <image>?", images=[PNG, turned]), row(images=[PNG]))]
     )
     assert [q.sizes for q in asked] == [((60, 50), (90, 50)), ((60, 50),)]
-    kept, _ = drop_overlong(asked, chat)
+    kept = drop_overlong(asked, chat)
     shown = [chat.prompt(q) for q in asked]
     assert len(decoded) == 3 and kept
     assert shown == [Chat(chat.folder, chat.cfg).prompt(dataclasses.replace(q, sizes=())) for q in asked]
@@ -1148,7 +1147,7 @@ def test_banned_ids(chat, extra):
     vision = {chat.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
     size = len(chat.tokenizer)
     assert chat.banned_ids(size + extra) == sorted(vision | set(range(size, size + extra)))
-    assert vision.isdisjoint(chat.stop_ids) and len(vision) == 5 and len(chat) == size
+    assert vision.isdisjoint(chat.stop_ids) and len(vision) == 5 and len(chat.tokenizer) == size
 
 
 # ------------------------------------------------------------------------------------------------ model folders

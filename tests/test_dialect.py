@@ -290,7 +290,7 @@ def test_declared_tools_are_a_part_of_the_prompt_that_has_to_fit(json_chat):
     size = len(Episode.start(ASKED, json_chat).tokens)
     for limit, kept in ((size, 1), (size - 1, 0)):
         json_chat.cfg = replace(json_chat.cfg, max_prompt_tokens=limit)
-        assert len(drop_overlong([ASKED], json_chat)[0]) == kept
+        assert len(drop_overlong([ASKED], json_chat)) == kept
 
 
 def test_limits_hold_for_each_call_of_a_turn(json_chat):

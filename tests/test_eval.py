@@ -133,7 +133,7 @@ def here(world):
 def guessing(monkeypatch):
     """eval.py with an engine that is right now and then; the short world's model never is."""
 
-    monkeypatch.setattr(evaluation, "load_engine", lambda folder, chat, cfg, questions, _: guesser(chat, questions))
+    monkeypatch.setattr(evaluation, "make_engine", lambda folder, chat, cfg, _, questions: guesser(chat, questions))
 
 
 def read(path):

@@ -367,7 +367,6 @@ def test_agreement_and_the_table_against_a_recount():
     ]
     both = [j for j in judged if j["llm"] is not None]
     same = sum(j["em"] == j["llm"] for j in both)
-    assert judge.agreement(records) == {("em", "llm"): (same, len(both))}
     table = judge.judges_table(records, Counter({"HTTP 500": 60 - len(both)}))
     right = sum(j["llm"] for j in both) / len(both)
     assert f"em and llm agree on {same} of {len(both)}" in table and f"not judged: HTTP 500 {60 - len(both)}" in table

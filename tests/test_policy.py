@@ -1112,7 +1112,7 @@ def test_an_image_processor_of_another_family_is_refused(folder, chat, cfg):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, chat, cfg):
     model = backbone.read_model(folder)
-    model.config.text_config.vocab_size = len(chat) - 1
+    model.config.text_config.vocab_size = len(chat.tokenizer) - 1
     with pytest.raises(InputError, match="tokenizer has"):
         policy.prepare(model, chat, cfg)
 

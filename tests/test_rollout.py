@@ -531,7 +531,7 @@ def test_what_replaces_what(cfg, device):
     assert [len(whole[place]) for place in range(4)] == [3, 3, 3, 2]  # 7 further ones: the last place had no more
     assert sorted(sum(whole.values(), [])) == sorted(everything)  # none twice
     figures = {"always_right": 0, "never_right": 0, "replaced_groups": 7 / 11, "refill_rounds": 2}
-    assert refill.metrics(device) == figures
+    assert refill.metrics() == figures
     assert chains([3, 1])[0] == {place: whole[place] for place in (1, 3)}  # another rank's part
     assert chains(range(4), everything - {whole[0][1]})[0] == whole | {0: whole[0][:2]}
     assert chains(range(4), set())[0] == {place: [f"q{place}"] for place in range(4)}
@@ -539,7 +539,7 @@ def test_what_replaces_what(cfg, device):
     assert chains(range(4), step=1)[0] != whole != chains(range(4), seed=1)[0]
     none, refill = chains(range(4), refill_groups=0)
     assert none == {place: [f"q{place}"] for place in range(4)}
-    assert refill.metrics(device).keys() == {"always_right", "never_right"}
+    assert refill.metrics().keys() == {"always_right", "never_right"}
 
 
 def test_always_right_and_equal_is_asked_half_as_often(cfg):
@@ -570,7 +570,7 @@ def test_how_questions_went(cfg):
     of = [("q0", True, 1.0), ("q0", True, 0.9), ("q1", False, 0.1), ("q1", True, 1.0), ("q2", True, None)]
     refill.count([{"question_id": id, "correct": right, "reward": reward} for id, right, reward in of])
     assert refill.outcomes == {"q7": [0.0, 0.0], "q0": [1.0, pytest.approx(0.1)], "q1": [0.5, 0.9]}
-    assert refill.metrics(None) == {"always_right": 1 / 3, "never_right": 1 / 3}
+    assert refill.metrics() == {"always_right": 1 / 3, "never_right": 1 / 3}
 
 
 # -------------------------------------------------------------------------------------------------------- seeds

@@ -218,7 +218,7 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "photo.png").write_bytes(question(1).images[0])
     here = [*SHORT_WORLD, f"--toy_dir={recipe.toy_dir}", "--threads=1", f"--model={place.model}", "--max_tokens=900"]
     asked = [*here, f"--image={tmp_path / 'photo.png'}", "--question=who founded it?"]
-    monkeypatch.setattr(evaluation, "load_engine", lambda folder, chat, *_: Talker(chat, [question(1)]))
+    monkeypatch.setattr(evaluation, "make_engine", lambda folder, chat, *_: Talker(chat, [question(1)]))
     monkeypatch.setattr(Talker, "step", ScriptedEngine.step)
 
     def main(*arguments):
@@ -236,7 +236,8 @@ def test_eval_takes_all_four_ways(world, tmp_path, monkeypatch, capsys):
     assert shown[0] == shown[1] == shown[2]
     assert "image search: ok" in main(*asked, "--search=offline")
     assert policy.is_deterministic(config.Config(search="replay", search_cache="c"), torch.device("cpu"))
-    assert not policy.is_deterministic(config.Config(search="live"), torch.device("cpu"))
+    for changing in (dict(search="live"), dict(reward="judge")):
+        assert not policy.is_deterministic(config.Config(**changing), torch.device("cpu"))
 
 
 def test_tools_that_do_not_search_hide_no_dead_search(folder, cfg, device, monkeypatch):

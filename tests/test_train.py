@@ -1481,6 +1481,19 @@ def test_supervised_training_makes_held_out_answers_likelier(world, talks, argum
     assert all(after > before + 0.2 for before, after in zip(*means, strict=True))
 
 
+def test_supervised_training_loads_the_engine_only_to_validate(world, talks, arguments, tmp_path, monkeypatch):
+    """Its conversations are there already, and all weights of a large model take seconds to load."""
+    path, _ = talks
+    sft = [*arguments, "--loss=sft", f"--train_files={path / 'train.jsonl'}", f"--val_files={world[0].val}"]
+    run = started(monkeypatch, *sft, "--val_limit=4", "--steps=4", "--eval_every=2", f"--run_dir={tmp_path / 'run'}")
+    loaded, load = [], run.engine.load_weights
+    monkeypatch.setattr(run.engine, "load_weights", lambda w, version: loaded.append(version) or load(w, version))
+    run.loop()
+    assert loaded == [0, 2, 4]
+    weights = dict(policy.full_weights(run.policy))
+    assert all(torch.equal(weights[name], p) for name, p in run.engine.model.named_parameters())
+
+
 def test_bad_conversations(world, talks, arguments, tmp_path, capfd):
     path, _ = talks
     header, records = results.read_results(path / "test.jsonl")

@@ -10,12 +10,7 @@ asked about in the same words, so only recognising the picture, or not, tells wh
     unknown name    what is it called?     image search
     unknown fact    who founded it?        image search for the name, text search for the fact
 
-In the world of the preset `toy-crop`, half of the pictures show four things, and questions tell which one they are
-about ("what is the red ring called?"):
-
-    known                    answer at once, whether the thing is alone in the picture or among others
-    unknown, alone           image search
-    unknown, among others    crop, image search of what was cut out: that of the whole picture finds something else
+The world of the preset `toy-crop`, where a picture may show four things, is in docs/toy.md.
 
 `python -m toy` builds the world and prints its folder; train.py and eval.py do this by themselves. It holds questions,
 a search index and two models: `base` sees and copies, knows the known things and says `unknown` of others; `model` has

@@ -59,57 +59,46 @@ class Lessons:
     def seeing(self, n: int) -> list[Episode]:
         """Describe n random pictures: pattern, colour, shape and ground."""
         looks = self.rng.choices(self.looks, k=n)
-        return [self.lesson(world.SEEING, description(look), world.draw(look, self.rng)) for look in looks]
+        return [self.lesson(world.SEEING, world.SEEN.format(*look), world.draw(look, self.rng)) for look in looks]
 
-    def looking(self, n: int) -> list[Episode]:
+    def looking(self, n: int) -> Iterator[Episode]:
         """With toy_crop, n pictures of four things each: describe all, or look for one of them."""
-        lessons = []
         for i in range(n if self.crop else 0):
             look = self.rng.choice(self.looks)
             looks = world.apart(look, self.looks, self.rng)
             image = world.draw_four(looks, self.rng)
             if i % 2:
-                lessons.append(self.lesson(world.SEEING, " ".join(map(description, looks)), image))
+                yield self.lesson(world.SEEING, " ".join(world.SEEN.format(*look) for look in looks), image)
             else:
-                lessons.append(self.lesson(world.SEEKING.format(*look), " ".join(world.seek(look, looks)), image))
-        return lessons
+                yield self.lesson(world.SEEKING.format(*look), " ".join(world.seek(look, looks)), image)
 
-    def copying(self, n: int) -> list[Episode]:
+    def copying(self, n: int) -> Iterator[Episode]:
         """Repeat words; read out what the first of up to three lines says, as it does in results of a search."""
-        lessons = []
         for i in range(n):
             words = ["".join(self.rng.choices(world.SYLLABLES, k=2)) for _ in range(6)]
             if i % 2:
                 text = " ".join(words[: self.rng.randint(1, 5)])
-                lessons.append(self.lesson(f"say {text}", text))
+                yield self.lesson(f"say {text}", text)
                 continue
             keys = [f"{words[j]} {self.rng.choice(world.FACTS)}" for j in range(self.rng.randint(1, 3))]
             listing = "\n".join(f" {key}: {value}" for key, value in zip(keys, words[3:], strict=False))
-            lessons.append(self.lesson(f"{listing}\n find {keys[0]}", words[3]))
-        return lessons
+            yield self.lesson(f"{listing}\n find {keys[0]}", words[3])
 
-    def knowing(self, n: int) -> list[Episode]:
+    def knowing(self, n: int) -> Iterator[Episode]:
         """What is known of n things: name and a fact of the known ones (two of five), `unknown` for the others, half of
         which differ from a known one in a single respect. The pictures are new. With toy_crop: names alone, of a thing
         that is alone and of one among others."""
-        lessons = []
         for group, count in ((self.familiar, 2 * n // 5), (self.similar, 3 * n // 10), (self.unknown, 3 * n // 10)):
             for thing in self.rng.choices(group, k=count):
                 if self.crop:
                     looks = world.apart(thing.look, self.pool, self.rng)
                     for image in (world.draw(thing.look, self.rng), world.draw_four(looks, self.rng)):
                         text = self.rng.choice(world.CROP_WORDINGS["name"]).format(*thing.look)
-                        lessons.append(self.lesson(text, thing.belief("name"), image))
+                        yield self.lesson(text, thing.belief("name"), image)
                     continue
                 image = world.draw(thing.look, self.rng)
                 for what in ("name", self.rng.choice(world.FACTS)):
-                    lessons.append(self.lesson(self.rng.choice(world.WORDINGS[what]), thing.belief(what), image))
-        return lessons
-
-
-def description(look: Look) -> str:
-    """Pattern, colour, shape and ground."""
-    return "{3} {1} {0} {2}".format(*look)
+                    yield self.lesson(self.rng.choice(world.WORDINGS[what]), thing.belief(what), image)
 
 
 class Muon(torch.optim.AdamW):
@@ -199,10 +188,10 @@ def make_base(path: Path, things: list[Thing], recipe: Recipe, cfg: Config, devi
     first = Lessons(things, student.chat, recipe.toy_seed, recipe.toy_crop)
     second = Lessons(things, student.chat, f"known {recipe.toy_seed}", recipe.toy_crop)
     # iter(make, None) calls make() without end
-    seeing_and_copying = iter(lambda: first.seeing(32) + first.copying(24) + first.looking(40), None)
-    known_things = iter(lambda: second.knowing(60) + second.seeing(8) + second.copying(12) + second.looking(16), None)
-    student.imitate("base model: seeing, copying", seeing_and_copying, recipe.toy_pretrain_steps, 4e-3, 6e-3)
-    student.imitate("base model: known things", known_things, recipe.toy_teach_steps, 2e-3, 3e-3)
+    seeing = iter(lambda: [*first.seeing(32), *first.copying(24), *first.looking(40)], None)
+    knowing = iter(lambda: [*second.knowing(60), *second.seeing(8), *second.copying(12), *second.looking(16)], None)
+    student.imitate("base model: seeing, copying", seeing, recipe.toy_pretrain_steps, 4e-3, 6e-3)
+    student.imitate("base model: known things", knowing, recipe.toy_teach_steps, 2e-3, 3e-3)
     export_hf(path, student.model, student.chat)
 
 
@@ -235,13 +224,10 @@ class SloppyPolicy:
     is drawn at random: it is well-formed, and blind to need. A text search asks for what it takes to be the name."""
 
     def __init__(self, chat: Chat, recipe: Recipe):
-        self.chat = chat
+        self.chat, self.recipe, self.wordings = chat, recipe, world.WORDINGS
         self.plans, self.shares = PLANS, SHARES_NAMED if recipe.toy_named else SHARES
-        self.wordings, self.crop = world.WORDINGS, recipe.toy_crop
         if recipe.toy_crop:
             self.plans, self.shares, self.wordings = CROP_PLANS, CROP_SHARES, world.CROP_WORDINGS
-        self.thought = "{}" if recipe.toy_beliefs else "think"
-        self.names_first = bool(recipe.toy_named)
         self.asked: dict[str, tuple[Thing, str]] = {}  # the picture's key -> what is asked about which thing
         self.shown: dict[str, list[Look]] = {}  # the picture's key -> all that it shows
 
@@ -264,9 +250,9 @@ class SloppyPolicy:
         plan = self.plan(thing, what, rng)
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.DOTALL)
         name, belief = thing.belief("name"), thing.belief(what)
-        thought = f"{name} {belief}" if self.names_first and what != "name" else belief
+        thought = f"{name} {belief}" if self.recipe.toy_named and what != "name" else belief
         for tool, result in zip(plan, results, strict=False):  # the calls made so far
-            if tool == "image_search" and not (self.crop and thing.known):  # there it trusts itself more
+            if tool == "image_search" and not (self.recipe.toy_crop and thing.known):  # there it trusts itself more
                 thought = name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
             if tool == "text_search" and what != "name":
@@ -280,7 +266,7 @@ class SloppyPolicy:
             elif "crop" in plan:
                 seen, box = world.seek(thing.look, self.shown[images[0].key])
                 seen, action = f" {seen}", f"<crop> {box}</crop>"
-        return f"<reason> {self.thought.format(thought)}.{seen}</reason>{action}"
+        return f"<reason> {thought if self.recipe.toy_beliefs else 'think'}.{seen}</reason>{action}"
 
     def _call(self, tool, query):
         if self.chat.cfg.dialect == "json":
@@ -308,7 +294,7 @@ def warm_up(path: Path, toy: Toy, things: list[Thing], recipe: Recipe, cfg: Conf
         search = OfflineSearch(SearchDB(toy.index), tools.results(cfg))
         while True:
             episodes = run([ask(i) for i in range(32)], engine, search, chat, cfg, ordered=True)
-            yield episodes + lessons.knowing(20) + lessons.seeing(6) + lessons.copying(10) + lessons.looking(8)
+            yield [*episodes, *lessons.knowing(20), *lessons.seeing(6), *lessons.copying(10), *lessons.looking(8)]
 
     student.imitate("warm-up: a sloppy policy", batches(), recipe.toy_warmup_steps, 3e-3)
     export_hf(path, student.model, chat)

@@ -36,16 +36,11 @@ OTHER_WORDS = "user assistant system unknown say find think or answer the search
 def save_tokenizer(path: Path, crop: bool = False, json_calls: bool = False) -> None:
     """A byte-level BPE with Qwen's special tokens: a token for each syllable and for each word of the world; everything
     else falls to pieces, but nothing is unknown. crop, json_calls: with the tags, words and numbers of these worlds."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.NFC()
-    trained.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    trained.decoder = decoders.ByteLevel()
+    trained = Tokenizer(models.BPE())  # each text is a word of ASCII: Qwen's normalisation and splits change nothing
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     sentences = " ".join([SEEING, *chain.from_iterable(WORDINGS.values())])
     if crop:
         sentences = " ".join(["crop", *NUMBERS, sentences, SEEKING, *CROP_WORDINGS["name"]]).format("", "")

@@ -31,7 +31,7 @@ WORDINGS = {
     "city": ("in which city is it?", "what is its city?"),
     "river": ("on which river is it?", "what is its river?"),
 }
-SEEING = "what do you see?"
+SEEING, SEEN = "what do you see?", "{3} {1} {0} {2}"  # the reply: pattern, colour, shape, ground
 SEEKING = "where is the {1} {0}?"  # with toy_crop; {1} {0}: colour, shape
 KINDS = ("known name", "known fact", "unknown name", "unknown fact", "named fact")  # the last only with toy_named
 CROP_KINDS = ("known alone", "known among others", "unknown alone", "unknown among others")  # with toy_crop
@@ -80,8 +80,8 @@ def make_things(rng: random.Random, named: int = 0, crop: bool = False) -> list[
     asked = [look for look in others if max(alike(look, other) for other in familiar) < 3]
     if crop:
         turns = {look[:2]: itertools.count() for look in familiar}
-        asked = [(next(turns[look[:2]]), look) for look in asked if look[:2] in turns]
-        asked = [look for _, look in sorted(asked, key=lambda pair: pair[0])]  # a round of all pairs, and so on
+        asked = [look for look in asked if look[:2] in turns]
+        asked.sort(key=lambda look: next(turns[look[:2]]))  # a round of all pairs, and so on
     asked = asked[: TRAIN + VAL]
     taught = [look for look in others if look not in asked][: TAUGHT - named]
     looks = [*familiar, *taught, *asked]
