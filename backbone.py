@@ -9,7 +9,7 @@ vision token: H, and in a Qwen3-VL as many again for each decoder layer that add
 import copy
 import importlib.util
 from collections import defaultdict
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -172,12 +172,6 @@ def rope_positions(tokens: list[int], pictures: list[Picture], chat: Chat, model
 
 
 ATTENTION = "packed_flash"  # the vision tower hands over cumulative lengths only if the name contains "flash"
-
-
-def register_attention(kind: str) -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, partial(packed_attention, kind=kind))
 
 
 def packed_attention(

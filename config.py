@@ -34,7 +34,6 @@ class InputError(ValueError):
 TRAINED_AS = "trained_as.json"  # in an exported folder: the options that belong to the model
 SEARCHES = ("offline", "live", "record", "replay")
 SEARCH_ENGINES = ("serpapi", "serper")
-LET_RANK_0_SPEAK = 5  # seconds
 LOSS_NORMS = ("tokens", "sequence", "constant")  # the second is the paper's, the third Dr. GRPO's
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "decoupled", "mastered", "gdpo", "bn_grpo")  # `rollout.advantages`
 LEFT_OUT = ("truncated", "failed_tools", "zero_variance")  # at a limit of tokens; a tool failed; group's rewards equal
@@ -423,7 +422,7 @@ def run_main(main) -> None:
         sys.exit(130)
     rank = os.environ.get("RANK", "0")
     if rank != "0":  # where rank 0 says the same, torchrun ends this process before it repeats it
-        time.sleep(LET_RANK_0_SPEAK)
+        time.sleep(5)
     said = " ".join(message.splitlines())
     print("error:" if rank == "0" else f"error (rank {rank}):", said, file=sys.stderr)
     sys.exit(2)

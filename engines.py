@@ -239,7 +239,7 @@ class TorchEngine(Engine):
             self.features = {p.key: self.features[p.key] for p in pictures if p.key in self.features}
         missing = {p.key: p for p in pictures if p.key not in self.features}
         if missing:
-            pixels = torch.cat([self.chat.pixels(p) for p in missing.values()]).to(self.device, self.model.dtype)
+            pixels = self.chat.pixels([*missing.values()]).to(self.device, self.model.dtype)
             grids = torch.tensor([[1, *p.grid] for p in missing.values()], device=self.device)
             features = see(self.model, pixels, grids)
             self.features |= zip(missing, features.split([p.tokens for p in missing.values()]), strict=True)
@@ -330,8 +330,7 @@ class _KVCache:
         place = starts[:, None] + step  # [B, N]
         self.total = int((starts + lengths).max())
         mask = torch.arange(self.total) <= place[..., None]
-        trash = self.store.shape[4] - 1
-        place = torch.where(step < lengths[:, None], place, trash)
+        place = torch.where(step < lengths[:, None], place, self.store.shape[4] - 1)  # of padding: the last column
         rows = torch.tensor(slots)
         positions = self.positions[:, rows[:, None], place]
         self.place, self.rows = place.to(device), rows.to(device)

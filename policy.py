@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import MethodType
@@ -155,9 +156,11 @@ def load_policy(folder: str | Path, chat: Chat, cfg: Config, device, *, trainabl
 
 def prepare(model, chat: Chat, cfg: Config) -> None:
     """Give a plain model what this code needs: packed attention, the root method, the ids it may not say."""
+    from transformers import AttentionInterface
+
     available = cfg.attention != "flash" or backbone.has_flash_attn()
     need(available, "attention=flash: flash-attn is not installed; 'auto' takes the best kernel there is")
-    backbone.register_attention(cfg.attention)
+    AttentionInterface.register(backbone.ATTENTION, partial(backbone.packed_attention, kind=cfg.attention))
     model.config._attn_implementation = backbone.ATTENTION
     model.config.use_cache, vocabulary = False, model.config.text_config.vocab_size
     backbone.check_chat(model.config, chat)
@@ -345,7 +348,7 @@ def rows(episode: Episode, seen: dict) -> list[int]:
 def pack_batch(episodes: list[Episode], advantages: list[float], places: list[list[int]], chat: Chat, model):
     """A PackedBatch. places: each episode's `rows`. Without episodes it still runs the whole model, with zero loss:
     FSDP's collectives need all ranks."""
-    first_row, pixels, grids, vision_rows = {}, [], [], []
+    first_row, pictures, vision_rows = {}, [], []
     count = 0  # rows of the vision tower's output
     for episode in episodes:
         start = len(vision_rows)
@@ -353,15 +356,13 @@ def pack_batch(episodes: list[Episode], advantages: list[float], places: list[li
             if picture.key not in first_row:
                 first_row[picture.key] = count
                 count += picture.tokens
-                pixels.append(chat.pixels(picture))
-                grids.append([1, *picture.grid])
+                pictures.append(picture)
             vision_rows += range(first_row[picture.key], first_row[picture.key] + picture.tokens)
         placeholders, filled = episode.tokens.count(chat.image_pad), len(vision_rows) - start
         if placeholders != filled:
             raise ValueError(f"{episode.name}: {placeholders} placeholders, {filled} vision tokens")
-    if not pixels:  # the vision tower always runs: on a picture of one vision token
-        patch, merge, frames = chat.sizes
-        pixels, grids = [torch.zeros(merge**2, 3 * frames * patch**2)], [[1, merge, merge]]
+    patch, merge, frames = chat.sizes  # the vision tower always runs: without pictures, on one of one vision token
+    pixels = chat.pixels(pictures) if pictures else torch.zeros(merge**2, 3 * frames * patch**2)
     known, segments = 0, []
     for found in places:
         if found[-1] >= known:  # an episode's new rows are its last ones
@@ -385,8 +386,8 @@ def pack_batch(episodes: list[Episode], advantages: list[float], places: list[li
         keys=torch.tensor([row for found in keys for row in found]),
         cu_keys=torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32),
         longest=(max(counts), max(map(len, keys))),
-        pixels=torch.cat(pixels),
-        grids=torch.tensor(grids),
+        pixels=pixels,
+        grids=torch.tensor([[1, *picture.grid] for picture in pictures] or [[1, merge, merge]]),
         vision_rows=torch.tensor(vision_rows, dtype=torch.long)[new[ids == chat.image_pad]],
         vision_positions=(ids[new] == chat.image_pad).nonzero()[:, 0],
         predict=row_of[trained - 1],

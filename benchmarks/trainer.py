@@ -140,7 +140,7 @@ def conversations(case, chat: Chat) -> list[Sample]:
             episode = Episode(question, chat, sample, tokens, sampled, [0.0] * len(tokens), pictures)
             samples.append(Sample(episode, number))
         for picture in pictures:
-            chat.pixels(picture)  # cached from here on
+            chat.pixels([picture])  # cached from here on
     rewards = [rng.random() for _ in samples]
     advantages = group_advantages(rewards, [s.number for s in samples]).tolist()
     for sample, advantage in zip(samples, advantages, strict=True):
@@ -228,7 +228,7 @@ def theirs(case, folder, micro: int, like_gpu: bool):
     model = random_model(case.model, chat, case.checkpointing)
     samples = conversations(case, chat)
     trainer = make_trainer(model, chat, case, micro, folder)
-    pixels = torch.cat([chat.pixels(p) for s in samples for p in s.episode.images])
+    pixels = chat.pixels([p for s in samples for p in s.episode.images])
     trainer._generate_and_score_completions = lambda _: padded(samples, pixels, chat)
 
     def step():

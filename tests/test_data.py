@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import pickle
 import random
 import re
@@ -641,7 +642,7 @@ def test_processors_resize_the_final_image_by_identity(cfg, folder, thumbnail, r
         assert final.width % (2 * patch) == final.height % (2 * patch) == 0
         assert shown.grid == (final.height // patch, final.width // patch) and shown.thumbnail is thumbnail
         assert shown.tokens == shown.grid[0] * shown.grid[1] // 4 == final.width * final.height // (2 * patch) ** 2
-        pixels = chat.pixels(shown)
+        pixels = chat.pixels([shown])
         assert pixels.dtype == torch.float32 and pixels.shape == (shown.grid[0] * shown.grid[1], 3 * 2 * patch**2)
         for processor in processors:
             batch = processor.preprocess([final], do_resize=True, return_tensors="pt")
@@ -675,9 +676,22 @@ def test_equal_bytes_share_a_key_and_thumbnails_do_not(chat, monkeypatch):
     assert first == again and len(opened) == 1  # decoded once
     thumb, other = chat.picture(PNG, thumbnail=True), chat.picture(JPEG)
     assert len({first.key, thumb.key, other.key}) == 3 and thumb.tokens < first.tokens
-    assert chat.pixels(first) is chat.pixels(again) and len(opened) == 4
-    assert not torch.equal(chat.pixels(first), chat.pixels(other))
-    assert chat.pixels(thumb).shape[0] == thumb.tokens * 4
+    assert torch.equal(chat.pixels([first]), chat.pixels([again])) and len(opened) == 4
+    assert not torch.equal(chat.pixels([first]), chat.pixels([other]))
+    assert chat.pixels([thumb]).shape[0] == thumb.tokens * 4
+
+
+@pytest.mark.parametrize("limit", [1, 2**28])
+def test_pictures_prepared_together_are_those_prepared_alone(chat, limit):
+    """Of several sizes, one twice, one kept from before; also where the cache holds a single one."""
+    pictures = [chat.picture(encoded(noise(*size)), small) for size, small in (((84, 56), False), ((90, 40), False))]
+    pictures += [chat.picture(PNG, True), pictures[0], chat.picture(JPEG)]
+    alone = [Chat(chat.folder, chat.cfg).pixels([picture]) for picture in pictures]
+    assert [len(part) for part in alone] == [math.prod(picture.grid) for picture in pictures]
+    chat._pixels = Cache(limit, lambda tensor: tensor.nbytes)
+    chat.pixels(pictures[1:2])
+    for _ in range(2):
+        assert torch.equal(chat.pixels(pictures), torch.cat(alone))
 
 
 def test_caches_are_bounded_and_forget_what_was_used_least(chat):
@@ -694,9 +708,9 @@ def test_caches_are_bounded_and_forget_what_was_used_least(chat):
     ]  # fmt: skip
     # dddd is alone too large, and kept all the same
     shown = chat.picture(PNG)
-    before = chat.pixels(shown).clone()
+    before = chat.pixels([shown]).clone()
     chat._pixels.clear(), chat._sizes.clear()
-    assert chat.picture(PNG) == shown and torch.equal(chat.pixels(shown), before)
+    assert chat.picture(PNG) == shown and torch.equal(chat.pixels([shown]), before)
 
 
 # -------------------------------------------------------------------------------------- rule 1: token in, token out
@@ -1223,7 +1237,7 @@ def test_a_saved_chat_is_the_same(chat, cfg, tmp_path):
     asked = question(images=2, text="<image> or <image>?")
     assert again.prompt(asked) == chat.prompt(asked) and again.banned_ids(700) == chat.banned_ids(700)
     shown = chat.picture(PNG)
-    assert torch.equal(again.pixels(shown), chat.pixels(shown))
+    assert torch.equal(again.pixels([shown]), chat.pixels([shown]))
 
 
 @pytest.mark.parametrize("name, hole", [(n, hole) for n, text in PROMPTS.items() for hole in re.findall("{.*?}", text)])
@@ -1338,7 +1352,7 @@ def test_a_tool_s_picture_travels_as_it_was_shown(roomy, full_size, own):
     other = Episode.deserialize(pickle.loads(parcel), {asked.id: asked}, roomy)
     assert other.images == episode.images and other.images[2].thumbnail == (not full_size)
     assert (other.images[2].tokens > 1) == full_size and other.images[2].data == shown
-    assert torch.equal(roomy.pixels(other.images[2]), roomy.pixels(roomy.picture(shown, not full_size)))
+    assert torch.equal(roomy.pixels([other.images[2]]), roomy.pixels([roomy.picture(shown, not full_size)]))
     assert other.tokens.count(roomy.image_pad) == sum(p.tokens for p in other.images)
 
 

@@ -648,7 +648,7 @@ def test_record_then_replay_gives_identical_episodes_with_the_server_gone(tmp_pa
         assert (a.tokens, a.sampled, a.calls, a.stop) == (b.tokens, b.sampled, b.calls, b.stop)
         assert [p.data for p in a.images] == [p.data for p in b.images]
         for p, q in zip(a.images, b.images, strict=True):
-            assert bool((a.chat.pixels(p) == b.chat.pixels(q)).all())
+            assert bool((a.chat.pixels([p]) == b.chat.pixels([q])).all())
     used = [r.usage for e in again for _, r in e.calls]
     assert all(u == Usage(cached=1) for u in used)
 
