@@ -245,8 +245,8 @@ def segment_attention(query, key, value, cu_queries, cu_keys, key_rows, causal, 
     if len(ends_of) > 1 or key_rows is not None:
         queries, keys = [], []
         for (count, length), ends in ends_of.items():
-            queries += [torch.arange(end - count, end) for end, _ in ends]
-            keys += [torch.arange(end - length, end) for _, end in ends]
+            queries.append((torch.tensor([end for end, _ in ends])[:, None] + torch.arange(-count, 0)).flatten())
+            keys.append((torch.tensor([end for _, end in ends])[:, None] + torch.arange(-length, 0)).flatten())
         queries, keys = (torch.cat(rows).to(query.device) for rows in (queries, keys))
         back, keys = torch.argsort(queries), keys if key_rows is None else key_rows[keys]
         query, key, value = (x.index_select(2, rows) for x, rows in ((query, queries), (key, keys), (value, keys)))

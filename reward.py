@@ -132,15 +132,15 @@ def turn_kinds(turn: str, dialect: str = "tags") -> list[str]:
     space around it aside, such a turn begins with its reasoning, ends in what it does, and holds no other tag. A whole
     tag such as "<search><img></search>" is one: a part of it is plain text. In json, calls have to be understood."""
     turn, calls = turn.strip(), parse_calls(turn, dialect)
-    tags, kinds = ANSWER_TAGS, [tool.tags for tool in TOOLS.values()]
+    tags, calling = ANSWER_TAGS, [tool.tags for tool in TOOLS.values()]
     if dialect == "json":
-        kinds = [CALL_TAGS]
+        calling = [CALL_TAGS]
         if any(call.problem or call.tool not in TOOLS for call in calls):
             return []
     if calls:
         tags = CALL_TAGS if dialect == "json" else TOOLS[calls[0].tool].tags
     wanted = dict.fromkeys(REASON_TAGS, 1) | dict.fromkeys(tags, max(1, len(calls)))
-    all_tags = {*REASON_TAGS, *ANSWER_TAGS}.union(*kinds)
+    all_tags = {*REASON_TAGS, *ANSWER_TAGS}.union(*calling)
     counted = all(len(re.findall(tag, turn)) == wanted.get(tag, 0) for tag in all_tags)
     ordered = re.fullmatch(f"<reason>((?!{tags[0]}).)*</reason>.*{'.*'.join(tags)}", turn, re.DOTALL)
     if not counted or not ordered:

@@ -143,10 +143,10 @@ def update_policy(model, reference, optimizer, samples: list[Sample], count: int
             sums = policy.update(model, optimizer, batches, loss, cfg, device, entropy_grad=cfg.entropy_coef > 0)
             totals.update({**sums, "updates": 1, "loss": sums["loss"] / max(sums["count"], 1.0)})
     tokens, stale, means = totals["tokens"], totals["stale/tokens"], {}
-    counts = {"stale": stale, "mismatch": tokens - stale}
+    tokens_of = {"stale": stale, "mismatch": tokens - stale}  # but a conversation is masked with all of its tokens
     for name, total in totals.items():
         if tokens and name not in NOT_PER_TOKEN:
-            of = tokens if name == "mismatch/masked" else counts.get(name.split("/")[0], tokens)
+            of = tokens if name == "mismatch/masked" else tokens_of.get(name.split("/")[0], tokens)
             means[name] = total / max(of, 1.0)
     return {
         "loss": totals["loss"] / totals["updates"],

@@ -30,7 +30,7 @@ from tools import TOOLS, ask_search, run_tool
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 QUESTION_SIDE, THUMBNAIL_SIDE = 384, 128  # pixels, at most
-LOCAL = [name for name, tool in TOOLS.items() if tool.answer is not ask_search]
+LOCAL_TOOLS = [name for name, tool in TOOLS.items() if tool.answer is not ask_search]
 PICTURE_BYTES = 48 * 2**20  # of a page's pictures, as data URLs, at most
 
 
@@ -150,7 +150,7 @@ def add_made_pictures(record: dict, sources: dict[str, bytes], pictures: Picture
     named = {f"img_{number}": key for number, key in enumerate(record.get("images") or [], 1)}
     for call in record["calls"]:
         source = sources.get(named.get(call.get("picture") or "img_1"))
-        if call["tool"] in LOCAL and call["hits"] and source:
+        if call["tool"] in LOCAL_TOOLS and call["hits"] and source:
             asked = Call(call["tool"], call["query"], box=tuple(call.get("box") or ()), image=source)
             for hit in run_tool(asked, Question("", ""), None).hits:
                 sources[pictures.add(hit.image, QUESTION_SIDE)] = hit.image
@@ -174,7 +174,7 @@ def add_pictures(records: list[dict], cfg: Config, recipe: toy.Recipe, pictures:
         except InputError as error:
             problems.append(f"no pictures of the {what} questions: {error}")
     index = cfg.search_index or toy.locate(recipe).index
-    calls = [call for r in records for call in r["calls"] if call["tool"] not in LOCAL]
+    calls = [call for r in records for call in r["calls"] if call["tool"] not in LOCAL_TOOLS]
     hits = [hit for call in calls for hit in call["hits"] if hit.get("image")]
     wanted = {hit["image"] for hit in hits}
     try:

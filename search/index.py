@@ -56,11 +56,11 @@ CREATE TABLE settings(name TEXT PRIMARY KEY, value TEXT);
 
 def sha256(values: Iterable) -> str:
     """The hash of texts, numbers and bytes in a row."""
-    sum = hashlib.sha256()
+    digest = hashlib.sha256()
     for n, value in enumerate(values):
         data = value if isinstance(value, bytes) else str(value).encode()
-        sum.update(b"\0" + data if n else data)
-    return sum.hexdigest()
+        digest.update(b"\0" + data if n else data)
+    return digest.hexdigest()
 
 
 class SQLiteFile:
@@ -118,8 +118,8 @@ class SearchDB(SQLiteFile):
         with refusing(f"{path}: damaged search index, build it again", *kinds), self._connection() as db:
             self._settings = dict(db.execute("SELECT name, value FROM settings"))
             self._images, self._vectors = _load_embeddings(db, "images"), _load_embeddings(db, "vectors")
-            sum = _head_sum(self._settings, self._images, self._vectors)
-            need(self._settings.get("sha256") == sum, "a wrong hash")
+            digest = _head_sum(self._settings, self._images, self._vectors)
+            need(self._settings.get("sha256") == digest, "a wrong hash")
         self.embedding, self.text_embedding = self._settings["image_embedding"], self._settings["text_embedding"]
         self._common = frozenset(self._settings["common_terms"].split())
         self._embed = load_encoder(self.embedding) if self.embedding and len(self._images[0]) else embed_image
@@ -187,8 +187,8 @@ class SearchDB(SQLiteFile):
 
     def _wrong_hashes(self, db):
         for table in ("docs", "images"):
-            for rowid, *row, sum in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
-                if _row_sum(row) != sum:
+            for rowid, *row, digest in db.execute(f"SELECT rowid, {COLUMNS} FROM {table}"):
+                if _row_sum(row) != digest:
                     yield f"row {rowid} of {table} has another hash"
         if _words_sum(db) != self._settings["words"]:
             yield "the index of the words has another hash, or documents are missing"
