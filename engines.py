@@ -31,7 +31,7 @@ from backbone import check_chat, empty_model, head_size, parameter_names, read, 
 from chat import Cache, Chat, Picture
 from config import Config, InputError, need
 from data import Question, first_line, refusing
-from policy import NonFinite, compute_dtype, head_logits, is_deterministic, prepare, say
+from policy import NonFinite, compute_dtype, head_logits, prepare, say
 from tools import most_pictures
 
 # bounds on TorchEngine's memory
@@ -128,8 +128,6 @@ class TorchEngine(Engine):
         prepare(self.model, chat, cfg)
         self.chat, self.cfg, self.device = chat, cfg, device
         self.banned = self.model.banned_ids.to(device)
-        self.steps_waited = 0
-        self.patience = 0 if is_deterministic(cfg, device) else PATIENCE  # other batches have other bits
         self.queue: list[_TorchRequest] = []
         self.running: list[_TorchRequest] = []
         self.cache: _KVCache | None = None
@@ -172,12 +170,13 @@ class TorchEngine(Engine):
         if self.running or self.queue:
             raise RuntimeError(f"{why} while requests are running")
         self.slots = dict.fromkeys(range(self.cfg.concurrency), NOBODY)  # who has each, least recently used first
+        self.steps_waited = 0
         self.features: dict[str, Tensor] = {}  # picture key -> [vision tokens, F]
 
     def _admit(self):
         """Give waiting requests a slot each, the one with the longest beginning of their prompt if there is any, and
-        return them in batches whose padded size is bounded. Few of them wait for others, `patience` steps at most."""
-        if self.queue and 2 * len(self.queue) < len(self.running) and self.steps_waited < self.patience:
+        return them in batches whose padded size is bounded. Few of them wait for others, PATIENCE steps at most."""
+        if self.queue and 2 * len(self.queue) < len(self.running) and self.steps_waited < PATIENCE:
             self.steps_waited += 1
             return []
         self.steps_waited = 0
