@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import data
@@ -286,8 +285,10 @@ class Chat:
         grid = (height // patch, width // patch)
         return Picture(data, thumbnail, grid, grid[0] * grid[1] // merge**2, key)
 
-    def pixels(self, pictures: list[Picture]) -> torch.Tensor:
+    def pixels(self, pictures: list[Picture]):
         """float32 [P, C*T*p*p]: the patches of pictures, one after another, as the vision tower takes them."""
+        import torch
+
         found = {p.key: self._pixels.values.get(p.key) for p in pictures}
         missing = {p.key: p for p in pictures if found[p.key] is None}
         if missing:  # all at once: for a small picture, half of the processor's time goes into checking its arguments
