@@ -168,6 +168,8 @@ def test_pictures_have_a_limit(monkeypatch):
         pictures.add(picture(1), 128)
     pictures.add(b"no picture", 128)
     assert len(pictures.left_out) == 1 and len(pictures.urls) == 1
+    monkeypatch.setattr(report, "picture_url", None)
+    pictures.add(picture(1), 128)  # nor made again
 
 
 def test_missing_files_are_named_and_the_rest_is_shown(hostile, tmp_path):
