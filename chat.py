@@ -291,7 +291,7 @@ class Chat:
 
         found = {p.key: self._pixels.values.get(p.key) for p in pictures}
         missing = {p.key: p for p in pictures if found[p.key] is None}
-        if missing:  # all at once: for a small picture, half of the processor's time goes into checking its arguments
+        if missing:  # at once: what the processor does once a call takes longer than a small picture
             images = [self.final_image(p) for p in missing.values()]
             made = self.processor.preprocess(images, do_resize=False, return_tensors="pt")["pixel_values"]
             for key, part in zip(missing, made.split([math.prod(p.grid) for p in missing.values()]), strict=True):

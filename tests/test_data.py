@@ -448,7 +448,7 @@ def test_a_loaded_file_leaves_only_its_pictures_in_memory(tmp_path):
     assert 60 < float(done.stdout) < 110, done.stderr
 
 
-def test_overlong_prompts_are_dropped_never_cut(chat):
+def test_overlong_prompts_are_dropped_and_counted_never_cut(chat, device, monkeypatch, capsys):
     questions = [question(n, "what? " * n) for n in (1, 400, 2, 40, 300)]
     sizes = [len(chat.prompt(q)[0]) for q in questions]
     assert sizes == sorted(sizes[:1]) + sizes[1:] and len(set(sizes)) == 5
@@ -456,6 +456,12 @@ def test_overlong_prompts_are_dropped_never_cut(chat):
         chat.cfg = replace(chat.cfg, max_prompt_tokens=limit, max_tokens=10_000, max_tokens_per_batch=10_000)
         kept = drop_overlong(questions, chat)
         assert kept == [q for q, size in zip(questions, sizes, strict=True) if size <= limit]
+        if kept:
+            monkeypatch.setattr("eval.load_questions", lambda *_, **__: questions)
+            assert load_prompts(("a.jsonl",), "training", chat, chat.cfg) == kept
+            dropped = sum(size > limit for size in sizes)
+            said = f"dropped {dropped} training questions over max_prompt_tokens={limit}\n" if dropped else ""
+            assert capsys.readouterr().err == said
         assert [len(Episode.start(q, chat).tokens) for q in kept] == [s for s in sizes if s <= limit]
 
 
