@@ -520,7 +520,7 @@ def test_a_missing_world_is_built_in_a_process_of_its_own(device, tmp_path, monk
 def test_the_command_explains_its_options(tmp_path):
     done = subprocess.run([sys.executable, "-m", "toy", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert re.search(r"--toy_pretrain_steps INT .*\[320\]", done.stdout) and "--threads" in done.stdout
+    assert re.search(r"--toy_pretrain_steps INT .*\[240\]", done.stdout) and "--threads" in done.stdout
     (tmp_path / "file").touch()
     command = [sys.executable, "-m", "toy", f"--toy_dir={tmp_path / 'file'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -39,7 +39,7 @@ class Recipe(Options):
 
     toy_dir: str = option("runs/toy-world", "where toy worlds are built and kept", marks="resume neutral")
     toy_seed: int = option(0, "seed of the world: names, facts, pictures, which things are known", "at least 0")
-    toy_pretrain_steps: int = option(320, "steps that teach the toy model to see and to copy", "above 0")
+    toy_pretrain_steps: int = option(240, "steps that teach the toy model to see and to copy", "above 0")
     toy_teach_steps: int = option(120, "steps that teach it the known things", "above 0")
     toy_warmup_steps: int = option(240, "steps of supervised warm-up on scripted conversations", "above 0")
     toy_named: int = option(0, "things of which it is taught the name alone: a fifth kind of question", "at least 0")
