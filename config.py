@@ -110,7 +110,7 @@ class Config(Options):
     preset: str = option("toy", "values applied before the rest of the command line", tuple(PRESETS), marks="model")
     run_dir: str = option("runs/toy", "folder for all that the run writes", marks="resume neutral")
     seed: int = option(0, "seed of everything random in the run", "at least 0")
-    steps: int = option(90, "optimisation steps", "at least 0", marks="resume")
+    steps: int = option(70, "optimisation steps", "at least 0", marks="resume")
     resume: str = option("", "'auto': the newest checkpoint in run_dir; or a checkpoint's path", marks="resume neutral")
     accept_changes: bool = option(False, "resume although a file that the run read has changed", marks="resume neutral")
     overwrite: bool = option(False, "start again: delete run_dir (eval.py: out)", marks="resume neutral")
@@ -209,7 +209,7 @@ class Config(Options):
     offload: str = option("none", "to CPU memory: the reference model, or all but activations", OFFLOADS)
 
     # -- evaluation and checkpoints
-    eval_every: int = option(45, "steps between validations (0: only before and after)", "at least 0", marks="resume")
+    eval_every: int = option(35, "steps between validations (0: only before and after)", "at least 0", marks="resume")
     val_limit: int = option(0, "validate on n questions, evenly spaced (0: all)", "at least 0", marks="resume")
     save_every: int = option(20, "steps between checkpoints (0: only at the end)", "at least 0", marks="resume")
     keep_last: int = option(2, "checkpoints kept", "above 0", marks="resume")

@@ -29,7 +29,7 @@ from chat import agent_prompts
 from config import PRESETS, Config, Options, as_dict, from_dict, need, option
 
 ROOT = Path(__file__).parent.parent
-VERSION = 6  # of the procedure: raise it when a change of the code makes another world
+VERSION = 7  # of the procedure: raise it when a change of the code makes another world
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 

@@ -220,8 +220,9 @@ class ScriptedEngine(Engine):
 
 
 class SloppyPolicy:
-    """A script for ScriptedEngine. It says what it believes (without `toy_beliefs` it does not) and follows a plan that
-    is drawn at random: it is well-formed, and blind to need. A text search asks for what it takes to be the name."""
+    """A script for ScriptedEngine. It says what it believes, name and fact if it is asked for a fact (without
+    `toy_beliefs` it does not), and follows a plan that is drawn at random: it is well-formed, and blind to need. A text
+    search asks for what it takes to be the name."""
 
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat, self.recipe, self.wordings = chat, recipe, world.WORDINGS
@@ -250,14 +251,14 @@ class SloppyPolicy:
         plan = self.plan(thing, what, rng)
         results = re.findall(r"<information>\n(.*?)</information>", prompt, re.DOTALL)
         name, belief = thing.belief("name"), thing.belief(what)
-        thought = f"{name} {belief}" if self.recipe.toy_named and what != "name" else belief
         for tool, result in zip(plan, results, strict=False):  # the calls made so far
             if tool == "image_search" and not (self.recipe.toy_crop and thing.known):  # there it trusts itself more
-                thought = name = re.search(r"<image> (\w+)", result)[1]
+                name = re.search(r"<image> (\w+)", result)[1]
                 belief = name if what == "name" else belief
             if tool == "text_search" and what != "name":
                 value = re.search(rf" {name} {what}: (\w+)", result)
-                thought = belief = value[1] if value else "unknown"
+                belief = value[1] if value else "unknown"
+        thought = belief if what == "name" else f"{name} {belief}"
         action, seen = f"<answer> {belief}</answer>", ""
         if len(results) < len(plan):
             action = self._call(plan[len(results)], f" {name} {rng.choice(world.FACTS) if what == 'name' else what}")
