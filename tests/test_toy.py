@@ -139,10 +139,11 @@ def test_the_scripted_policy_is_blind_to_need(world, search, named, beliefs):
         searched[thing.belief(what) == "unknown"].append(" ".join(call.tool for call, _ in episode.calls))
         assert episode.stop == Stop.ANSWERED and len(episode.tokens) <= 250
         assert score_episode(episode, cfg).format_ok, question
-        first = chat.tokenizer.decode(episode.tokens[episode.turns[0].start : episode.turns[0].end])
-        thought = thing.belief("name") if what == "name" else f"{thing.belief('name')} {thing.belief(what)}"
-        thought = thought if beliefs else "think"
-        assert f"<reason> {thought}.</reason>" in first
+        names = [thing.belief("name")]  # what it takes to be the name, turn by turn
+        names += [result.hits[0].title for call, result in episode.calls[:1] if call.tool == "image_search"]
+        for name, said in zip(names, episode.responses, strict=False):
+            thought = name if what == "name" else f"{name} {thing.belief(what)}"
+            assert said.startswith(f"<reason> {thought if beliefs else 'think'}.</reason>")
     plans = {"", "image_search", "image_search text_search", *(["text_search"] if named else [])}
     assert set(searched[True]) == plans
     for searches in plans:
