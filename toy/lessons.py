@@ -220,9 +220,8 @@ class ScriptedEngine(Engine):
 
 
 class SloppyPolicy:
-    """A script for ScriptedEngine. It says what it believes, name and fact if it is asked for a fact (without
-    `toy_beliefs` it does not), and follows a plan that is drawn at random: it is well-formed, and blind to need. A text
-    search asks for what it takes to be the name."""
+    """A script for ScriptedEngine. It says what it believes, a fact behind its name (not without `toy_beliefs`), follows a
+    plan drawn at random, well-formed and blind to need, and asks a text search for what it takes to be the name."""
 
     def __init__(self, chat: Chat, recipe: Recipe):
         self.chat, self.recipe, self.wordings = chat, recipe, world.WORDINGS
