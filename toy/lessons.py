@@ -220,7 +220,7 @@ class ScriptedEngine(Engine):
 
 
 class SloppyPolicy:
-    """A script for ScriptedEngine. It says what it believes, a fact behind its name (not without `toy_beliefs`), follows a
+    """A script for ScriptedEngine. It says what it believes, a fact after its name (not without toy_beliefs), follows a
     plan drawn at random, well-formed and blind to need, and asks a text search for what it takes to be the name."""
 
     def __init__(self, chat: Chat, recipe: Recipe):
