@@ -144,6 +144,10 @@ def test_the_scripted_policy_is_blind_to_need(world, search, named, beliefs):
         for name, said in zip(names, episode.responses, strict=False):
             thought = name if what == "name" else f"{name} {thing.belief(what)}"
             assert said.startswith(f"<reason> {thought if beliefs else 'think'}.</reason>")
+        if len(episode.calls) == 2 and what != "name":
+            hit = episode.calls[1][1].hits[0]
+            value = hit.text if hit.title == f"{names[1]} {what}" else "unknown"
+            assert episode.responses[2].endswith(f"<answer> {value}</answer>")
     plans = {"", "image_search", "image_search text_search", *(["text_search"] if named else [])}
     assert set(searched[True]) == plans
     for searches in plans:
